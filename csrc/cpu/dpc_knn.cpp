@@ -1,0 +1,626 @@
+// DPC-kNN of one sample in one pass over its distances, without an N x N matrix.
+//
+// Tokens are centred and packed into panels (tile_dots.h); only tiles on and above the diagonal are multiplied, and each
+// squared distance d2 = (|x_i|^2 + |x_j|^2) - 2 <x_i, x_j> is offered to token i and to token j: the same number for both.
+// Up to kDense tokens, the distances stay in cache and every later step reads them again. Beyond, each token keeps a
+// sorted list of its nearest neighbours, and that list answers the later questions exactly:
+//   density   k nearest: the head of the list.
+//   delta     nearest denser token: the first denser one in the list. All tokens outside are at least as far.
+//   assign    nearest kept token: the first kept one, if it is nearer than the end of the list.
+// Tokens whose list has no answer (local peaks, a few per cent) are gathered and searched with the same tiles.
+// Which of several equally far tokens a list keeps at its end depends on the order of insertion, but no answer does.
+#include "hotkernels/dpc_knn.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <utility>
+
+#include "tile_dots.h"
+
+namespace hotkernels::HK_ISA {
+namespace {
+
+constexpr int64_t kDense = 384;     // 384^2 floats are 0.6 MB: they fit the second-level cache
+constexpr int64_t kBlock = 192;     // tokens per side of a tile of distances; a multiple of P on every instruction set
+constexpr int64_t kListMin = 16;    // neighbours kept per token: fewer leave more tokens to the second search
+constexpr int64_t kListPad = 16;    // floats before a list: the last of them is -inf, its "entry -1"
+constexpr float kInf = __builtin_inff();
+// A token counts only if its squared norm is at most this: then no distance overflows. NaN and inf fail it too.
+constexpr float kNormLimit = FLT_MAX / 16;
+static_assert(kBlock % P == 0 && kDense % P == 0 && W % R == 0);
+
+struct Rank {  // densest first: by key, then tie, then token
+  uint64_t key;
+  uint32_t tie;
+  int32_t token;
+  bool operator<(const Rank& o) const {
+    return key != o.key ? key < o.key : tie != o.tie ? tie < o.tie : token < o.token;
+  }
+};
+
+struct Candidate {  // best first
+  double log_score;
+  int32_t token;
+  bool operator<(const Candidate& o) const {
+    return log_score != o.log_score ? log_score > o.log_score : token < o.token;
+  }
+};
+
+// Hands out 64-byte aligned pieces of the memory from an address on; from address 0 it only counts.
+struct Arena {
+  uintptr_t next;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(next);
+    next += static_cast<uintptr_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+    return p;
+  }
+};
+
+// What one thread needs for itself.
+struct Part {
+  float* rows;         // [W, kChannelBlock] tokens on their way into a panel
+  float* tile;         // [kBlock, kBlock] dot products
+  float* distance;     // [N, list_stride] squared distances, ascending
+  int32_t* neighbour;  // [N, list_stride]
+  float* worst;        // [Np] end of each list, -inf for padding
+  float* panel;        // [C, P] tokens of a second search
+  float* panel_norm;   // [P]
+  float farthest;      // largest squared distance seen
+};
+
+// Scratch of one sample. Tokens are numbered 0 .. n-1 among the valid ones. Np: N rounded up to whole panels.
+struct Sample {
+  int64_t n, list, list_stride, kept_count;
+  int32_t* position;       // [N] where in the sample a token stands
+  float* mean;             // [C]
+  float* row;              // [C]
+  float* panels;           // [Np / P, C, P]
+  float* norm;             // [Np]
+  float* r;                // [Np] mean of the k smallest squared distances
+  int32_t* rank;           // [Np] 0 = densest
+  float* delta2;           // [Np] squared distance to the nearest denser token
+  float* density;          // [N]
+  Rank* order;             // [N]
+  Candidate* candidates;   // [N]
+  int32_t* kept;           // [M] chosen tokens, in the order of index
+  int32_t* slot;           // [Np] place of a token in index, or -1
+  int32_t* nearest;        // [N] place in index of the nearest kept token
+  int32_t* pending;        // [N] tokens that need a second search
+  float* kept_panels;      // [Mp / P, C, P]
+  float* kept_norm;        // [Mp]
+  float* dense;            // [kDense, kDense]
+  int64_t parts;
+  Part* part;
+
+  Sample(const DpcKnn& p, int64_t parts, void* scratch, int64_t* bytes = nullptr) : parts(parts) {
+    Arena a{reinterpret_cast<uintptr_t>(scratch)};
+    const int64_t np = round_up(p.N, P), mp = round_up(p.M, P);
+    const bool large = p.N > kDense;
+    list = std::max(kListMin, round_up(p.k - 1, W));
+    list_stride = list + kListPad;
+    position = a.take<int32_t>(p.N);
+    mean = a.take<float>(p.C);
+    row = a.take<float>(p.C);
+    panels = a.take<float>(np * p.C);
+    norm = a.take<float>(np);
+    r = a.take<float>(np);
+    rank = a.take<int32_t>(np);
+    delta2 = a.take<float>(np);
+    density = a.take<float>(p.N);
+    order = a.take<Rank>(p.N);
+    candidates = a.take<Candidate>(p.N);
+    kept = a.take<int32_t>(p.M);
+    slot = a.take<int32_t>(np);
+    nearest = a.take<int32_t>(p.N);
+    pending = a.take<int32_t>(p.N);
+    const int64_t side = std::min(np, kDense);
+    dense = a.take<float>(side * side);
+    part = a.take<Part>(parts);
+    kept_panels = large && p.assign ? a.take<float>(mp * p.C) : nullptr;
+    kept_norm = large && p.assign ? a.take<float>(mp) : nullptr;
+    for (int64_t q = 0; q < parts; ++q) {
+      Part here{};
+      here.rows = a.take<float>(W * kChannelBlock);
+      if (large) {
+        here.tile = a.take<float>(kBlock * kBlock);
+        here.distance = a.take<float>(kListPad + p.N * list_stride);
+        here.neighbour = a.take<int32_t>(kListPad + p.N * list_stride);
+        here.worst = a.take<float>(np);
+        here.panel = a.take<float>(p.C * P);
+        here.panel_norm = a.take<float>(P);
+      }
+      if (scratch == nullptr) continue;
+      if (large) here.distance += kListPad, here.neighbour += kListPad;
+      part[q] = here;
+    }
+    if (bytes) *bytes = static_cast<int64_t>(a.next);
+  }
+
+  // Calls body(part index) once for every part, in parallel where the runner is.
+  template <class Body>
+  void each_part(const Runner& runner, const Body& body) {
+    runner.run(
+        parts,
+        [](void* state, int64_t begin, int64_t end) {
+          for (int64_t q = begin; q < end; ++q) (*static_cast<const Body*>(state))(q);
+        },
+        const_cast<void*>(static_cast<const void*>(&body)));
+  }
+};
+
+// ---- 1. centre and pack -------------------------------------------------------------------------------------------
+
+// Finds the valid tokens and their mean. A token counts if the mask has it and its squared norm is at most kNormLimit.
+void find_valid(const DpcKnn& p, int64_t b, Sample& s) {
+  s.n = 0;
+  std::fill(s.mean, s.mean + p.C, 0.0f);
+  for (int64_t i = 0; i < p.N; ++i) {
+    if (p.mask && !p.mask[b * p.N + i]) continue;
+    load_row(p.x, p.dtype, b * p.x_stride_b + i * p.x_stride_n, p.x_stride_c, p.C, s.row);
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t c = 0; c < p.C; ++c) square += s.row[c] * s.row[c];
+    if (!(square <= kNormLimit)) continue;
+    for (int64_t c = 0; c < p.C; ++c) s.mean[c] += s.row[c];
+    s.position[s.n++] = static_cast<int32_t>(i);
+  }
+  for (int64_t c = 0; c < p.C; ++c) s.mean[c] /= static_cast<float>(std::max<int64_t>(s.n, 1));
+}
+
+template <int S, int... L>
+inline void transpose_step(vf (&v)[W], std::integer_sequence<int, L...>) {
+#pragma GCC unroll 16
+  for (int a = 0; a < W; ++a) {
+    if (a & S) continue;
+    const vf x = v[a], y = v[a + S];
+    v[a] = __builtin_shufflevector(x, y, (L & S ? W + L - S : L)...);
+    v[a + S] = __builtin_shufflevector(x, y, (L & S ? W + L : L + S)...);
+  }
+}
+
+// v[a][b] becomes v[b][a]: off-diagonal blocks change places, at every scale.
+inline void transpose(vf (&v)[W]) {
+  constexpr auto lanes = std::make_integer_sequence<int, W>();
+  transpose_step<1>(v, lanes);
+  transpose_step<2>(v, lanes);
+  if constexpr (W > 4) transpose_step<4>(v, lanes);
+  if constexpr (W > 8) transpose_step<8>(v, lanes);
+}
+
+void pack_panel(const DpcKnn& p, int64_t b, const Sample& s, int64_t first, float* rows) {
+  float* panel = s.panels + first * p.C;
+  for (int64_t lane = 0; lane < P; lane += W) {
+    for (int64_t c = 0; c < p.C; c += kChannelBlock) {
+      const int64_t channels = std::min(kChannelBlock, p.C - c);
+      for (int64_t l = 0; l < W; ++l) {
+        float* row = rows + l * kChannelBlock;
+        const int64_t i = first + lane + l;
+        if (i < s.n) {
+          load_row(p.x, p.dtype, b * p.x_stride_b + s.position[i] * p.x_stride_n + c * p.x_stride_c, p.x_stride_c,
+                   channels, row);
+          for (int64_t e = 0; e < channels; ++e) row[e] -= s.mean[c + e];
+        } else {
+          std::fill(row, row + channels, 0.0f);
+        }
+      }
+      for (int64_t e = 0; e < channels; e += W) {
+        vf block[W];
+#pragma GCC unroll 16
+        for (int l = 0; l < W; ++l) block[l] = load(rows + l * kChannelBlock + e);
+        transpose(block);
+        const int64_t stop = std::min<int64_t>(W, channels - e);
+        for (int64_t l = 0; l < stop; ++l) store(panel + (c + e + l) * P + lane, block[l]);
+      }
+    }
+  }
+  panel_norms(panel, p.C, s.norm + first);
+  for (int64_t i = std::max(first, s.n); i < first + P; ++i) s.norm[i] = kInf;  // padding is infinitely far
+}
+
+void pack(const DpcKnn& p, int64_t b, Sample& s, const Runner& runner) {
+  s.each_part(runner, [&](int64_t q) {
+    for (int64_t first = q * P; first < s.n; first += s.parts * P) pack_panel(p, b, s, first, s.part[q].rows);
+  });
+}
+
+inline vf squared_distance(float norm_i, vf norm_j, vf dot) {
+  return vmax((splat(norm_i) + norm_j) - 2.0f * dot, vf{});
+}
+
+// ---- 2a. few tokens: all distances in cache -------------------------------------------------------------------------
+
+void dense_distances(const DpcKnn& p, Sample& s) {
+  const int64_t side = round_up(s.n, P);
+  tile_dots(s.panels, 0, s.n, s.panels, 0, s.n, p.C, true, s.dense, side);
+  for (int64_t i0 = 0; i0 < s.n; i0 += W) {
+    for (int64_t j = i0; j < s.n; j += W) {
+      vf block[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) {
+        block[l] = squared_distance(s.norm[i0 + l], load(s.norm + j), load(s.dense + (i0 + l) * side + j));
+        store(s.dense + (i0 + l) * side + j, block[l]);
+      }
+      if (j == i0) {  // the rest of this block on the diagonal is its own mirror image
+        for (int64_t l = 0; l < W; ++l) s.dense[(i0 + l) * side + i0 + l] = 0;
+        continue;
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) store(s.dense + (j + l) * side + i0, block[l]);
+    }
+  }
+}
+
+// r of W tokens at once: the matrix is symmetric, so lane l reads down column j + l.
+template <int K>
+inline void dense_density(const Sample& s, int64_t j, int64_t side, float denominator) {
+  vf nearest[K];
+#pragma GCC unroll 8
+  for (int e = 0; e < K; ++e) nearest[e] = splat(kInf);
+  for (int64_t i = 0; i < s.n; ++i) {
+    vf d = load(s.dense + i * side + j);
+#pragma GCC unroll 8
+    for (int e = 0; e < K; ++e) {
+      const vf nearer = vmin(nearest[e], d);
+      d = vmax(nearest[e], d);
+      nearest[e] = nearer;
+    }
+  }
+  vf sum{};
+#pragma GCC unroll 8
+  for (int e = 0; e < K; ++e) sum += nearest[e];
+  store(s.r + j, sum / denominator);
+}
+
+void dense_densities(const DpcKnn& p, Sample& s) {
+  const int64_t side = round_up(s.n, P), k = std::min(p.k, s.n);
+  const float denominator = static_cast<float>(k) * static_cast<float>(p.C);
+  for (int64_t j = 0; j < s.n; j += W) {
+    switch (k) {
+      case 1: dense_density<1>(s, j, side, denominator); break;
+      case 2: dense_density<2>(s, j, side, denominator); break;
+      case 3: dense_density<3>(s, j, side, denominator); break;
+      case 4: dense_density<4>(s, j, side, denominator); break;
+      case 5: dense_density<5>(s, j, side, denominator); break;
+      case 6: dense_density<6>(s, j, side, denominator); break;
+      case 7: dense_density<7>(s, j, side, denominator); break;
+      case 8: dense_density<8>(s, j, side, denominator); break;
+      default:  // candidates' memory is free until step 5
+        for (int64_t i = j; i < std::min(j + W, s.n); ++i) {
+          float* row = reinterpret_cast<float*>(s.candidates);
+          std::copy(s.dense + i * side, s.dense + i * side + s.n, row);
+          std::partial_sort(row, row + k, row + s.n);
+          float sum = 0;
+          for (int64_t e = 0; e < k; ++e) sum += row[e];
+          s.r[i] = sum / denominator;
+        }
+    }
+  }
+}
+
+// delta2 of every token: the nearest of smaller rank. Returns the largest squared distance.
+float dense_delta(Sample& s) {
+  const int64_t side = round_up(s.n, P);
+  float farthest = 0;
+  for (int64_t j = 0; j < s.n; j += W) {
+    const vi rank = load(s.rank + j);
+    vf nearest = splat(kInf), far{};
+    for (int64_t i = 0; i < s.n; ++i) {
+      const vf d = load(s.dense + i * side + j);
+      nearest = vmin(nearest, splat(s.rank[i]) < rank ? d : splat(kInf));
+      far = vmax(far, d);
+    }
+    store(s.delta2 + j, nearest);
+    for (int64_t l = 0; l < std::min<int64_t>(W, s.n - j); ++l) farthest = std::max(farthest, far[l]);
+  }
+  return farthest;
+}
+
+void dense_assign(Sample& s) {
+  const int64_t side = round_up(s.n, P);
+  for (int64_t j = 0; j < s.n; j += W) {
+    vf best = splat(kInf);
+    vi where = splat(int32_t{0});
+    for (int64_t m = 0; m < s.kept_count; ++m) {
+      const vf d = load(s.dense + s.kept[m] * side + j);
+      where = d < best ? splat(static_cast<int32_t>(m)) : where;
+      best = vmin(best, d);
+    }
+    for (int64_t l = 0; l < std::min<int64_t>(W, s.n - j); ++l) s.nearest[j + l] = where[l];
+  }
+}
+
+// ---- 2b. many tokens: neighbour lists ---------------------------------------------------------------------------------
+
+// Inserts (d, id) into an ascending list that ends in something larger: entry e becomes min(old e, max(old e-1, d)).
+inline void list_insert(float* distance, int32_t* neighbour, int64_t list, float d, int32_t id) {
+  const vf value = splat(d);
+  for (int64_t e = list - W; e >= 0; e -= W) {
+    const vf here = load(distance + e), before = load(distance + e - 1);
+    const vi id_here = load(neighbour + e), id_before = load(neighbour + e - 1);
+    store(distance + e, vmin(here, vmax(before, value)));
+    store(neighbour + e, here <= value ? id_here : before <= value ? splat(id) : id_before);
+  }
+}
+
+// Offers the squared distances of a tile (i, j > i) to both tokens' lists.
+void offer_tile(const Sample& s, Part& part, int64_t i_begin, int64_t i_end, int64_t j_begin, int64_t j_end) {
+  vf far = splat(part.farthest);
+  const auto offer = [&](int64_t token, float d, int64_t other) {
+    float* distance = part.distance + token * s.list_stride;
+    list_insert(distance, part.neighbour + token * s.list_stride, s.list, d, static_cast<int32_t>(other));
+    part.worst[token] = distance[s.list - 1];
+  };
+  // Away from the diagonal in both directions: tokens are often ordered in time or space, and near ones come first.
+  for (int64_t i = i_end - 1; i >= i_begin; --i) {
+    const float* row = part.tile + (i - i_begin) * kBlock - j_begin;
+    for (int64_t j = i >= j_begin ? i / W * W : j_begin; j < j_end; j += W) {
+      const vf d = squared_distance(s.norm[i], load(s.norm + j), load(row + j));
+      far = vmax(far, d < splat(kInf) ? d : vf{});
+      const uint32_t right = j <= i ? kAllLanes & (~uint32_t{1} << (i - j)) : kAllLanes;  // j > i
+      uint32_t to_row = less_bits(d, splat(part.worst[i])) & right;
+      uint32_t to_column = less_bits(d, load(part.worst + j)) & right;
+      if ((to_row | to_column) == 0) continue;
+      float value[W];
+      store(value, d);
+      for (; to_row; to_row &= to_row - 1) {
+        const int l = __builtin_ctz(to_row);
+        if (value[l] < part.worst[i]) offer(i, value[l], j + l);
+      }
+      for (; to_column; to_column &= to_column - 1) {
+        const int l = __builtin_ctz(to_column);
+        offer(j + l, value[l], i);
+      }
+    }
+  }
+  part.farthest = reduce_max(far);
+}
+
+void find_neighbours(const DpcKnn& p, Sample& s, const Runner& runner) {
+  const int64_t blocks = (s.n + kBlock - 1) / kBlock, padded = round_up(s.n, P);
+  s.each_part(runner, [&](int64_t q) {
+    Part& part = s.part[q];
+    part.farthest = 0;
+    std::fill(part.distance, part.distance + s.n * s.list_stride, kInf);
+    for (int64_t i = 0; i < s.n; ++i) part.distance[i * s.list_stride - 1] = -kInf;
+    std::fill(part.neighbour - kListPad, part.neighbour + s.n * s.list_stride, -1);
+    std::fill(part.worst, part.worst + s.n, kInf);
+    std::fill(part.worst + s.n, part.worst + padded, -kInf);
+    for (int64_t jb = q; jb < blocks; jb += s.parts) {
+      for (int64_t ib = jb; ib >= 0; --ib) {
+        const int64_t i0 = ib * kBlock, i1 = std::min(s.n, i0 + kBlock);
+        const int64_t j0 = jb * kBlock, j1 = std::min(s.n, j0 + kBlock);
+        tile_dots(s.panels, i0, i1, s.panels, j0, j1, p.C, ib == jb, part.tile, kBlock);
+        offer_tile(s, part, i0, i1, j0, j1);
+      }
+    }
+  });
+  // The lists of part 0 take in those of the others; then r.
+  const int64_t k = std::min(p.k, s.n);
+  const float denominator = static_cast<float>(k) * static_cast<float>(p.C);
+  s.each_part(runner, [&](int64_t q) {
+    for (int64_t i = q; i < s.n; i += s.parts) {
+      float* distance = s.part[0].distance + i * s.list_stride;
+      int32_t* neighbour = s.part[0].neighbour + i * s.list_stride;
+      for (int64_t other = 1; other < s.parts; ++other) {
+        const float* from = s.part[other].distance + i * s.list_stride;
+        const int32_t* from_id = s.part[other].neighbour + i * s.list_stride;
+        for (int64_t e = 0; e < s.list && from[e] < distance[s.list - 1]; ++e) {
+          list_insert(distance, neighbour, s.list, from[e], from_id[e]);
+        }
+      }
+      float sum = 0;  // the token itself is its nearest, at distance 0
+      for (int64_t e = 0; e < k - 1; ++e) sum += distance[e];
+      s.r[i] = sum / denominator;
+    }
+  });
+}
+
+// Copies tokens into one panel, bits unchanged; the rest of the panel is padding.
+void gather_panel(const DpcKnn& p, const Sample& s, const int32_t* tokens, int64_t count, float* panel, float* norm) {
+  for (int64_t l = 0; l < P; ++l) {
+    if (l < count) {
+      const int64_t t = tokens[l];
+      const float* from = s.panels + t / P * P * p.C + t % P;
+      for (int64_t c = 0; c < p.C; ++c) panel[c * P + l] = from[c * P];
+      norm[l] = s.norm[t];
+    } else {
+      for (int64_t c = 0; c < p.C; ++c) panel[c * P + l] = 0;
+      norm[l] = kInf;
+    }
+  }
+}
+
+// For every pending token: the nearest of `others` (packed, count of them) for which allowed(i, ranks of the
+// pending tokens) is set. accept(token, squared distance, i) is called once per pending token; i = -1 if there was none.
+template <class Allowed, class Accept>
+void second_search(const DpcKnn& p, Sample& s, const Runner& runner, int64_t pending, const float* others,
+                   const float* others_norm, int64_t count, const Allowed& allowed, const Accept& accept) {
+  s.each_part(runner, [&](int64_t q) {
+    Part& part = s.part[q];
+    for (int64_t first = q * P; first < pending; first += s.parts * P) {
+      const int64_t lanes = std::min<int64_t>(P, pending - first);
+      gather_panel(p, s, s.pending + first, lanes, part.panel, part.panel_norm);
+      alignas(64) int32_t rank[P] = {};
+      for (int64_t l = 0; l < lanes; ++l) rank[l] = s.rank[s.pending[first + l]];
+      vf best[3];
+      vi where[3];
+      for (int v = 0; v < 3; ++v) best[v] = splat(kInf), where[v] = splat(int32_t{-1});
+      for (int64_t i0 = 0; i0 < count; i0 += kBlock) {
+        const int64_t i1 = std::min(count, i0 + kBlock);
+        tile_dots(others, i0, i1, part.panel, 0, P, p.C, false, part.tile, P);
+        for (int64_t i = i0; i < i1; ++i) {
+          for (int v = 0; v < 3; ++v) {
+            vf d = squared_distance(others_norm[i], load(part.panel_norm + v * W), load(part.tile + (i - i0) * P + v * W));
+            d = allowed(i, load(rank + v * W)) ? d : splat(kInf);
+            where[v] = d < best[v] ? splat(static_cast<int32_t>(i)) : where[v];
+            best[v] = vmin(best[v], d);
+          }
+        }
+      }
+      for (int64_t l = 0; l < lanes; ++l) accept(s.pending[first + l], best[l / W][l % W], where[l / W][l % W]);
+    }
+  });
+}
+
+void list_delta(const DpcKnn& p, Sample& s, const Runner& runner) {
+  int64_t pending = 0;
+  for (int64_t i = 0; i < s.n; ++i) {
+    const float* distance = s.part[0].distance + i * s.list_stride;
+    const int32_t* neighbour = s.part[0].neighbour + i * s.list_stride;
+    int64_t e = 0;
+    while (e < s.list && neighbour[e] >= 0 && s.rank[neighbour[e]] > s.rank[i]) ++e;
+    if (e < s.list && neighbour[e] >= 0) {
+      s.delta2[i] = distance[e];
+    } else if (s.rank[i] > 0) {
+      s.pending[pending++] = static_cast<int32_t>(i);
+    }
+  }
+  second_search(
+      p, s, runner, pending, s.panels, s.norm, s.n, [&](int64_t i, vi rank) { return splat(s.rank[i]) < rank; },
+      [&](int32_t token, float d, int32_t) { s.delta2[token] = d; });
+}
+
+void list_assign(const DpcKnn& p, Sample& s, const Runner& runner) {
+  int64_t pending = 0;
+  for (int64_t i = 0; i < s.n; ++i) {
+    if (s.slot[i] >= 0) continue;
+    const float* distance = s.part[0].distance + i * s.list_stride;
+    const int32_t* neighbour = s.part[0].neighbour + i * s.list_stride;
+    int32_t best = -1;
+    float best_distance = distance[s.list - 1];  // only strictly nearer: an equal one may have fallen off the list
+    for (int64_t e = 0; e < s.list && distance[e] < distance[s.list - 1]; ++e) {
+      if (best >= 0 && distance[e] > best_distance) break;
+      const int32_t slot = s.slot[neighbour[e]];
+      if (slot >= 0 && (best < 0 || slot < best)) best = slot, best_distance = distance[e];
+    }
+    if (best >= 0) s.nearest[i] = best; else s.pending[pending++] = static_cast<int32_t>(i);
+  }
+  if (pending == 0) return;
+  s.each_part(runner, [&](int64_t q) {
+    for (int64_t m = q * P; m < s.kept_count; m += s.parts * P) {
+      gather_panel(p, s, s.kept + m, std::min<int64_t>(P, s.kept_count - m), s.kept_panels + m * p.C, s.kept_norm + m);
+    }
+  });
+  second_search(
+      p, s, runner, pending, s.kept_panels, s.kept_norm, s.kept_count,
+      [](int64_t, vi) { return splat(int32_t{-1}); },
+      [&](int32_t token, float, int32_t m) { s.nearest[token] = m; });
+}
+
+// ---- 3-5. order, score, selection -------------------------------------------------------------------------------------
+
+inline uint32_t mix32(uint32_t h) {  // finaliser of MurmurHash3: every input bit reaches every output bit
+  h = (h ^ (h >> 16)) * 0x85ebca6bu;
+  h = (h ^ (h >> 13)) * 0xc2b2ae35u;
+  return h ^ (h >> 16);
+}
+
+inline uint32_t ascending_bits(float x) {  // unsigned integers in the order of the floats
+  const uint32_t u = bits_as<uint32_t>(x + 0.0f);
+  return u >> 31 ? ~u : u | 0x80000000u;
+}
+
+void rank_by_density(const DpcKnn& p, int64_t b, Sample& s) {
+  const uint32_t seed = mix32(static_cast<uint32_t>(p.seed) ^ mix32(static_cast<uint32_t>(p.seed >> 32)));
+  for (int64_t i = 0; i < s.n; ++i) {
+    s.density[i] = std::exp(-s.r[i]);
+    uint64_t key = ascending_bits(s.r[i]);
+    const uint32_t hash = mix32(static_cast<uint32_t>(s.position[i]) + seed);
+    if (p.noise) {
+      s.density[i] += p.noise[b * p.N + s.position[i]];
+      key |= static_cast<uint64_t>(ascending_bits(-s.density[i])) << 32;
+    }
+    s.order[i] = {key, hash, static_cast<int32_t>(i)};
+  }
+  std::sort(s.order, s.order + s.n);
+  for (int64_t i = 0; i < s.n; ++i) s.rank[s.order[i].token] = static_cast<int32_t>(i);
+}
+
+// Fills kept and slot: the best tokens by score, then those of `keep`; ascending if ordered.
+void select(const DpcKnn& p, int64_t b, Sample& s) {
+  std::fill(s.slot, s.slot + s.n, -1);
+  const int64_t* keep = p.keep ? p.keep + b * p.keep_stride_b : nullptr;
+  const auto token_at = [&](int64_t position) -> int64_t {
+    const int32_t* found = std::lower_bound(s.position, s.position + s.n, static_cast<int32_t>(position));
+    return found < s.position + s.n && *found == position ? found - s.position : -1;
+  };
+  for (int64_t e = 0; e < p.num_keep; ++e) {
+    const int64_t t = token_at(keep[e]);
+    if (t >= 0) s.slot[t] = 0;
+  }
+  int64_t candidates = 0;
+  for (int64_t i = 0; i < s.n; ++i) {
+    if (s.slot[i] >= 0) continue;
+    const double log_density = !p.noise             ? -static_cast<double>(s.r[i])
+                               : s.density[i] > 0 ? std::log(static_cast<double>(s.density[i]))
+                                                  : -HUGE_VAL;
+    const double log_delta = 0.5 * std::log(static_cast<double>(s.delta2[i]) / static_cast<double>(p.C));
+    s.candidates[candidates++] = {log_density + log_delta, static_cast<int32_t>(i)};
+  }
+  const int64_t best = std::min(p.M - p.num_keep, candidates);
+  std::nth_element(s.candidates, s.candidates + best, s.candidates + candidates);
+  std::sort(s.candidates, s.candidates + best);
+  s.kept_count = 0;
+  for (int64_t m = 0; m < best; ++m) s.kept[s.kept_count++] = s.candidates[m].token;
+  for (int64_t e = 0; e < p.num_keep; ++e) {
+    const int64_t t = token_at(keep[e]);
+    if (t >= 0 && s.slot[t] == 0) s.kept[s.kept_count++] = static_cast<int32_t>(t), s.slot[t] = -1;  // once
+  }
+  if (p.ordered) std::sort(s.kept, s.kept + s.kept_count);
+  for (int64_t m = 0; m < s.kept_count; ++m) s.slot[s.kept[m]] = static_cast<int32_t>(m);
+}
+
+}  // namespace
+
+int64_t dpc_knn_scratch(const DpcKnn& p, int32_t threads) {
+  int64_t bytes = 0;
+  Sample(p, threads, nullptr, &bytes);
+  return bytes;
+}
+
+void dpc_knn_fwd(const DpcKnn& p, int64_t b, void* scratch, const Runner& runner) {
+  Sample s(p, runner.threads, scratch);
+  find_valid(p, b, s);
+  pack(p, b, s, runner);
+  const bool dense = s.n <= kDense;
+  if (dense) {
+    dense_distances(p, s);
+    dense_densities(p, s);
+  } else {
+    find_neighbours(p, s, runner);
+  }
+  rank_by_density(p, b, s);
+  float farthest = 0;
+  if (dense) {
+    farthest = dense_delta(s);
+  } else {
+    list_delta(p, s, runner);
+    for (int64_t q = 0; q < s.parts; ++q) farthest = std::max(farthest, s.part[q].farthest);
+  }
+  if (s.n > 0) s.delta2[s.order[0].token] = farthest;
+  select(p, b, s);
+
+  float *density = p.density + b * p.N, *delta = p.delta + b * p.N, *score = p.score + b * p.N;
+  std::fill(density, density + p.N, 0.0f);
+  std::fill(delta, delta + p.N, 0.0f);
+  std::fill(score, score + p.N, 0.0f);
+  for (int64_t i = 0; i < s.n; ++i) {
+    const int64_t at = s.position[i];
+    density[at] = s.density[i];
+    delta[at] = std::sqrt(s.delta2[i] / static_cast<float>(p.C));
+    score[at] = density[at] * delta[at];
+  }
+  int64_t* index = p.index + b * p.M;
+  for (int64_t m = 0; m < p.M; ++m) index[m] = m < s.kept_count ? s.position[s.kept[m]] : -1;
+  if (!p.assign) return;
+  int64_t* assignment = p.assignment + b * p.N;
+  std::fill(assignment, assignment + p.N, -1);
+  if (s.kept_count == 0) return;
+  if (dense) dense_assign(s); else list_assign(p, s, runner);
+  for (int64_t i = 0; i < s.n; ++i) assignment[s.position[i]] = s.slot[i] >= 0 ? s.slot[i] : s.nearest[i];
+}
+
+}  // namespace hotkernels::HK_ISA

@@ -1,0 +1,115 @@
+// One float vector type per instruction set, as GCC/Clang vector extensions: kernels are written once, for any width W.
+// Included by CPU kernels only, inside namespace hotkernels::HK_ISA; nothing here may have external linkage.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "hotkernels/common.h"
+
+namespace hotkernels::HK_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+constexpr uint32_t kAllLanes = (1u << W) - 1;
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+// The same, unaligned and free to alias: what a load or store goes through.
+typedef float vf_mem __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t vi_mem __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+inline vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }
+inline vi load(const int32_t* p) { return *reinterpret_cast<const vi_mem*>(p); }
+inline void store(float* p, vf v) { *reinterpret_cast<vf_mem*>(p) = v; }
+inline void store(int32_t* p, vi v) { *reinterpret_cast<vi_mem*>(p) = v; }
+inline vf splat(float x) { return x - vf{}; }  // x - 0 folds away, 0 + x does not
+inline vi splat(int32_t x) { return x - vi{}; }
+inline vf vmin(vf a, vf b) { return a < b ? a : b; }
+inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+// Bit l is set where a[l] < b[l].
+inline uint32_t less_bits(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+#elif defined(__AVX__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(a < b)));
+#elif defined(__SSE__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)(a < b)));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < W; ++l) bits |= static_cast<uint32_t>(a[l] < b[l]) << l;
+  return bits;
+#endif
+}
+
+inline float reduce_max(vf v) {
+  float m = v[0];
+  for (int l = 1; l < W; ++l) m = m < v[l] ? v[l] : m;
+  return m;
+}
+
+template <class To, class From>
+inline To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+inline float from_bf16(uint16_t h) { return bits_as<float>(static_cast<uint32_t>(h) << 16); }
+
+// Round to nearest even, as PyTorch does; NaN stays NaN.
+inline uint16_t to_bf16(float x) {
+  const uint32_t u = bits_as<uint32_t>(x);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// Integer arithmetic only, so that it vectorises on every instruction set: the exponent is moved by a multiplication.
+inline float from_f16(uint16_t h) {
+  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13;
+  const float scaled = bits_as<float>(magnitude) * 0x1p112f;
+  const uint32_t inf_or_nan = magnitude >= (0x1fu << 23) ? 0x7f800000u | magnitude : bits_as<uint32_t>(scaled);
+  return bits_as<float>(inf_or_nan | static_cast<uint32_t>(h & 0x8000u) << 16);
+}
+
+// Round to nearest even through the float adder: adding 2^k aligns the mantissa so that the hardware rounds it.
+inline uint16_t to_f16(float x) {
+  const uint32_t sign = (bits_as<uint32_t>(x) >> 16) & 0x8000u;
+  const float a = bits_as<float>(bits_as<uint32_t>(x) & 0x7fffffffu);
+  if (!(a < 65520.0f)) return static_cast<uint16_t>(sign | (a != a ? 0x7e00u : 0x7c00u));
+  if (a < 0x1p-14f) return static_cast<uint16_t>(sign | (bits_as<uint32_t>(a + 0.5f) - bits_as<uint32_t>(0.5f)));
+  const uint32_t u = bits_as<uint32_t>(a);
+  return static_cast<uint16_t>(sign | ((u + 0xfffu + ((u >> 13) & 1u) - (112u << 23)) >> 13));
+}
+
+// out[c] = float(x[c * stride]) for c < count.
+inline void load_row(const void* x, DType dtype, int64_t offset, int64_t stride, int64_t count, float* out) {
+  if (dtype == DType::f32) {
+    const float* p = static_cast<const float*>(x) + offset;
+    if (stride == 1) {
+      memcpy(out, p, static_cast<size_t>(count) * sizeof(float));
+    } else {
+      for (int64_t c = 0; c < count; ++c) out[c] = p[c * stride];
+    }
+    return;
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(x) + offset;
+  if (dtype == DType::bf16) {
+    for (int64_t c = 0; c < count; ++c) out[c] = from_bf16(p[c * stride]);
+  } else {
+    for (int64_t c = 0; c < count; ++c) out[c] = from_f16(p[c * stride]);
+  }
+}
+
+}  // namespace
+}  // namespace hotkernels::HK_ISA

@@ -1,0 +1,31 @@
+// Density-peak clustering (DPC-kNN) of each sample of x [B, N, C]: the M tokens that stand for all N.
+// The definition, step by step, is the docstring of hotkernels.dpc_knn; how the CPU kernel gets there: csrc/cpu/dpc_knn.cpp.
+#pragma once
+#include "hotkernels/common.h"
+
+namespace hotkernels {
+
+struct DpcKnn {
+  int64_t B, N, C;       // samples, tokens, channels
+  int64_t M, k;          // tokens to keep, neighbours per density (the token itself included)
+  const void* x;         // [B, N, C], any strides (in elements)
+  DType dtype;           // f32, f16, bf16
+  int64_t x_stride_b, x_stride_n, x_stride_c;
+  const bool* mask;      // [B, N] contiguous, true = valid; or null
+  const int64_t* keep;   // [B or 1, num_keep] positions that are always kept, -1 = none; or null
+  int64_t num_keep, keep_stride_b;
+  const float* noise;    // [B, N] contiguous, added to the density; or null
+  int64_t seed;          // of the hash that orders equal densities
+  bool assign, ordered;
+  int64_t* index;        // [B, M]
+  int64_t* assignment;   // [B, N], unused unless assign
+  float *density, *delta, *score;  // [B, N]
+};
+
+// Bytes of scratch that one call of dpc_knn_fwd needs: O(N (k + C)), and at most 0.6 MB of distances. 64-byte aligned.
+HK_CPU_KERNEL(int64_t dpc_knn_scratch(const DpcKnn& p, int32_t threads))
+
+// Clusters sample b.
+HK_CPU_KERNEL(void dpc_knn_fwd(const DpcKnn& p, int64_t b, void* scratch, const Runner& runner))
+
+}  // namespace hotkernels

@@ -1,0 +1,32 @@
+// out[b, m] = sum_i w_i x_i / (sum_i w_i + eps) over the tokens i with assignment[b, i] = m; an empty cluster gives 0.
+#pragma once
+#include "hotkernels/common.h"
+
+namespace hotkernels {
+
+struct MergeTokens {
+  int64_t B, N, M, C;
+  const void* x;              // [B, N, C], last dim contiguous
+  int64_t x_stride_b, x_stride_n;
+  const int64_t* assignment;  // [B, N] contiguous, in [-1, M)
+  const void* weight;         // [B, N] contiguous, of x's type, or null = 1
+  double eps;
+  DType dtype;
+  void* out;                  // [B, M, C] contiguous, of x's type
+  void* total;                // [B, M] sum_i w_i + eps: float64 if x is, else float32
+
+  // Backward only.
+  const void* grad_out;       // [B, M, C] contiguous
+  void* grad_x;               // [B, N, C] contiguous
+  void* grad_weight;          // [B, N] contiguous, or null
+};
+
+// Sums the weights of samples [begin, end) into total.
+HK_CPU_KERNEL(void merge_tokens_total(const MergeTokens& p, int64_t begin, int64_t end))
+// Sums channels [c_begin, c_end) of sample b, tokens in ascending order. scratch: M * (c_end - c_begin) floats where x is
+// float16 or bfloat16, else unused.
+HK_CPU_KERNEL(void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t c_end, float* scratch))
+// Gradients of tokens [begin, end) of the B * N tokens.
+HK_CPU_KERNEL(void merge_tokens_bwd(const MergeTokens& p, int64_t begin, int64_t end))
+
+}  // namespace hotkernels

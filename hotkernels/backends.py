@@ -1,0 +1,166 @@
+"""Which backend serves a call, and why the others do not.
+
+Backends: "torch" (plain PyTorch, the definition), "cpp" (C++ on CPUs), "cuda" (CUDA C++), "triton". An op registers the
+kernels it has; a call takes the first that can serve it, fastest first, or the one named by `backend=` or by the
+environment variable HOTKERNELS_BACKEND (read at import).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .errors import fail, names
+
+BACKENDS = ("cuda", "triton", "cpp", "torch")  # fastest first
+_FROM_ENVIRONMENT = os.environ.get("HOTKERNELS_BACKEND") or None
+
+
+def _load(library: str) -> str | None:
+    """Import a native library, which registers its operators. None if it loaded, else the exact reason why not."""
+    try:
+        importlib.import_module(f"hotkernels.{library}")
+    except ImportError as error:
+        report = Path(__file__).parent / "build_report.txt"
+        lines = report.read_text().splitlines() if report.exists() else []
+        why = [line for line in lines if line.startswith(f"{library}: not built")]
+        return why[0] if why else f"{library}: {error}"
+    return None
+
+
+# Library -> None if it is loaded, else why not.
+LIBRARIES: dict[str, str | None] = {"_C_cpu": _load("_C_cpu")}
+if LIBRARIES["_C_cpu"] is not None:
+    LIBRARIES["_C_cuda"] = "_C_cuda: needs _C_cpu, which holds the operators' schemas"
+elif torch.version.cuda is None:
+    LIBRARIES["_C_cuda"] = "_C_cuda: torch has no CUDA"
+else:
+    LIBRARIES["_C_cuda"] = _load("_C_cuda")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one backend of one op serves."""
+
+    dtypes: tuple[torch.dtype, ...]
+    device: str | None = None  # None: any
+    library: str | None = None  # None: none needed
+
+
+# op -> backend -> kernel, in the order in which ops were registered.
+OPS: dict[str, dict[str, Kernel]] = {}
+
+
+def register(op: str, **kernels: Kernel) -> None:
+    """Declare the backends that an op has."""
+    OPS[op] = kernels
+
+
+def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot serve `op` on this device and dtype; None if it can."""
+    kernel = OPS[op].get(backend)
+    if kernel is None:
+        return f"{op} has no {backend} kernel yet"
+    if kernel.device is not None and device != kernel.device:
+        return f"it runs on {kernel.device} tensors, got {device}"
+    if dtype not in kernel.dtypes:
+        return f"it takes {names(kernel.dtypes)}, got {names([dtype])}"
+    if kernel.library is not None and LIBRARIES[kernel.library] is not None:
+        return LIBRARIES[kernel.library]
+    return None
+
+
+def choose(op: str, x: Tensor, backend: str | None) -> str:
+    """The backend that serves a call on x: the named one, or the first that can. Raises ValueError if it cannot."""
+    device, dtype = x.device.type, x.dtype
+    if backend is None:
+        backend = _FROM_ENVIRONMENT
+    if backend is None:
+        for name in BACKENDS:
+            if why_not(op, name, device, dtype) is None:
+                return name
+        fail(op, "x", f"of a dtype that a backend serves ({names(OPS[op]['torch'].dtypes)})", names([dtype]), TypeError)
+    if backend not in BACKENDS:
+        fail(op, "backend", "None, " + ", ".join(f"'{b}'" for b in BACKENDS), repr(backend))
+    why = why_not(op, backend, device, dtype)
+    if why is not None:
+        fail(op, "backend", "one that can serve this call", f"'{backend}' ({why})")
+    return backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of `explain`: per backend, None if it can serve the call, else why not."""
+
+    op: str
+    chosen: str
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: served by {self.chosen}"]
+        for backend, why in self.reasons.items():
+            state = "serves this call" if backend == self.chosen else "could serve this call" if why is None else why
+            lines.append(f"  {backend:<7}{state}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(op: str | Callable[..., Any], x: Tensor, *args: object, **kwargs: object) -> Explanation:
+    """Say which backend would serve `op(x, ...)`, and for each of the others why not.
+
+    Args:
+        op: the public function or its name, as in ``hotkernels.dpc_knn`` or ``"dpc_knn"``.
+        x: the first tensor of the call; its device and dtype decide.
+        *args, **kwargs: the rest of the call. ``backend=`` counts, all else is accepted and ignored.
+
+    Returns:
+        An Explanation: prints as a table; ``.chosen`` and ``.reasons`` hold the same.
+
+    Raises:
+        ValueError: for an unknown op, or a named backend that cannot serve the call.
+
+    Example::
+
+        >>> import torch, hotkernels
+        >>> hotkernels.explain("dpc_knn", torch.zeros(1, 16, 8, dtype=torch.float64))
+        dpc_knn: served by torch
+          cuda   dpc_knn has no cuda kernel yet
+          triton dpc_knn has no triton kernel yet
+          cpp    it takes float32, float16 or bfloat16, got float64
+          torch  serves this call
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in OPS:
+        fail("explain", "op", "one of " + ", ".join(OPS), repr(name))
+    if not isinstance(x, Tensor):
+        fail("explain", "x", "a torch.Tensor", type(x).__name__, TypeError)
+    backend = kwargs.get("backend")
+    chosen = choose(name, x, backend if backend is None else str(backend))
+    return Explanation(name, chosen, {b: why_not(name, b, x.device.type, x.dtype) for b in BACKENDS})
+
+
+def instruction_set(force: str | None = None) -> str | None:
+    """The instruction set of the C++ kernels (base, avx2, avx512), None if they are not loaded; `force` changes it."""
+    return None if LIBRARIES["_C_cpu"] is not None else str(torch.ops.hotkernels._isa(force))
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def fake(operator: str) -> Callable[[F], F]:
+    """Register the fake (meta) kernel of a raw operator, if the operator is there: a library defines it."""
+
+    def decorate(function: F) -> F:
+        if LIBRARIES["_C_cpu"] is None:
+            torch.library.register_fake(f"hotkernels::{operator}")(function)
+        return function
+
+    return decorate

@@ -1,0 +1,98 @@
+"""The one error form, `<op>: <arg> must be <expected>, got <actual>`, and the checks that raise it."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGER = (torch.int64, torch.int32)
+
+_looking = contextvars.ContextVar("hotkernels_checked", default=False)
+
+
+def fail(op: str, arg: str, expected: str, actual: object, kind: type[Exception] = ValueError) -> NoReturn:
+    """Raise the one error form."""
+    raise kind(f"{op}: {arg} must be {expected}, got {actual}")
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    """`float32, float16 or bfloat16`."""
+    words = [str(d).removeprefix("torch.") for d in dtypes]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def check_tensor(
+    op: str,
+    arg: str,
+    value: Any,
+    layout: str,
+    dtypes: Sequence[torch.dtype] | None,
+    *,
+    shape: Sequence[int | None] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Check that `value` is a tensor of the given dtypes, shape (None = any size) and device.
+
+    `layout` names the shape for a reader, as in "[B, N, C]".
+    """
+    if not isinstance(value, Tensor):
+        fail(op, arg, f"a torch.Tensor {layout}", type(value).__name__, TypeError)
+    if dtypes is not None and value.dtype not in dtypes:
+        fail(op, arg, f"a tensor of {names(dtypes)}", names([value.dtype]), TypeError)
+    if shape is not None and (
+        value.dim() != len(shape)
+        or any(want is not None and have != want for have, want in zip(value.shape, shape, strict=True))
+    ):
+        sizes = "" if all(s is None for s in shape) else f" = {['any' if s is None else s for s in shape]}"
+        fail(op, arg, f"{layout}{sizes}".replace("'", ""), list(value.shape))
+    if device is not None and value.device != device:
+        fail(op, arg, f"on the device of the other tensors ({device})", value.device)
+
+
+def check_int(op: str, arg: str, value: Any, low: int, high: int | None, meaning: str = "") -> None:
+    """Check that `value` is an int in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        fail(op, arg, "an int", type(value).__name__, TypeError)
+    if value < low or (high is not None and value > high):
+        fail(op, arg, f"at least {low}" if high is None else f"in [{low}, {meaning}{high}]", value)
+
+
+def check_index(op: str, arg: str, index: Tensor, size: int) -> None:
+    """Check that every index is -1 ("no token here") or in [0, size).
+
+    Looks at the values on the CPU only; on a GPU that would stall the stream, so there it looks inside `checked()` only.
+    Inside torch.compile it does not look.
+    """
+    if index.numel() == 0 or torch.compiler.is_compiling() or (index.device.type != "cpu" and not _looking.get()):
+        return
+    low, high = (int(v) for v in torch.aminmax(index))
+    if low < -1 or high >= size:
+        fail(op, arg, f"-1 or in [0, {size})", low if low < -1 else high)
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Look at index values on the GPU too, at the price of waiting for it; an index out of range is then an error.
+
+    Outside this context, a slot whose index is out of range counts as absent on a GPU and is never read.
+
+    Example::
+
+        >>> import torch, hotkernels
+        >>> with hotkernels.checked():
+        ...     hotkernels.gather_tokens(torch.zeros(1, 4, 8), torch.tensor([[0, 4]]))
+        Traceback (most recent call last):
+            ...
+        ValueError: gather_tokens: index must be -1 or in [0, 4), got 4
+    """
+    token = _looking.set(True)
+    try:
+        yield
+    finally:
+        _looking.reset(token)

@@ -1,0 +1,171 @@
+"""Density-peak token clustering (DPC-kNN): which M of N tokens stand for all of them, and for which each one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...backends import Kernel, choose, fake, register
+from ...errors import FLOATING, INTEGER, check_index, check_int, check_tensor, fail
+from .reference import dpc_knn_reference
+
+_OP = "dpc_knn"
+register(
+    _OP,
+    torch=Kernel(FLOATING),
+    cpp=Kernel((torch.float32, torch.float16, torch.bfloat16), device="cpu", library="_C_cpu"),
+)
+
+
+class DensityPeaks(NamedTuple):
+    """What `dpc_knn` returns."""
+
+    index: Tensor  # type: ignore[assignment]  # tuple.index, which nobody calls on this
+    """[B, M] int64: the kept tokens."""
+    assignment: Tensor | None
+    """[B, N] int64: the place in `index` of each token's cluster; None if it was not asked for."""
+    density: Tensor
+    """[B, N] float32."""
+    delta: Tensor
+    """[B, N] float32: distance to the nearest denser token."""
+    score: Tensor
+    """[B, N] float32: density * delta."""
+
+
+def dpc_knn(
+    x: Tensor,
+    num_clusters: int,
+    k: int = 5,
+    *,
+    mask: Tensor | None = None,
+    keep: int | Sequence[int] | Tensor | None = None,
+    noise: Tensor | None = None,
+    seed: int = 0,
+    assign: bool = True,
+    ordered: bool = False,
+    backend: str | None = None,
+) -> DensityPeaks:
+    r"""Choose `num_clusters` of the N tokens of each sample by density peaks, and assign every token to one of them.
+
+    Equivalent to, up to ties::
+
+        d = torch.cdist(x, x) / C**0.5
+        density = (-(d.topk(k, largest=False).values ** 2).mean(-1)).exp()
+        delta = d.masked_fill(density[:, None, :] <= density[:, :, None], torch.inf).amin(-1)  # densest: d.amax()
+        index = (density * delta).topk(num_clusters).indices
+
+    Step by step:
+
+    1. :math:`d_{ij} = \lVert x_i - x_j \rVert_2 / \sqrt C`, exactly symmetric and exactly 0 on the diagonal.
+    2. :math:`r_i` = mean of the k smallest :math:`d_{ij}^2`, i itself included; density :math:`= e^{-r_i}` (+ noise).
+    3. j is denser than i by a strict total order: larger density (if there is noise), smaller r, smaller 32-bit hash of
+       (seed, position), smaller position. With k = 2, mutual nearest neighbours always tie; the hash decides.
+    4. :math:`\delta_i` = distance to the nearest denser token; for the densest, the largest distance of all.
+    5. score = density * delta; the M best by log density + log delta, ties to the lower position.
+    6. A token belongs to its nearest kept token (ties to the smaller place in `index`), a kept one to itself.
+
+    Args:
+        x: [B, N, C] float32, float16 or bfloat16 (float64 on the torch backend), any strides. A token with NaN or inf, or
+            with a norm over 4.6e18, behaves as masked.
+        num_clusters: M, tokens to keep, in [1, N].
+        k: neighbours per density, the token itself included, in [1, N]. If fewer are valid, those.
+        mask: [B, N] bool, True = valid. Others are nobody's neighbour, never chosen, and assigned to -1.
+        keep: positions (int, [K] or [B, K]) that are always kept and take K of the M places, after the best ones. A
+            position that is -1, masked or there twice takes a place and gives -1.
+        noise: [B, N] floating, added to the density; the published models pass ``torch.rand(B, N) * 1e-6``.
+        seed: of the hash that orders equal densities, any int64.
+        assign: whether to compute `assignment`.
+        ordered: return `index` in ascending position instead of best first.
+        backend: "torch", "cpp", or None for the fastest that can serve the call.
+
+    Returns:
+        DensityPeaks(index [B, M] int64, assignment [B, N] int64 or None, density, delta, score [B, N] float32). With
+        fewer than M valid tokens the last places of index are -1. density, delta and score of invalid tokens are 0. None
+        of them carries a gradient.
+
+    Raises:
+        ValueError, TypeError: ``dpc_knn: <arg> must be <expected>, got <actual>``.
+
+    Numerics: float32 throughout, after subtracting each sample's mean; half inputs are upcast. The result is the same
+    bits on every run, for any number of threads and whatever else is in the batch.
+
+    Cost: half of :math:`N^2 C` multiply-adds; O(N (k + C)) memory beyond the input, never N x N.
+
+    Source: density peaks: Rodriguez & Laio, Science 344 (2014), eq. 1-2; the kNN density: Du, Ding & Jia,
+    Knowl.-Based Syst. 99 (2016); in transformers: TCFormer (Zeng et al., CVPR 2022, eq. 1-3) and the Token Pruning
+    Cluster of HoT (Li et al., CVPR 2024, arXiv 2311.12028).
+
+    Example::
+
+        >>> import torch, hotkernels
+        >>> x = torch.tensor([[[0.0], [0.1], [0.2], [5.0], [5.1], [9.0]]])
+        >>> peaks = hotkernels.dpc_knn(x, num_clusters=3, k=2, ordered=True)
+        >>> peaks.index
+        tensor([[1, 4, 5]])
+        >>> peaks.assignment
+        tensor([[0, 0, 0, 1, 1, 2]])
+    """
+    check_tensor(_OP, "x", x, "[B, N, C]", FLOATING, shape=(None, None, None))
+    B, N, C = x.shape
+    if N < 1 or C < 1:
+        fail(_OP, "x", "[B, N, C] with N >= 1 and C >= 1", list(x.shape))
+    check_int(_OP, "num_clusters", num_clusters, 1, N, "N = ")
+    check_int(_OP, "k", k, 1, N, "N = ")
+    check_int(_OP, "seed", seed, -(2**63), 2**63 - 1)
+    if mask is not None:
+        check_tensor(_OP, "mask", mask, "[B, N]", (torch.bool,), shape=(B, N), device=x.device)
+        mask = mask.contiguous()
+    if noise is not None:
+        check_tensor(_OP, "noise", noise, "[B, N]", FLOATING, shape=(B, N), device=x.device)
+        noise = noise.detach().float().contiguous()
+    if keep is not None:
+        keep = _keep_positions(keep, B, N, num_clusters, x.device)
+    x = x.detach()
+    if choose(_OP, x, backend) == "torch":
+        if keep is not None:
+            check_index(_OP, "keep", keep, N)
+        index, assignment, *rest = dpc_knn_reference(x, num_clusters, k, mask, keep, noise, seed, assign, ordered)
+        density, delta, score = (t.float() for t in rest)
+    else:
+        index, assignment, density, delta, score = torch.ops.hotkernels.dpc_knn_fwd(
+            x, num_clusters, k, mask, keep, noise, seed, assign, ordered
+        )
+    return DensityPeaks(index, assignment if assign else None, density, delta, score)
+
+
+def _keep_positions(keep: int | Sequence[int] | Tensor, B: int, N: int, M: int, device: torch.device) -> Tensor:
+    """`keep` in any of its forms as int64 [B or 1, K]."""
+    if not isinstance(keep, Tensor):
+        positions = [keep] if isinstance(keep, int) else list(keep)
+        for position in positions:
+            check_int(_OP, "keep", position, -1, N - 1, "N - 1 = ")
+        keep = torch.tensor([positions], dtype=torch.int64, device=device)
+    check_tensor(_OP, "keep", keep, "[K] or [B, K]", INTEGER, device=device)
+    if keep.dim() not in (1, 2) or (keep.dim() == 2 and keep.shape[0] not in (1, B)):
+        fail(_OP, "keep", f"an int, [K] or [B, K] with B = {B}", list(keep.shape))
+    keep = keep.reshape(-1, keep.shape[-1]).long().contiguous() if keep.dim() == 2 else keep[None].long().contiguous()
+    if keep.shape[1] > M:
+        fail(_OP, "keep", f"at most num_clusters = {M} positions", keep.shape[1])
+    return keep
+
+
+@fake("dpc_knn_fwd")
+def _dpc_knn_fwd_fake(
+    x: Tensor,
+    num_clusters: int,
+    k: int,
+    mask: Tensor | None,
+    keep: Tensor | None,
+    noise: Tensor | None,
+    seed: int,
+    assign: bool,
+    ordered: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, N, _ = x.shape
+    per_token = [x.new_empty(B, N, dtype=torch.float32) for _ in range(3)]
+    index = x.new_empty(B, num_clusters, dtype=torch.int64)
+    assignment = x.new_empty(B, N if assign else 0, dtype=torch.int64)
+    return index, assignment, per_token[0], per_token[1], per_token[2]

@@ -1,0 +1,118 @@
+"""Density-peak clustering, step by step, in plain PyTorch: the definition that every kernel is held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A token counts only if its squared norm is at most this (float32's largest / 16): then no distance overflows.
+NORM_LIMIT = float.fromhex("0x1.fffffep+123")
+_ROWS_AT_ONCE = 1 << 22  # distances held at a time: rows are done in blocks, N x N never exists
+
+
+def position_hash(seed: int, n: int, device: torch.device) -> Tensor:
+    """Hash the positions 0 .. n-1 with a seed to 32 bits each (MurmurHash3's finaliser), as int64 [n]."""
+
+    def mix(h: Tensor) -> Tensor:
+        h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+        h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+        return h ^ (h >> 16)
+
+    low, high = (torch.full((), v & 0xFFFFFFFF, device=device, dtype=torch.int64) for v in (seed, seed >> 32))
+    return mix((torch.arange(n, device=device) + mix(low ^ mix(high))) & 0xFFFFFFFF)
+
+
+def dpc_knn_reference(
+    x: Tensor,
+    num_clusters: int,
+    k: int = 5,
+    mask: Tensor | None = None,
+    keep: Tensor | None = None,
+    noise: Tensor | None = None,
+    seed: int = 0,
+    assign: bool = True,
+    ordered: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Return (index, assignment, density, delta, score) as `hotkernels.dpc_knn` defines them.
+
+    Computes in float64 if x is float64, else in float32. `keep` is [B or 1, K].
+    """
+    B, N, C = x.shape
+    x = x if x.dtype == torch.float64 else x.float()
+    infinity = x.new_full((), torch.inf)
+
+    # 1. Valid tokens, centred on their mean.
+    valid = (x * x).sum(-1) <= NORM_LIMIT  # false for NaN and inf
+    if mask is not None:
+        valid = valid & mask
+    count = valid.sum(1, keepdim=True)
+    x = torch.where(valid[..., None], x, 0.0)
+    x = torch.where(valid[..., None], x - x.sum(1, keepdim=True) / count.clamp(min=1)[..., None], 0.0)
+
+    def squared_distances(rows: slice, to: Tensor, there: Tensor) -> Tensor:
+        # Differences, not dot products: symmetric bit for bit and exactly 0 on the diagonal.
+        d = torch.cdist(x[:, rows], to, compute_mode="donot_use_mm_for_euclid_dist")
+        return torch.where(there[:, None, :], d * d / C, infinity)
+
+    step = max(1, _ROWS_AT_ONCE // max(1, B * N))
+    blocks = [slice(first, min(first + step, N)) for first in range(0, N, step)]
+
+    # 2. r: mean of the k smallest squared distances, the token itself included.
+    def density_exponent(rows: slice) -> Tensor:
+        nearest = squared_distances(rows, x, valid).topk(k, largest=False).values
+        return torch.where(nearest.isinf(), 0.0, nearest).sum(-1) / count.clamp(1, k)
+
+    r = torch.cat([density_exponent(rows) for rows in blocks], 1)
+    density = torch.exp(-r)
+    if noise is not None:
+        density = density + noise.to(density.dtype)
+
+    # 3. The strict total order, by stable sorts from the last key to the first: position, hash, r, density, validity.
+    order = position_hash(seed, N, x.device).argsort(stable=True).expand(B, N)
+    for key in [r, *([] if noise is None else [-density]), ~valid]:
+        order = order.gather(1, key.gather(1, order).to(r.dtype).argsort(dim=1, stable=True))
+    rank = order.argsort(1)
+
+    # 4. delta: distance to the nearest denser token; for the densest, the largest distance of all.
+    delta2, farthest = [], x.new_zeros(B)
+    for rows in blocks:
+        d = squared_distances(rows, x, valid)
+        denser = rank[:, None, :] < rank[:, rows, None]
+        delta2.append(torch.where(denser, d, infinity).amin(-1))
+        seen = torch.where(valid[:, rows, None] & valid[:, None, :], d, 0.0)
+        farthest = torch.maximum(farthest, seen.flatten(1).amax(1))
+    delta = torch.where(rank == 0, farthest[:, None], torch.cat(delta2, 1)).sqrt()
+
+    # 5. Score, and the M best: in float64 and logarithms, where nothing underflows.
+    log_density = -r.double() if noise is None else density.clamp(min=0).double().log()
+    log_score = log_density + delta.double().log()
+    density, delta = (torch.where(valid, t, 0.0) for t in (density, delta))
+    score = density * delta
+
+    excluded = ~valid
+    kept = torch.full((B, 0), -1, dtype=torch.int64, device=x.device)
+    if keep is not None:
+        kept = keep.expand(B, -1).long()
+        there = (kept >= 0) & (kept < N)
+        twice = (kept[:, :, None] == kept[:, None, :]).tril(-1).any(-1)
+        kept = torch.where(there & ~twice & valid.gather(1, kept.clamp(0, N - 1)), kept, -1)
+        taken = torch.zeros(B, N + 1, dtype=torch.bool, device=x.device)
+        excluded = excluded | taken.scatter(1, torch.where(kept < 0, N, kept), True)[:, :N]
+    best = torch.where(excluded, -torch.inf, log_score).argsort(dim=1, descending=True, stable=True)
+    # A valid token of score 0 still comes before an excluded one.
+    best = best.gather(1, excluded.gather(1, best).byte().argsort(dim=1, stable=True))
+    best = best[:, : num_clusters - kept.shape[1]]
+    index = torch.cat([torch.where(excluded.gather(1, best), -1, best), kept], 1)
+    order_by = torch.where(index < 0, N, index) if ordered else (index < 0).long()
+    index = index.gather(1, order_by.argsort(dim=1, stable=True))
+
+    # 6. Nearest kept token; a kept token is its own, an invalid one nobody's.
+    assignment = None
+    if assign:
+        chosen = x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, C))
+        nearest = [squared_distances(rows, chosen, index >= 0).argmin(-1) for rows in blocks]
+        own = torch.cat([torch.cat(nearest, 1), index.new_zeros(B, 1)], 1)
+        places = torch.arange(num_clusters, device=x.device).expand(B, -1)
+        own = own.scatter(1, torch.where(index < 0, N, index), places)[:, :N]
+        assignment = torch.where(valid & (index >= 0).any(1, keepdim=True), own, -1)
+    return index, assignment, density, delta, score

@@ -1,0 +1,109 @@
+"""Gathering chosen tokens, with their position embedding added in the same pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...backends import Kernel, choose, fake, register
+from ...errors import FLOATING, INTEGER, check_index, check_tensor, fail
+from .reference import gather_tokens_reference
+
+_OP = "gather_tokens"
+_PLAIN = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)  # copied, no arithmetic
+register(
+    _OP,
+    torch=Kernel((*FLOATING, *_PLAIN)),
+    cpp=Kernel((*FLOATING, *_PLAIN), device="cpu", library="_C_cpu"),
+)
+
+
+class GatherTokens(torch.autograd.Function):
+    """gather_tokens over the raw operators: forward(x, index, pos), index int64 [B, M], pos [M, C] or None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, pos: Tensor | None) -> Tensor:
+        """Gather."""
+        ctx.save_for_backward(index)
+        ctx.num_tokens = x.shape[1]
+        return torch.ops.hotkernels.gather_tokens_fwd(x, index, pos)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        """Sum, per token, the gradients of all places that took it, in a fixed order."""
+        (index,) = ctx.saved_tensors
+        grad_x = grad_pos = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.hotkernels.gather_tokens_bwd(grad_out, index, ctx.num_tokens)
+        if ctx.needs_input_grad[2]:
+            grad_pos = grad_out.sum([0, *range(2, grad_out.dim() - 1)])
+        return grad_x, None, grad_pos
+
+
+def gather_tokens(x: Tensor, index: Tensor, pos: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """Copy the tokens named by `index` out of x, adding a position embedding to each place on the way.
+
+    Equivalent to::
+
+        out = x[torch.arange(B)[:, None], index]     # zeros where index is -1
+        out = out + pos.view(M, 1, C)                # one 1 for each dim between N and C
+
+    Args:
+        x: [B, N, ..., C] floating, integer or bool, any strides; HoT's [B, F, J, C].
+        index: [B, M] int64 or int32 in [-1, N); -1 gathers zeros. Tokens may repeat.
+        pos: [M, C] or [1, M, C] floating, added to every place m (also where index is -1), cast to x's dtype.
+        backend: "torch", "cpp", or None for the fastest that can serve the call.
+
+    Returns:
+        [B, M, ..., C] of x's dtype, contiguous. Differentiable once in x and pos; the gradient of a repeated token is the
+        sum over its places, in ascending order: the same bits every time.
+
+    Raises:
+        ValueError, TypeError: ``gather_tokens: <arg> must be <expected>, got <actual>``.
+
+    Numerics: copies are exact; half types add `pos` in float32 and round once; gradients are summed in float32.
+
+    Cost: one read and one write per gathered element, no extra memory; backward O(B (N + M)) integers.
+
+    Source: the pruning step of HoT (Li et al., CVPR 2024, section 3.2), there an index, a copy and an addition.
+
+    Example::
+
+        >>> import torch, hotkernels
+        >>> x = torch.arange(6.0).reshape(1, 3, 2)
+        >>> hotkernels.gather_tokens(x, torch.tensor([[2, 0, -1]]))
+        tensor([[[4., 5.],
+                 [0., 1.],
+                 [0., 0.]]])
+    """
+    if not isinstance(x, Tensor) or x.dim() < 3:
+        fail(_OP, "x", "a tensor [B, N, ..., C]", list(x.shape) if isinstance(x, Tensor) else type(x).__name__)
+    B, N, C = x.shape[0], x.shape[1], x.shape[-1]
+    check_tensor(_OP, "index", index, "[B, M]", INTEGER, shape=(B, None), device=x.device)
+    if pos is not None:
+        M = index.shape[1]
+        check_tensor(_OP, "pos", pos, "[M, C] or [1, M, C]", FLOATING, device=x.device)
+        if x.dtype not in FLOATING:
+            fail(_OP, "pos", "None where x is not floating", list(pos.shape))
+        if tuple(pos.shape) not in ((M, C), (1, M, C)):
+            fail(_OP, "pos", f"[M, C] or [1, M, C] with M = {M}, C = {C}", list(pos.shape))
+        pos = pos.reshape(M, C).to(x.dtype).contiguous()
+    index = index.long().contiguous()
+    if choose(_OP, x, backend) == "torch":
+        check_index(_OP, "index", index, N)
+        return gather_tokens_reference(x, index, pos)
+    return GatherTokens.apply(x, index, pos)
+
+
+@fake("gather_tokens_fwd")
+def _gather_tokens_fwd_fake(x: Tensor, index: Tensor, pos: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], index.shape[1], *x.shape[2:])
+
+
+@fake("gather_tokens_bwd")
+def _gather_tokens_bwd_fake(grad_out: Tensor, index: Tensor, num_tokens: int) -> Tensor:
+    return grad_out.new_empty(grad_out.shape[0], num_tokens, *grad_out.shape[2:])

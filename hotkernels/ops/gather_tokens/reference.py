@@ -1,0 +1,19 @@
+"""Gathering chosen tokens, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gather_tokens_reference(x: Tensor, index: Tensor, pos: Tensor | None = None) -> Tensor:
+    """Return x[b, index[b, m]] (+ pos[m]); an index outside [0, N) gathers zeros."""
+    B, N = x.shape[:2]
+    there = ((index >= 0) & (index < N)).reshape(*index.shape, *[1] * (x.dim() - 2))
+    if N == 0:
+        out = x.new_zeros(B, index.shape[1], *x.shape[2:])
+    else:
+        out = torch.where(there, x[torch.arange(B, device=x.device)[:, None], index.clamp(0, N - 1)], 0)
+    if pos is not None:
+        out = out + pos.reshape(pos.shape[0], *[1] * (x.dim() - 3), pos.shape[1])
+    return out.to(x.dtype)

@@ -1,0 +1,120 @@
+"""Merging tokens: the weighted mean of each cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...backends import Kernel, choose, fake, register
+from ...errors import FLOATING, INTEGER, check_index, check_int, check_tensor, fail
+from .reference import merge_tokens_reference
+
+_OP = "merge_tokens"
+register(_OP, torch=Kernel(FLOATING), cpp=Kernel(FLOATING, device="cpu", library="_C_cpu"))
+
+
+class MergeTokens(torch.autograd.Function):
+    """merge_tokens over the raw operators: forward(x, assignment int64, num_clusters, weight [B, N] or None, eps)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, assignment: Tensor, num_clusters: int, weight: Tensor | None, eps: float
+    ) -> Tensor:
+        """Sum and divide."""
+        out, total = torch.ops.hotkernels.merge_tokens_fwd(x, assignment, num_clusters, weight, eps)
+        ctx.save_for_backward(out, total, x, assignment, weight)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+        """Give each token its cluster's gradient, scaled."""
+        need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        grad_x, grad_weight = torch.ops.hotkernels.merge_tokens_bwd(grad_out, *ctx.saved_tensors, need_weight)
+        return grad_x if need_x else None, None, None, grad_weight if need_weight else None, None
+
+
+def merge_tokens(
+    x: Tensor,
+    assignment: Tensor,
+    num_clusters: int,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Average the tokens of each cluster, weighted.
+
+    Equivalent to::
+
+        member = torch.nn.functional.one_hot(assignment, num_clusters).to(x) * weight.view(B, N, 1)
+        out = member.mT @ x / (member.sum(1)[..., None] + eps)
+
+    Args:
+        x: [B, N, C] float32, float16, bfloat16 or float64, any strides.
+        assignment: [B, N] int64 or int32 in [-1, num_clusters), as `dpc_knn` returns it; -1 = in no cluster.
+        num_clusters: M, at least 1.
+        weight: [B, N] or [B, N, 1] floating, cast to x's dtype; None = 1.
+        eps: added to each cluster's total weight.
+        backend: "torch", "cpp", or None for the fastest that can serve the call.
+
+    Returns:
+        [B, M, C] of x's dtype; an empty cluster gives zeros. Differentiable once in x and weight.
+
+    Raises:
+        ValueError, TypeError: ``merge_tokens: <arg> must be <expected>, got <actual>``.
+
+    Numerics: sums in float32 (float64 for float64), tokens in ascending order: the same bits every time.
+
+    Cost: reads x once, writes the result once; no sort, no atomics, no [B, N, M] matrix.
+
+    Source: the token merging of TCFormer (Zeng et al., CVPR 2022, eq. 4, there with weight = exp of a learned score).
+
+    Example::
+
+        >>> import torch, hotkernels
+        >>> x = torch.tensor([[[1.0], [3.0], [10.0]]])
+        >>> hotkernels.merge_tokens(x, torch.tensor([[0, 0, 1]]), num_clusters=3, eps=0.0)
+        tensor([[[ 2.],
+                 [10.],
+                 [ 0.]]])
+    """
+    check_tensor(_OP, "x", x, "[B, N, C]", FLOATING, shape=(None, None, None))
+    B, N, _ = x.shape
+    check_tensor(_OP, "assignment", assignment, "[B, N]", INTEGER, shape=(B, N), device=x.device)
+    check_int(_OP, "num_clusters", num_clusters, 1, None)
+    if weight is not None:
+        check_tensor(_OP, "weight", weight, "[B, N] or [B, N, 1]", FLOATING, device=x.device)
+        if tuple(weight.shape) not in ((B, N), (B, N, 1)):
+            fail(_OP, "weight", f"[B, N] or [B, N, 1] with B = {B}, N = {N}", list(weight.shape))
+        weight = weight.reshape(B, N).to(x.dtype).contiguous()
+    assignment = assignment.long().contiguous()
+    if choose(_OP, x, backend) == "torch":
+        check_index(_OP, "assignment", assignment, num_clusters)
+        return merge_tokens_reference(x, assignment, num_clusters, weight, eps)
+    return MergeTokens.apply(x, assignment, num_clusters, weight, eps)
+
+
+@fake("merge_tokens_fwd")
+def _merge_tokens_fwd_fake(
+    x: Tensor, assignment: Tensor, num_clusters: int, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = torch.float64 if x.dtype == torch.float64 else torch.float32
+    B, _, C = x.shape
+    return x.new_empty(B, num_clusters, C), x.new_empty(B, num_clusters, dtype=total)
+
+
+@fake("merge_tokens_bwd")
+def _merge_tokens_bwd_fake(
+    grad_out: Tensor,
+    out: Tensor,
+    total: Tensor,
+    x: Tensor,
+    assignment: Tensor,
+    weight: Tensor | None,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[1] if need_weight else 0)

@@ -1,0 +1,24 @@
+"""Weighted mean of each cluster's tokens, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge_tokens_reference(
+    x: Tensor, assignment: Tensor, num_clusters: int, weight: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """Return sum_i w_i x_i / (sum_i w_i + eps) per cluster, [B, num_clusters, C]; weight is [B, N].
+
+    Computes in float64 if x is float64, else in float32.
+    """
+    B, N, C = x.shape
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    w = torch.ones(B, N, dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
+    # One cluster more takes the tokens of none. index_put sums in a fixed order on every device; index_add does not.
+    there = (assignment >= 0) & (assignment < num_clusters)
+    places = (torch.arange(B, device=x.device)[:, None], torch.where(there, assignment, num_clusters))
+    sums = w.new_zeros(B, num_clusters + 1, C).index_put(places, x.to(dtype) * w[..., None], accumulate=True)
+    total = w.new_zeros(B, num_clusters + 1).index_put(places, w, accumulate=True)[:, :-1, None] + eps
+    return (sums[:, :-1] / torch.where(total == 0, 1.0, total)).to(x.dtype)

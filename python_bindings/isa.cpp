@@ -1,0 +1,53 @@
+// Chooses the instruction set of the CPU kernels, once; _isa(force) tells it, or changes it for tests and benchmarks.
+#include <atomic>
+#include <cstdlib>
+
+#include "check.h"
+
+namespace hotkernels {
+namespace {
+
+constexpr const char* kNames[] = {"base", "avx2", "avx512"};
+
+Isa widest() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return Isa::avx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return Isa::avx2;
+#endif
+  return Isa::base;
+}
+
+Isa named(const std::string& name, const char* arg) {
+  const Isa limit = widest();
+  for (int i = 0; i <= static_cast<int>(limit); ++i) {
+    if (name == kNames[i]) return static_cast<Isa>(i);
+  }
+  std::string served;
+  for (int i = 0; i <= static_cast<int>(limit); ++i) served += std::string(i ? ", " : "") + kNames[i];
+  HK_CHECK(false, "hotkernels", arg, "an instruction set of this machine (" << served << ")", "'" << name << "'");
+  return limit;
+}
+
+std::atomic<int>& current() {
+  static std::atomic<int> chosen = [] {
+    const char* name = std::getenv("HOTKERNELS_ISA");
+    return static_cast<int>(name && *name ? named(name, "HOTKERNELS_ISA") : widest());
+  }();
+  return chosen;
+}
+
+std::string isa_name(std::optional<std::string> force) {
+  if (force) current() = static_cast<int>(named(*force, "force"));
+  return kNames[current()];
+}
+
+}  // namespace
+
+Isa isa() { return static_cast<Isa>(current().load(std::memory_order_relaxed)); }
+
+}  // namespace hotkernels
+
+STABLE_TORCH_LIBRARY_IMPL(hotkernels, CompositeExplicitAutograd, m) { m.impl("_isa", TORCH_BOX(&hotkernels::isa_name)); }

@@ -1,0 +1,181 @@
+"""Builds hotkernels._C_cpu and, where there is nvcc, hotkernels._C_cuda with ninja against the LibTorch stable ABI.
+
+No compiler, no torch headers or another platform: the package installs as pure Python, and build_report.txt, which
+`python -m hotkernels doctor` prints, says what was missing. A compile error is an error.
+
+Environment: HOTKERNELS_TORCH_DIR (the torch package to build against), HOTKERNELS_BUILD_CUDA=auto|0|1,
+HOTKERNELS_CUDA_ARCHS (default "80;90a;100"), HOTKERNELS_CXXFLAGS, HOTKERNELS_LDFLAGS, CXX, CUDA_HOME, MAX_JOBS.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# One binary for every torch from 2.11 and every CPython from 3.10 on.
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000"]
+CXX_FLAGS = [
+    "-std=c++20", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
+    # What vectorisation needs, and nothing that changes answers; never -ffast-math, which also flushes denormals
+    # to zero in the whole process.
+    "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-ffp-contract=fast",
+]  # fmt: skip
+ISA_FLAGS = {
+    "base": ["-msse4.2"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+}
+
+
+def find_torch() -> tuple[Path, bool] | None:
+    """The installed torch package and whether it has CUDA, without importing it."""
+    places = [os.environ.get("HOTKERNELS_TORCH_DIR")]
+    spec = importlib.util.find_spec("torch")
+    places += list(spec.submodule_search_locations or []) if spec else []
+    # pip's isolated build environment hides the one around it, but these paths still lead there.
+    places += [os.path.join(sysconfig.get_paths()[key], "torch") for key in ("platlib", "purelib")]
+    for place in places:
+        if place and (Path(place) / "include/torch/csrc/stable/library.h").exists():
+            cuda = re.search(r"^cuda\b[^=]*=\s*['\"]", (Path(place) / "version.py").read_text(), re.M)
+            return Path(place), cuda is not None
+    return None
+
+
+def find_compiler() -> str | None:
+    found = (shutil.which(cxx) for cxx in (os.environ.get("CXX"), "g++", "clang++") if cxx)
+    return next((path for path in found if path), None)
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA toolkit's folder."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if home and (Path(home) / "bin/nvcc").exists():
+            return Path(home)
+    nvcc = shutil.which("nvcc")
+    return Path(nvcc).resolve().parent.parent if nvcc else None
+
+
+def plan() -> tuple[list[str], list[str]]:
+    """Which libraries to build, and one line per library on what was decided and why."""
+    want_cuda = os.environ.get("HOTKERNELS_BUILD_CUDA", "auto")
+    if want_cuda not in ("auto", "0", "1"):
+        raise SystemExit(f"hotkernels: HOTKERNELS_BUILD_CUDA must be auto, 0 or 1, got {want_cuda!r}")
+    torch, compiler, nvcc = find_torch(), find_compiler(), find_nvcc()
+    missing = None
+    if sys.platform != "linux":
+        missing = f"the extensions build on Linux only, this is {sys.platform}"
+    elif torch is None:
+        missing = "no torch >= 2.11 was found to build against (install torch first, or set HOTKERNELS_TORCH_DIR)"
+    elif compiler is None:
+        missing = "no C++ compiler was found (tried $CXX, g++, clang++)"
+    if missing:
+        if want_cuda == "1":
+            raise SystemExit(f"hotkernels: HOTKERNELS_BUILD_CUDA=1, but {missing}")
+        return [], [f"{name}: not built: {missing}" for name in ("_C_cpu", "_C_cuda")]
+    assert torch is not None
+    if want_cuda == "1" and nvcc is None:
+        raise SystemExit("hotkernels: HOTKERNELS_BUILD_CUDA=1, but no nvcc was found (set CUDA_HOME)")
+    if want_cuda == "1" or (want_cuda == "auto" and torch[1] and nvcc):
+        return ["_C_cpu", "_C_cuda"], ["_C_cpu: built", "_C_cuda: built"]
+    why = "HOTKERNELS_BUILD_CUDA=0" if want_cuda == "0" else "no nvcc was found" if torch[1] else "torch has no CUDA"
+    return ["_C_cpu"], ["_C_cpu: built", f"_C_cuda: not built: {why}"]
+
+
+def ninja_file(name: str, out: Path, objects: Path) -> str:
+    """The build of one library: every kernel of csrc/cpu once per instruction set, or csrc/cuda through nvcc."""
+    found = find_torch()
+    assert found is not None
+    torch, toolkit, cuda = found[0], find_nvcc(), name == "_C_cuda"
+    include = ["-I", ROOT / "csrc/include"]
+    glue = [*CXX_FLAGS, *STABLE_ABI, f"-DHK_MODULE={name}", *include]
+    glue += ["-isystem", torch / "include", "-isystem", sysconfig.get_paths()["include"]]
+    archs = os.environ.get("HOTKERNELS_CUDA_ARCHS", "80;90a;100").split(";")
+    extra = os.environ.get("HOTKERNELS_CXXFLAGS", "").split()
+
+    steps: list[tuple[str, Path, str, list]] = [("cxx", ROOT / "python_bindings/module.cpp", "module", glue + extra)]
+    if cuda:
+        glue += ["-DUSE_CUDA", "-isystem", f"{toolkit}/include"]
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        if archs[0].isdigit():  # other chips compile the first one's PTX when they load it
+            gencode.append(f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}")
+        nvcc = ["-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        for src in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            steps.append(("nvcc", src, src.name, [*nvcc, f"--threads={len(archs)}", *gencode, *include]))
+        bindings = sorted((ROOT / "python_bindings").glob("*_cuda.cpp"))
+    else:
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        for src in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+            for isa, flags in ISA_FLAGS.items() if x86 else [("base", [])]:
+                kernel = [*CXX_FLAGS, *flags, f"-DHK_ISA={isa}", *include, *extra]
+                steps.append(("cxx", src, f"{src.stem}.{isa}", kernel))
+        bindings = sorted((ROOT / "python_bindings").glob("*_cpu.cpp"))
+        bindings += [ROOT / "python_bindings" / f for f in ("schemas.cpp", "isa.cpp")]
+    steps += [("cxx", src, src.stem, glue + extra) for src in bindings]
+
+    link = [f"-L{torch / 'lib'}", *os.environ.get("HOTKERNELS_LDFLAGS", "").split(), "-Wl,--exclude-libs,ALL"]
+    if cuda:  # libtorch.so, kept though nothing here names it, brings libtorch_cuda.so in on a CUDA build of torch
+        link += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+        link += [f"-L{toolkit}/lib64", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+    link += ["-ltorch_cpu", "-lc10"]
+
+    def words(parts: list) -> str:
+        return " ".join(str(p).replace("$", "$$").replace(" ", "$ ") for p in parts)
+
+    lines = [
+        "rule cxx", f"  command = {find_compiler()} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d", "  deps = gcc",
+        "rule nvcc", f"  command = {toolkit}/bin/nvcc $flags -MD -MF $out.d -c $in -o $out >$out.ptxas 2>&1 "
+        "|| (cat $out.ptxas; exit 1)", "  depfile = $out.d", "  deps = gcc",
+        "rule link", f"  command = {find_compiler()} -shared $in -o $out $flags",
+    ]  # fmt: skip
+    for rule, src, stem, flags in steps:
+        lines += [f"build {words([objects / (stem + '.o')])}: {rule} {words([src])}", f"  flags = {words(flags)}"]
+    objs = words([objects / (stem + ".o") for _, _, stem, _ in steps])
+    lines += [f"build {words([out])}: link {objs}", f"  flags = {words(link)}", f"default {words([out])}"]
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuild(build_ext):
+    """setuptools finds out where the libraries go; ninja compiles what changed."""
+
+    def run(self) -> None:
+        super().run()
+        # The report goes where the package is imported from: the source tree for an editable install.
+        package = ROOT / "hotkernels" if self.inplace or self.editable_mode else Path(self.build_lib) / "hotkernels"
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "build_report.txt").write_text("\n".join(plan()[1]) + "\n")
+        print("hotkernels: " + "; ".join(plan()[1]))
+
+    def build_extension(self, ext: Extension) -> None:
+        name = ext.name.rsplit(".", 1)[-1]
+        out = Path(self.get_ext_fullpath(ext.name)).resolve()
+        objects = ROOT / "build" / name  # always the same place, so that a second build does only what changed
+        out.parent.mkdir(parents=True, exist_ok=True)
+        objects.mkdir(parents=True, exist_ok=True)
+        (objects / "build.ninja").write_text(ninja_file(name, out, objects))
+        try:
+            import ninja
+
+            executable = os.path.join(ninja.BIN_DIR, "ninja")
+        except ImportError:
+            executable = "ninja"
+        jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
+        subprocess.run([executable, "-C", str(objects), *jobs], check=True)
+
+
+setup(
+    ext_modules=[Extension(f"hotkernels.{name}", [], py_limited_api=True) for name in plan()[0]],
+    cmdclass={"build_ext": NinjaBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if plan()[0] else {},
+)
