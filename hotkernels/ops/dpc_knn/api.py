@@ -68,8 +68,8 @@ def dpc_knn(
     6. A token belongs to its nearest kept token (ties to the smaller place in `index`), a kept one to itself.
 
     Args:
-        x: [B, N, C] float32, float16 or bfloat16 (float64 on the torch backend), any strides. A token with NaN or inf, or
-            with a norm over 4.6e18, behaves as masked.
+        x: [B, N, C] float32, float16 or bfloat16 (float64 on the torch backend), any strides. A token with NaN or inf,
+            or with a norm over 4.6e18, behaves as masked.
         num_clusters: M, tokens to keep, in [1, N].
         k: neighbours per density, the token itself included, in [1, N]. If fewer are valid, those.
         mask: [B, N] bool, True = valid. Others are nobody's neighbour, never chosen, and assigned to -1.
@@ -83,8 +83,8 @@ def dpc_knn(
 
     Returns:
         DensityPeaks(index [B, M] int64, assignment [B, N] int64 or None, density, delta, score [B, N] float32). With
-        fewer than M valid tokens the last places of index are -1. density, delta and score of invalid tokens are 0. None
-        of them carries a gradient.
+        fewer than M valid tokens the last places of index are -1. density, delta and score of invalid tokens are 0.
+        Nothing here carries a gradient.
 
     Raises:
         ValueError, TypeError: ``dpc_knn: <arg> must be <expected>, got <actual>``.
@@ -101,12 +101,10 @@ def dpc_knn(
     Example::
 
         >>> import torch, hotkernels
-        >>> x = torch.tensor([[[0.0], [0.1], [0.2], [5.0], [5.1], [9.0]]])
-        >>> peaks = hotkernels.dpc_knn(x, num_clusters=3, k=2, ordered=True)
-        >>> peaks.index
-        tensor([[1, 4, 5]])
-        >>> peaks.assignment
-        tensor([[0, 0, 0, 1, 1, 2]])
+        >>> x = torch.tensor([[[0.0], [0.1], [0.3], [5.0], [5.2], [5.3]]])
+        >>> peaks = hotkernels.dpc_knn(x, num_clusters=2, k=2)
+        >>> peaks.index, peaks.assignment
+        (tensor([[5, 1]]), tensor([[1, 1, 1, 0, 0, 0]]))
     """
     check_tensor(_OP, "x", x, "[B, N, C]", FLOATING, shape=(None, None, None))
     B, N, C = x.shape

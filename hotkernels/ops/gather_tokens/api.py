@@ -59,8 +59,8 @@ def gather_tokens(x: Tensor, index: Tensor, pos: Tensor | None = None, *, backen
         backend: "torch", "cpp", or None for the fastest that can serve the call.
 
     Returns:
-        [B, M, ..., C] of x's dtype, contiguous. Differentiable once in x and pos; the gradient of a repeated token is the
-        sum over its places, in ascending order: the same bits every time.
+        [B, M, ..., C] of x's dtype, contiguous. Differentiable once in x and pos; the gradient of a repeated token is
+        the sum over its places, in ascending order: the same bits every time.
 
     Raises:
         ValueError, TypeError: ``gather_tokens: <arg> must be <expected>, got <actual>``.
