@@ -66,8 +66,8 @@ def check_int(op: str, arg: str, value: Any, low: int, high: int | None, meaning
 def check_index(op: str, arg: str, index: Tensor, size: int) -> None:
     """Check that every index is -1 ("no token here") or in [0, size).
 
-    Looks at the values on the CPU; on a GPU that would stall the stream, so there it looks inside `checked()` only. Does
-    not look inside torch.compile.
+    Looks at the values on the CPU; on a GPU that would stall the stream, so there it looks inside `checked()` only.
+    Does not look inside torch.compile.
     """
     if index.numel() == 0 or torch.compiler.is_compiling() or (index.device.type != "cpu" and not _looking.get()):
         return

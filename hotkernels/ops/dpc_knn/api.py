@@ -104,7 +104,7 @@ def dpc_knn(
         >>> x = torch.tensor([[[0.0], [0.1], [0.3], [5.0], [5.2], [5.3]]])
         >>> peaks = hotkernels.dpc_knn(x, num_clusters=2, k=2)
         >>> peaks.index, peaks.assignment
-        (tensor([[5, 1]]), tensor([[1, 1, 1, 0, 0, 0]]))
+        (tensor([[0, 4]]), tensor([[0, 0, 0, 1, 1, 1]]))
     """
     check_tensor(_OP, "x", x, "[B, N, C]", FLOATING, shape=(None, None, None))
     B, N, C = x.shape
