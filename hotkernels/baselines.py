@@ -15,13 +15,14 @@ def cluster_dpc_knn_eager(
 ) -> tuple[Tensor, Tensor]:
     """DPC-kNN as TCFormer and HoT publish it, over an N x N matrix: (index_down [B, M], idx_cluster [B, N]).
 
-    `noise` [B, N] is what they draw as torch.rand(B, N) * 1e-6; `center` is the frame that MHFormer always keeps.
+    `noise` [B, N] is what they draw as torch.rand(B, N) * 1e-6. `center` is the frame that MHFormer always keeps: it is
+    not among the `cluster_num`, its caller appends it.
     """
-    B, N, C = x.shape
+    B, _, C = x.shape
     d = torch.cdist(x, x) / C**0.5
     if token_mask is not None:
-        masked = (token_mask <= 0)[:, None, :].expand(B, N, N)
-        d = torch.where(masked, d.max() + 1, d)
+        token_mask = token_mask > 0
+        d = d * token_mask[:, None, :] + (d.max() + 1) * ~token_mask[:, None, :]
     nearest = d.topk(k, dim=-1, largest=False).values
     density = (-(nearest**2).mean(-1)).exp() + noise
     if token_mask is not None:
@@ -32,10 +33,7 @@ def cluster_dpc_knn_eager(
     score = delta * density
     if center is not None:
         score[:, center] = -torch.inf
-        best = score.topk(cluster_num - 1, dim=-1).indices
-        index_down = torch.cat([best, torch.full_like(best[:, :1], center)], 1)
-    else:
-        index_down = score.topk(cluster_num, dim=-1).indices
+    index_down = score.topk(cluster_num, dim=-1).indices
     batch = torch.arange(B, device=x.device)[:, None]
     idx_cluster = d[batch, index_down].argmin(1)
     idx_cluster[batch, index_down] = torch.arange(cluster_num, device=x.device).expand(B, -1)
@@ -48,7 +46,7 @@ def merge_tokens_eager(x: Tensor, idx_cluster: Tensor, cluster_num: int, weight:
     if weight is None:
         weight = x.new_ones(B, N, 1)
     rows = (idx_cluster + torch.arange(B, device=x.device)[:, None] * cluster_num).reshape(-1)
-    total = x.new_zeros(B * cluster_num, 1).index_add(0, rows, weight.reshape(B * N, 1)) + 1e-6
+    total = weight.new_zeros(B * cluster_num, 1).index_add(0, rows, weight.reshape(B * N, 1)) + 1e-6
     share = weight / total[rows].reshape(B, N, 1)
-    merged = x.new_zeros(B * cluster_num, C).index_add(0, rows, (x * share).reshape(B * N, C))
+    merged = x.new_zeros(B * cluster_num, C).index_add(0, rows, (x * share).reshape(B * N, C).to(x.dtype))
     return merged.reshape(B, cluster_num, C)

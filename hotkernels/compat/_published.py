@@ -1,0 +1,84 @@
+"""What the published functions have in common: their noise, masked tokens that still get an index, token dicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FLOATING, check_int, check_tensor
+from ..ops.dpc_knn import dpc_knn
+from ..ops.gather_tokens import gather_tokens
+from ..ops.merge_tokens import merge_tokens
+
+
+@torch.no_grad()
+def cluster(
+    x: Tensor, cluster_num: int, k: int, token_mask: Tensor | None = None, center: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cluster x [B, N, C] as published: (index_down [B, M], idx_cluster [B, N]), both int64 and never negative.
+
+    Draws `torch.rand(B, N)` once from the global generator, in the dtype of the published density.
+
+    `token_mask` [B, N], > 0 = valid. Published callers index with the result, so a masked token (or one with NaN) is in
+    cluster 0, and where fewer than M tokens are valid the masked ones fill the places left, lowest position first, each
+    a cluster of its own. Unlike the published code, which writes the largest distance of the whole batch into masked
+    columns, samples do not influence each other.
+
+    `center` is not chosen, as its caller appends it, but it counts as a neighbour.
+    """
+    check_tensor("cluster_dpc_knn", "x", x, "[B, N, C]", FLOATING, shape=(None, None, None))
+    B, N, _ = x.shape
+    check_int("cluster_dpc_knn", "cluster_num", cluster_num, 1, N, "N = ")
+    # cdist is on autocast's float32 list, and so the published density is float32 there.
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if half and torch.is_autocast_enabled(x.device.type) else x.dtype
+    noise = torch.rand(B, N, device=x.device, dtype=dtype) * 1e-6
+    mask = None if token_mask is None else token_mask > 0
+
+    if center is None:
+        index, idx_cluster, *_ = dpc_knn(x, cluster_num, k, mask=mask, noise=noise)
+    else:
+        check_int("cluster_dpc_knn", "center", center, -N, N - 1, "N - 1 = ")
+        center = center % N
+        more = min(cluster_num + 1, N)
+        index, *_ = dpc_knn(x, more, k, mask=mask, noise=noise, keep=center, assign=False)
+        index = index.masked_fill(index == center, -1)
+        index = index.gather(1, (index < 0).byte().argsort(dim=1, stable=True)[:, :cluster_num])
+        # Assign to these M alone: with all places taken by `keep`, only the assignment is new.
+        _, idx_cluster, *_ = dpc_knn(x, cluster_num, 1, mask=mask, keep=index)
+    assert idx_cluster is not None
+
+    # Places that no valid token took go to the others, lowest position first, the centre last.
+    rest = (idx_cluster >= 0).byte() * 2
+    if center is not None:
+        rest[:, center] = 1
+    place_in_rest = (index < 0).cumsum(1).sub(1).clamp(min=0)
+    index = torch.where(index < 0, rest.argsort(dim=1, stable=True).gather(1, place_in_rest), index)
+    own = torch.arange(cluster_num, device=x.device).expand(B, -1)
+    return index, idx_cluster.clamp(min=0).scatter(1, index, own)
+
+
+def merge(
+    token_dict: dict[str, Any], idx_cluster: Tensor, cluster_num: int, token_weight: Tensor | None = None
+) -> dict[str, Any]:
+    """Merge as published, without the entries that only some origins have: x, token_num, idx_token, agg_weight."""
+    x, idx_token = token_dict["x"], token_dict["idx_token"]
+    B, N, _ = x.shape
+    weight = x.new_ones(B, N, 1) if token_weight is None else token_weight.reshape(B, N, 1)
+    # Weights wider than x (float32 from exp under autocast) are not narrowed: exp overflows float16.
+    wide = x.to(torch.promote_types(x.dtype, weight.dtype))
+    merged = merge_tokens(wide, idx_cluster, cluster_num, weight).to(x.dtype)
+
+    # Each token's share of its cluster, and the product of shares from an initial grid cell up to its cluster.
+    # index_put sums in a fixed order on every device; index_add does not.
+    places = (torch.arange(B, device=x.device)[:, None], idx_cluster)
+    total = weight.new_zeros(B, cluster_num, 1).index_put(places, weight, accumulate=True) + 1e-6
+    share = weight / gather_tokens(total, idx_cluster)
+    return {
+        "x": merged,
+        "token_num": cluster_num,
+        "idx_token": idx_cluster.gather(1, idx_token),
+        "agg_weight": token_dict["agg_weight"] * gather_tokens(share, idx_token),
+    }

@@ -1,0 +1,38 @@
+"""Chat-UniVi's clustering and merging of visual tokens (Jin et al., CVPR 2024): TCFormer's, in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ._published import cluster, merge
+
+
+def cluster_dpc_knn(
+    token_dict: dict[str, Any], cluster_num: int, k: int = 5, token_mask: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """Cluster the tokens token_dict["x"] [B, N, C], in float32 whatever their dtype.
+
+    Equivalent to Chat-UniVi's function of that name as its module CTM calls it: k > cluster_num becomes
+    min(3, max(cluster_num // 2, 1)), and the mask is token_dict["mask"] unless given. Masks as in `compat.hot`.
+
+    Returns:
+        (idx_cluster [B, N] int64 in [0, cluster_num), cluster_num).
+    """
+    if k > cluster_num:
+        k = min(3, max(cluster_num // 2, 1))
+    if token_mask is None:
+        token_mask = token_dict.get("mask")
+    return cluster(token_dict["x"].float(), cluster_num, k, token_mask)[1], cluster_num
+
+
+def merge_tokens(
+    token_dict: dict[str, Any], idx_cluster: Tensor, cluster_num: int, token_weight: Tensor | None = None
+) -> dict[str, Any]:
+    """Average the tokens of each cluster as `compat.tcformer.merge_tokens` does.
+
+    Returns:
+        A dict with x [B, M, C], token_num, idx_token, agg_weight and mask = None.
+    """
+    return merge(token_dict, idx_cluster, cluster_num, token_weight) | {"mask": None}

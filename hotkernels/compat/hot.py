@@ -1,0 +1,39 @@
+"""HoT's clustering (Li et al., CVPR 2024) of the frames of a pose sequence, also in its MHFormer and MixSTE hosts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._published import cluster
+
+
+def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Choose `cluster_num` of the N tokens of x by density peaks.
+
+    Equivalent to HoT's function of that name, without its N x N matrices.
+
+    Args:
+        x: [B, N, C] floating.
+        cluster_num: M, in [1, N].
+        k: neighbours per density, the token itself included.
+        token_mask: [B, N] float or bool, > 0 = valid. A masked token is in cluster 0; where fewer than M are valid,
+            masked ones fill the places left, lowest position first. Samples do not influence each other.
+
+    Returns:
+        (index_down [B, M] int64, best first; idx_cluster [B, N] int64 in [0, M)).
+
+    Numerics: draws `torch.rand(B, N)` once, as published: the global generator is left in the same state.
+    """
+    return cluster(x, cluster_num, k, token_mask)
+
+
+def cluster_dpc_knn_center(
+    x: Tensor, cluster_num: int, k: int, center: int, token_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose `cluster_num` tokens other than `center`, which the caller appends to them.
+
+    Equivalent to the function of that name in HoT's MixSTE and MHFormer, which pass one less than the frames they keep.
+
+    Args, Returns: as `cluster_dpc_knn`; `center` is a position in [-N, N). No token is assigned to the centre.
+    """
+    return cluster(x, cluster_num, k, token_mask, center)
