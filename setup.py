@@ -53,17 +53,17 @@ def find_torch() -> tuple[Path, bool] | None:
 
 
 def find_compiler() -> str | None:
-    found = (shutil.which(cxx) for cxx in (os.environ.get("CXX"), "g++", "clang++") if cxx)
+    found = (shutil.which(cxx) for cxx in (os.environ.get("CXX"), "g++", "clang++", "c++") if cxx)
     return next((path for path in found if path), None)
 
 
 def find_nvcc() -> Path | None:
     """The CUDA toolkit's folder."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
-        if home and (Path(home) / "bin/nvcc").exists():
-            return Path(home)
-    nvcc = shutil.which("nvcc")
-    return Path(nvcc).resolve().parent.parent if nvcc else None
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    on_path = shutil.which("nvcc")
+    places += [str(Path(on_path).resolve().parent.parent)] if on_path else []
+    homes = (Path(place) for place in places if place)
+    return next((h for h in homes if (h / "bin/nvcc").exists() and (h / "include/cuda_runtime_api.h").exists()), None)
 
 
 def plan() -> tuple[list[str], list[str]]:
@@ -78,7 +78,7 @@ def plan() -> tuple[list[str], list[str]]:
     elif torch is None:
         missing = "no torch >= 2.11 was found to build against (install torch first, or set HOTKERNELS_TORCH_DIR)"
     elif compiler is None:
-        missing = "no C++ compiler was found (tried $CXX, g++, clang++)"
+        missing = "no C++ compiler was found (tried $CXX, g++, clang++, c++)"
     if missing:
         if want_cuda == "1":
             raise SystemExit(f"hotkernels: HOTKERNELS_BUILD_CUDA=1, but {missing}")
@@ -146,6 +146,21 @@ def ninja_file(name: str, out: Path, objects: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def build_library(name: str, out: Path, objects: Path) -> None:
+    """Compile and link one library, whatever of it is not up to date."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    objects.mkdir(parents=True, exist_ok=True)
+    (objects / "build.ninja").write_text(ninja_file(name, out, objects))
+    try:
+        import ninja
+
+        executable = os.path.join(ninja.BIN_DIR, "ninja")
+    except ImportError:
+        executable = "ninja"
+    jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
+    subprocess.run([executable, "-C", str(objects), *jobs], check=True)
+
+
 class NinjaBuild(build_ext):
     """setuptools finds out where the libraries go; ninja compiles what changed."""
 
@@ -154,28 +169,22 @@ class NinjaBuild(build_ext):
         # The report goes where the package is imported from: the source tree for an editable install.
         package = ROOT / "hotkernels" if self.inplace or self.editable_mode else Path(self.build_lib) / "hotkernels"
         package.mkdir(parents=True, exist_ok=True)
-        (package / "build_report.txt").write_text("\n".join(plan()[1]) + "\n")
-        print("hotkernels: " + "; ".join(plan()[1]))
+        libraries, report = plan()
+        for name in {"_C_cpu", "_C_cuda"} - set(libraries):  # an earlier build's would be packed, or imported, unasked
+            (package / f"{name}.abi3.so").unlink(missing_ok=True)
+        (package / "build_report.txt").write_text("\n".join(report) + "\n")
+        print("hotkernels: " + "; ".join(report))
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rsplit(".", 1)[-1]
-        out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        objects = ROOT / "build" / name  # always the same place, so that a second build does only what changed
-        out.parent.mkdir(parents=True, exist_ok=True)
-        objects.mkdir(parents=True, exist_ok=True)
-        (objects / "build.ninja").write_text(ninja_file(name, out, objects))
-        try:
-            import ninja
-
-            executable = os.path.join(ninja.BIN_DIR, "ninja")
-        except ImportError:
-            executable = "ninja"
-        jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
-        subprocess.run([executable, "-C", str(objects), *jobs], check=True)
+        # Objects always go to the same place, so that a second build does only what changed.
+        build_library(name, Path(self.get_ext_fullpath(ext.name)).resolve(), ROOT / "build" / name)
 
 
-setup(
-    ext_modules=[Extension(f"hotkernels.{name}", [], py_limited_api=True) for name in plan()[0]],
-    cmdclass={"build_ext": NinjaBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if plan()[0] else {},
-)
+if __name__ == "__main__":  # the tests import this file to ask for the same flags
+    LIBRARIES = plan()[0]
+    setup(
+        ext_modules=[Extension(f"hotkernels.{name}", [], py_limited_api=True) for name in LIBRARIES],
+        cmdclass={"build_ext": NinjaBuild},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIBRARIES else {},
+    )

@@ -1,0 +1,185 @@
+"""Gates on the build: symbols, instructions, resources on each GPU generation, one name per op, no compiler at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_resources
+import pytest
+import torch
+
+from hotkernels import backends
+
+ROOT = cuda_resources.ROOT
+SETUP = cuda_resources.build_script()
+DATA = Path(__file__).parent / "data"
+GENERATIONS = {"sm_80", "sm_90a", "sm_100"}
+OPS = sorted(p.parent.name for p in (ROOT / "hotkernels/ops").glob("*/api.py"))
+
+
+def tool(name: str, *args: object) -> str:
+    """What a command prints; skips where it is not installed."""
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    return subprocess.run([name, *map(str, args)], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def cpu_library() -> Path:
+    if backends.LIBRARIES["_C_cpu"] is not None:
+        pytest.skip(str(backends.LIBRARIES["_C_cpu"]))
+    return Path(str(sys.modules["hotkernels._C_cpu"].__file__))
+
+
+@pytest.fixture(scope="module")
+def cuda_library() -> Path:
+    if SETUP.find_nvcc() is None:
+        pytest.skip("no nvcc was found (set CUDA_HOME): CUDA sources were not compiled")
+    if not SETUP.plan()[0]:
+        pytest.skip(SETUP.plan()[1][0])
+    return cuda_resources.compile_library()
+
+
+def kernel_objects(isa: str) -> list[Path]:
+    """The object files of the CPU kernels compiled for one instruction set."""
+    objects = [ROOT / "build/_C_cpu" / f"{src.stem}.{isa}.o" for src in (ROOT / "csrc/cpu").glob("*.cpp")]
+    missing = [path.name for path in objects if not path.exists()]
+    if missing:
+        pytest.skip(f"not built from this tree on this machine: {', '.join(missing)}")
+    return objects
+
+
+def check_symbols(library: Path) -> None:
+    undefined = {line.split()[-1].split("@")[0] for line in tool("nm", "-D", "--undefined-only", library).splitlines()}
+    torch_symbols = {name for name in undefined if re.match(r"(aoti_)?torch_", name)}
+    assert torch_symbols, "a library that uses nothing of torch was not linked right"
+    stable = set((DATA / "stable_symbols_2.11.txt").read_text().split())
+    assert not torch_symbols - stable, "not exported by torch 2.11"
+    mangled = {name for name in undefined if re.match(r"_ZNK?(2at|3c10|5torch)", name)}
+    assert not mangled, "C++ symbols of torch, which no version promises to keep"
+
+
+def test_cpu_symbols_are_those_of_torch_2_11(cpu_library: Path) -> None:
+    check_symbols(cpu_library)
+
+
+def test_cuda_symbols_are_those_of_torch_2_11(cuda_library: Path) -> None:
+    check_symbols(cuda_library)
+
+
+@pytest.mark.parametrize("isa", SETUP.ISA_FLAGS)
+def test_kernels_share_no_weak_symbol(isa: str) -> None:
+    # The linker keeps one copy of a weak symbol: an AVX-512 one could be what runs on a machine without it.
+    for path in kernel_objects(isa):
+        weak = [line for line in tool("nm", path).splitlines() if re.search(r" [VWu] ", line)]
+        assert not weak, path.name
+
+
+@pytest.mark.parametrize(
+    ("isa", "has", "lacks"), [("base", "xmm", "ymm|zmm"), ("avx2", "ymm", "zmm"), ("avx512", "zmm", None)]
+)
+def test_kernels_hold_the_instructions_of_their_set(isa: str, has: str, lacks: str | None) -> None:
+    for path in kernel_objects(isa):
+        code = tool("objdump", "-d", "--no-show-raw-insn", path)
+        assert lacks is None or not re.search(lacks, code), f"{path.name} would stop on an older processor"
+        assert has in code, f"{path.name} was not vectorised"
+
+
+def test_cuda_compiles_for_every_generation_within_its_limits(cuda_library: Path) -> None:
+    table, kernels = json.loads(cuda_resources.TABLE.read_text()), cuda_resources.measured()
+    assert {name: set(needs) for name, needs in kernels.items()} == dict.fromkeys(kernels, GENERATIONS)
+    assert kernels.keys() == table["kernels"].keys(), "after a change: python tests/cuda_resources.py"
+    if cuda_resources.nvcc_release() != table["nvcc"]:
+        pytest.skip(f"compiled, but the limits are for nvcc {table['nvcc']}, this is {cuda_resources.nvcc_release()}")
+    over = {
+        (name, generation, what): (count, table["kernels"][name][generation][what])
+        for name, generations in kernels.items()
+        for generation, needs in generations.items()
+        for what, count in needs.items()
+        if count > table["kernels"][name][generation][what]
+    }
+    assert not over, "(needs, limit); where it is meant: python tests/cuda_resources.py"
+
+
+def test_cuda_library_is_refused_cleanly_by_a_torch_without_cuda(cuda_library: Path) -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    run = subprocess.run([sys.executable, "-c", "import torch, _C_cuda"], cwd=cuda_library.parent, capture_output=True)
+    assert run.returncode == 1
+    assert b"ImportError" in run.stderr
+
+
+def test_csrc_knows_no_torch() -> None:
+    found = [p for p in (ROOT / "csrc").rglob("*.*") if re.search(r"torch/|ATen/|c10/|Python\.h", p.read_text())]
+    assert not found
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_one_name_in_every_folder(op: str) -> None:
+    places = [
+        f"csrc/include/hotkernels/{op}.h",
+        f"csrc/cpu/{op}.cpp",
+        f"python_bindings/{op}_cpu.cpp",
+        f"hotkernels/ops/{op}/reference.py",
+        f"tests/test_{op}.py",
+        f"bench/bench_{op}.py",
+    ]
+    if (ROOT / f"csrc/cuda/{op}.cu").exists():
+        places.append(f"python_bindings/{op}_cuda.cpp")
+    assert not [place for place in places if not (ROOT / place).exists()]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the sources, to be built in."""
+    for folder in ("csrc", "python_bindings", "hotkernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def build_in(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=tree, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_without_a_compiler_the_package_is_pure_python_and_says_so(tree: Path) -> None:
+    built = build_in(tree, CXX="/nonexistent", PATH="/nonexistent", HOTKERNELS_BUILD_CUDA="auto")
+    assert built.returncode == 0, built.stderr
+    assert not list(tree.rglob("*.so"))
+    # An editable install would find, from anywhere, the library that this tree lacks.
+    program = """
+import sys, torch
+sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+import hotkernels
+print(hotkernels.backends.LIBRARIES["_C_cpu"])
+print(hotkernels.explain("dpc_knn", torch.zeros(1, 9, 4)).chosen)
+print(list(hotkernels.dpc_knn(torch.randn(1, 9, 4), 3).index.shape))
+"""
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert run.stdout.splitlines() == [
+        "_C_cpu: not built: no C++ compiler was found (tried $CXX, g++, clang++, c++)",
+        "torch",
+        "[1, 3]",
+    ], run.stderr
+
+
+def test_cuda_asked_for_but_impossible_is_an_error(tree: Path) -> None:
+    built = build_in(tree, CXX="/nonexistent", PATH="/nonexistent", HOTKERNELS_BUILD_CUDA="1")
+    assert built.returncode != 0
+    assert "hotkernels: HOTKERNELS_BUILD_CUDA=1, but no C++ compiler was found" in built.stderr
+
+
+def test_a_wrong_build_setting_is_named(tree: Path) -> None:
+    built = build_in(tree, HOTKERNELS_BUILD_CUDA="yes")
+    assert built.returncode != 0
+    assert "hotkernels: HOTKERNELS_BUILD_CUDA must be auto, 0 or 1, got 'yes'" in built.stderr
