@@ -179,22 +179,22 @@ def test_no_sample_changes_another() -> None:
         assert torch.equal(whole[1][b], other[1][b])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_dtypes_draw_what_the_published_density_would(dtype: torch.dtype) -> None:
-    """Chat-UniVi and PruneVid cluster in float32; the others in x's dtype, and float32 under autocast."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_draw_is_of_the_dtype_of_the_published_density(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chat-UniVi and PruneVid cluster in float32; the others in x's dtype, halves in float32 under autocast."""
     x = tokens(2, 30, 8, dtype=dtype)
-    for function, drawn in [
-        (lambda: hot.cluster_dpc_knn(x, 5, 3), dtype),
-        (lambda: tcformer.cluster_dpc_knn({"x": x}, 5, 3), dtype),
-        (lambda: chat_univi.cluster_dpc_knn({"x": x}, 5, 3), torch.float32),
-        (lambda: prunevid.cluster_dpc_knn(x, 5, 3), torch.float32),
-    ]:
-        _, state = seeded(0, function)
-        assert torch.equal(state, seeded(0, lambda drawn=drawn: torch.rand(2, 30, dtype=drawn))[1])
+    draws = []
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *size, **how: draws.append((size, how["dtype"])) or rand(*size, **how))
+    hot.cluster_dpc_knn(x, 5, 3)
+    hot.cluster_dpc_knn_center(x, 5, 3, 2)
+    tcformer.cluster_dpc_knn({"x": x}, 5, 3)
+    chat_univi.cluster_dpc_knn({"x": x}, 5, 3)
+    prunevid.cluster_dpc_knn(x, 5, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, state = seeded(0, lambda: hot.cluster_dpc_knn(x, 5, 3))
-    drawn = torch.float64 if dtype == torch.float64 else torch.float32
-    assert torch.equal(state, seeded(0, lambda: torch.rand(2, 30, dtype=drawn))[1])
+        hot.cluster_dpc_knn(x, 5, 3)
+    cast = dtype if dtype == torch.float64 else torch.float32
+    assert draws == [((2, 30), drawn) for drawn in [dtype] * 3 + [torch.float32] * 2 + [cast]]
 
 
 def test_origins_return_what_theirs_do() -> None:
