@@ -4,7 +4,21 @@ from .backends import explain
 from .errors import checked
 from .ops.dpc_knn import DensityPeaks, dpc_knn
 from .ops.gather_tokens import gather_tokens
+from .ops.gathered_attention import gathered_attention
+from .ops.invert_index import InvertedIndex, invert_index
 from .ops.merge_tokens import merge_tokens
+from .ops.recovery_attention import recovery_attention
 
 __version__ = "0.1.0"
-__all__ = ["DensityPeaks", "checked", "dpc_knn", "explain", "gather_tokens", "merge_tokens"]
+__all__ = [
+    "DensityPeaks",
+    "InvertedIndex",
+    "checked",
+    "dpc_knn",
+    "explain",
+    "gather_tokens",
+    "gathered_attention",
+    "invert_index",
+    "merge_tokens",
+    "recovery_attention",
+]

@@ -1,5 +1,6 @@
 // gather_tokens on the CPU: checks, allocates, shares the tokens among torch's threads.
 #include "gather_tokens.h"
+#include "invert_index.h"
 
 namespace hotkernels {
 namespace {
@@ -18,7 +19,6 @@ Tensor forward(const Tensor& x, const Tensor& index, const std::optional<Tensor>
 Tensor backward(const Tensor& grad_out, const Tensor& index, int64_t num_tokens) {
   const Rows rows(grad_out);
   check_gather_index(index, grad_out);
-  check_index_range(index, num_tokens, kGatherTokens, "index");
   HK_CHECK(index.size(1) == grad_out.size(1), kGatherTokens, "grad_out", "[B, M = " << index.size(1) << ", ..., C]",
            shape_of(grad_out));
   std::vector<int64_t> shape{grad_out.size(0), num_tokens};
@@ -29,16 +29,10 @@ Tensor backward(const Tensor& grad_out, const Tensor& index, int64_t num_tokens)
   p.B = grad_out.size(0), p.N = num_tokens, p.M = index.size(1), p.R = rows.R, p.C = rows.C;
   p.grad_out = rows.tensor.const_data_ptr(), p.dtype = dtype_of(grad_out, kGatherTokens, "grad_out");
   p.grad_stride_b = rows.tensor.stride(0), p.grad_stride_m = rows.tensor.stride(1), p.grad_stride_r = rows.stride_r;
-  p.index = index.const_data_ptr<int64_t>();
   p.grad_x = grad_x.mutable_data_ptr();
-  Tensor start = torch::stable::new_empty(index, {p.B, p.N + 1});
-  Tensor slots = torch::stable::new_empty(index, {p.B, p.M});
-  p.start = start.mutable_data_ptr<int64_t>();
-  p.slots = slots.mutable_data_ptr<int64_t>();
-  const Isa set = isa();
-  const auto invert = HK_CPU_DISPATCH(set, gather_tokens_invert);
-  const auto sum = HK_CPU_DISPATCH(set, gather_tokens_bwd);
-  parallel(p.B, [&](int64_t begin, int64_t end) { invert(p, begin, end); });
+  const auto [start, slots] = invert_index(index, num_tokens);
+  p.start = start.const_data_ptr<int64_t>(), p.slots = slots.const_data_ptr<int64_t>();
+  const auto sum = HK_CPU_DISPATCH(isa(), gather_tokens_bwd);
   torch::stable::parallel_for(0, p.B * p.N, kGrain, [&](int64_t begin, int64_t end) { sum(p, begin, end); });
   return grad_x;
 }

@@ -13,5 +13,20 @@ STABLE_TORCH_LIBRARY(hotkernels, m) {
   m.def(
       "merge_tokens_bwd(Tensor grad_out, Tensor out, Tensor total, Tensor x, Tensor assignment, Tensor? weight, bool "
       "need_weight) -> (Tensor grad_x, Tensor grad_weight)");
+  m.def("invert_index(Tensor index, int num_tokens) -> (Tensor start, Tensor slots)");
+  m.def(
+      "gathered_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? index, Tensor? bias, Tensor? key_bias, "
+      "float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "gathered_attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor lse, Tensor? index, Tensor? start, Tensor? slots, Tensor? bias, Tensor? key_bias, float scale, bool "
+      "need_bias, bool need_key_bias) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor "
+      "grad_key_bias)");
+  m.def(
+      "recovery_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? key_bias, float scale) -> (Tensor out, "
+      "Tensor lse)");
+  m.def(
+      "recovery_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? "
+      "key_bias, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   m.def("_isa(str? force) -> str");
 }

@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <utility>
 
 #include "tile_dots.h"
 
@@ -169,26 +168,6 @@ void find_valid(const DpcKnn& p, int64_t b, Sample& s) {
   for (int64_t c = 0; c < p.C; ++c) s.mean[c] /= static_cast<float>(std::max<int64_t>(s.n, 1));
 }
 
-template <int S, int... L>
-inline void transpose_step(vf (&v)[W], std::integer_sequence<int, L...>) {
-#pragma GCC unroll 16
-  for (int a = 0; a < W; ++a) {
-    if (a & S) continue;
-    const vf x = v[a], y = v[a + S];
-    v[a] = __builtin_shufflevector(x, y, (L & S ? W + L - S : L)...);
-    v[a + S] = __builtin_shufflevector(x, y, (L & S ? W + L : L + S)...);
-  }
-}
-
-// v[a][b] becomes v[b][a]: off-diagonal blocks change places, at every scale.
-inline void transpose(vf (&v)[W]) {
-  constexpr auto lanes = std::make_integer_sequence<int, W>();
-  transpose_step<1>(v, lanes);
-  transpose_step<2>(v, lanes);
-  if constexpr (W > 4) transpose_step<4>(v, lanes);
-  if constexpr (W > 8) transpose_step<8>(v, lanes);
-}
-
 void pack_panel(const DpcKnn& p, int64_t b, const Sample& s, int64_t first, float* rows) {
   float* panel = s.panels + first * p.C;
   for (int64_t lane = 0; lane < P; lane += W) {
@@ -209,7 +188,7 @@ void pack_panel(const DpcKnn& p, int64_t b, const Sample& s, int64_t first, floa
         vf block[W];
 #pragma GCC unroll 16
         for (int l = 0; l < W; ++l) block[l] = load(rows + l * kChannelBlock + e);
-        transpose(block);
+        transpose<float>(block);
         const int64_t stop = std::min<int64_t>(W, channels - e);
         for (int64_t l = 0; l < stop; ++l) store(panel + (c + e + l) * P + lane, block[l]);
       }
@@ -246,7 +225,7 @@ void dense_distances(const DpcKnn& p, Sample& s) {
         for (int64_t l = 0; l < W; ++l) s.dense[(i0 + l) * side + i0 + l] = 0;
         continue;
       }
-      transpose(block);
+      transpose<float>(block);
 #pragma GCC unroll 16
       for (int l = 0; l < W; ++l) store(s.dense + (j + l) * side + i0, block[l]);
     }

@@ -2,7 +2,6 @@
 #include "hotkernels/gather_tokens.h"
 
 #include "element.h"
-#include "invert_index.h"
 
 namespace hotkernels::HK_ISA {
 
@@ -39,12 +38,6 @@ void gather_tokens_fwd(const GatherTokens& p, int64_t begin, int64_t end) {
         }
       }
     });
-  }
-}
-
-void gather_tokens_invert(const GatherTokensGrad& p, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b) {
-    invert_index(p.index + b * p.M, p.M, p.N, p.start + b * (p.N + 1), p.slots + b * p.M);
   }
 }
 

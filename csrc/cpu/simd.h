@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -21,20 +22,26 @@ constexpr int W = 4;
 #endif
 constexpr uint32_t kAllLanes = (1u << W) - 1;
 
-typedef float vf __attribute__((vector_size(4 * W)));
-typedef int32_t vi __attribute__((vector_size(4 * W)));
-// The same, unaligned and free to alias: what a load or store goes through.
-typedef float vf_mem __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int32_t vi_mem __attribute__((vector_size(4 * W), aligned(4), may_alias));
+// Vectors of T as wide as a register, and the same unaligned and free to alias: what a load or store goes through.
+template <class T>
+struct Simd {
+  static constexpr int lanes = 4 * W / static_cast<int>(sizeof(T));
+  typedef T vec __attribute__((vector_size(4 * W)));
+  typedef T mem __attribute__((vector_size(4 * W), aligned(sizeof(T)), may_alias));
+};
+typedef Simd<float>::vec vf;
+typedef Simd<int32_t>::vec vi;
 
-inline vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }
-inline vi load(const int32_t* p) { return *reinterpret_cast<const vi_mem*>(p); }
-inline void store(float* p, vf v) { *reinterpret_cast<vf_mem*>(p) = v; }
-inline void store(int32_t* p, vi v) { *reinterpret_cast<vi_mem*>(p) = v; }
-inline vf splat(float x) { return x - vf{}; }  // x - 0 folds away, 0 + x does not
-inline vi splat(int32_t x) { return x - vi{}; }
-inline vf vmin(vf a, vf b) { return a < b ? a : b; }
-inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+template <class T>
+inline typename Simd<T>::vec load(const T* p) { return *reinterpret_cast<const typename Simd<T>::mem*>(p); }
+template <class T>
+inline void store(T* p, typename Simd<T>::vec v) { *reinterpret_cast<typename Simd<T>::mem*>(p) = v; }
+template <class T>
+inline typename Simd<T>::vec splat(T x) { return x - typename Simd<T>::vec{}; }  // x - 0 folds away, 0 + x does not
+template <class V>
+inline V vmin(V a, V b) { return a < b ? a : b; }
+template <class V>
+inline V vmax(V a, V b) { return a > b ? a : b; }
 
 // Bit l is set where a[l] < b[l].
 inline uint32_t less_bits(vf a, vf b) {
@@ -49,6 +56,29 @@ inline uint32_t less_bits(vf a, vf b) {
   for (int l = 0; l < W; ++l) bits |= static_cast<uint32_t>(a[l] < b[l]) << l;
   return bits;
 #endif
+}
+
+template <int S, class V, int... L>
+inline void transpose_step(V* v, std::integer_sequence<int, L...>) {
+  constexpr int n = sizeof...(L);
+#pragma GCC unroll 16
+  for (int a = 0; a < n; ++a) {
+    if (a & S) continue;
+    const V x = v[a], y = v[a + S];
+    v[a] = __builtin_shufflevector(x, y, (L & S ? n + L - S : L)...);
+    v[a + S] = __builtin_shufflevector(x, y, (L & S ? n + L : L + S)...);
+  }
+}
+
+// v[a][b] becomes v[b][a]: off-diagonal blocks change places, at every scale.
+template <class T>
+inline void transpose(typename Simd<T>::vec (&v)[Simd<T>::lanes]) {
+  constexpr int n = Simd<T>::lanes;
+  constexpr auto lanes = std::make_integer_sequence<int, n>();
+  transpose_step<1>(v, lanes);
+  if constexpr (n > 2) transpose_step<2>(v, lanes);
+  if constexpr (n > 4) transpose_step<4>(v, lanes);
+  if constexpr (n > 8) transpose_step<8>(v, lanes);
 }
 
 inline float reduce_max(vf v) {

@@ -4,41 +4,16 @@
 // such panels and every pair is summed over the channels in the same order, so <x_i, x_j> and <x_j, x_i> are the same
 // bits, and a token's squared norm computed the same way is bitwise <x_i, x_i>.
 #pragma once
-#include "simd.h"
+#include "register_tile.h"
 
 namespace hotkernels::HK_ISA {
 namespace {
 
 constexpr int P = 3 * W;                  // tokens per panel: three vectors of columns
-constexpr int R = W == 16 ? 8 : 4;        // rows per register tile; R * 3 accumulators + 4 fit the register file
+constexpr int R = tile_rows(3);           // rows per register tile
 constexpr int64_t kChannelBlock = 128;    // channels per pass: a panel's 128 x 48 floats (24 KB) stay in L1
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// t[r][0 .. V*W) (+)= sum_c a[c][r] * b[c][0 .. V*W), r < R.
-template <int V>
-inline void tile_dots_kernel(const float* a, const float* b, int64_t channels, float* t, int64_t t_stride, bool add) {
-  vf acc[R][V] = {};
-  for (int64_t c = 0; c < channels; ++c) {
-    vf cols[V];
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) cols[v] = load(b + c * P + v * W);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const vf row = splat(a[c * P + r]);
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) acc[r][v] += row * cols[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) {
-      float* out = t + r * t_stride + v * W;
-      store(out, add ? load(out) + acc[r][v] : acc[r][v]);
-    }
-  }
-}
 
 // t[i - i_begin][j - j_begin] = <a_i, b_j>. i_begin and j_begin are multiples of P; rows are written in groups of R and
 // columns in groups of W, so t needs room for round_up(i_end - i_begin, R) rows of round_up(j_end - j_begin, W).
@@ -58,9 +33,9 @@ inline void tile_dots(const float* a, int64_t i_begin, int64_t i_end, const floa
         float* out = t + (i - i_begin) * t_stride + (j - j_begin) + skip * W;
         const float* cols = panel_b + skip * W;
         switch (vectors - skip) {
-          case 3: tile_dots_kernel<3>(panel_a, cols, channels, out, t_stride, add); break;
-          case 2: tile_dots_kernel<2>(panel_a, cols, channels, out, t_stride, add); break;
-          case 1: tile_dots_kernel<1>(panel_a, cols, channels, out, t_stride, add); break;
+          case 3: register_tile<R, 3, true>(panel_a, P, cols, P, channels, out, t_stride, add); break;
+          case 2: register_tile<R, 2, true>(panel_a, P, cols, P, channels, out, t_stride, add); break;
+          case 1: register_tile<R, 1, true>(panel_a, P, cols, P, channels, out, t_stride, add); break;
           default: break;  // the whole register tile lies below the diagonal
         }
       }

@@ -27,15 +27,13 @@ struct GatherTokensGrad {
   int64_t B, N, M, R, C;
   const void* grad_out;  // [B, M, R, C], last dim contiguous
   int64_t grad_stride_b, grad_stride_m, grad_stride_r;
-  const int64_t* index;  // [B, M] contiguous, in [-1, N)
   void* grad_x;          // [B, N, R, C] contiguous
   DType dtype;
-  int64_t* start;        // [B, N + 1] scratch: the inverted index, see invert_index.h
-  int64_t* slots;        // [B, M] scratch
+  const int64_t* start;  // [B, N + 1] and
+  const int64_t* slots;  // [B, M]: the inverted index, see invert_index.h
 };
 
-// Inverts the index of samples [begin, end), then sums tokens [begin, end) of the B * N tokens.
-HK_CPU_KERNEL(void gather_tokens_invert(const GatherTokensGrad& p, int64_t begin, int64_t end))
+// Sums tokens [begin, end) of the B * N tokens.
 HK_CPU_KERNEL(void gather_tokens_bwd(const GatherTokensGrad& p, int64_t begin, int64_t end))
 
 }  // namespace hotkernels

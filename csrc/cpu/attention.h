@@ -1,0 +1,399 @@
+// The attention core: one head of one sequence, dense or over a set of keys, forward and backward.
+//
+// Scores are held transposed, keys x queries: a register's lanes are queries. So the softmax needs no sums across lanes,
+// keys are broadcast from wherever they lie, and only the queries are repacked, a block of kQueries at a time.
+// Keys are taken in blocks of kKeys with the running maximum and sum of online softmax (Milakov & Gimelshein 2018; Dao et
+// al. 2022), so scratch does not grow with Nq * Nk. With s = scale * q k^T + bias, p = softmax(s), o = p v, backward is
+// (with delta_i = sum_d grad_o_id o_id - grad_lse_i)
+//   grad_v_j = sum_i p_ij grad_o_i      grad_s_ij = p_ij (grad_o_i . v_j - delta_i)
+//   grad_q_i = scale sum_j grad_s_ij k_j      grad_k_j = scale sum_i grad_s_ij q_i      grad_bias = grad_s.
+#pragma once
+#include <cmath>
+
+#include "element.h"
+#include "hotkernels/gathered_attention.h"
+#include "register_tile.h"
+
+namespace hotkernels::HK_ISA {
+namespace {
+
+constexpr int64_t kKeys = 512;  // keys per block of scores: 512 x 48 floats are 96 KB
+template <class E>
+constexpr int64_t kQueries = 3 * kLanes<E>;
+
+inline int64_t padded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// e^x for x up to a little over 0, to about 1 ulp; 0 below -87.7, where the result is not a normal float. NaN stays NaN.
+inline vf vexp(vf x) {
+  const vf clamped = x < splat(-88.0f) ? splat(-88.0f) : x;
+  const vf shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the nearest integer n lands in the low bits
+  const vf n = shifted - 12582912.0f;
+  const vf r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two pieces; |r| <= 0.347
+  vf p = splat(1.0f / 5040);  // Taylor: the first term left out is below 1e-8
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * (vf)(((vi)shifted + 127) << 23);
+}
+inline Simd<double>::vec vexp(Simd<double>::vec x) {  // float64 serves gradient checks, not speed
+  for (int l = 0; l < Simd<double>::lanes; ++l) x[l] = std::exp(x[l]);
+  return x;
+}
+
+template <class T>
+inline void fill(T* p, int64_t count, T value) {
+  for (int64_t i = 0; i < count; ++i) p[i] = value;
+}
+
+// Hands out 64-byte aligned pieces of scratch; from address 0 it only counts.
+struct Pieces {
+  uintptr_t next;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(next);
+    next += static_cast<uintptr_t>(padded(count * static_cast<int64_t>(sizeof(T)), 64));
+    return p;
+  }
+};
+
+// out[0 .. D) = x[0 .. D) * scale, then zeros up to whole vectors.
+template <class E>
+inline void pack_row(const typename E::Stored* x, int64_t D, typename E::Compute scale, typename E::Compute* out) {
+  int64_t d = 0;
+  for (; d + kLanes<E> <= D; d += kLanes<E>) store(out + d, load_as<E>(x + d) * scale);
+  if (d < D) store(out + d, load_some_as<E>(x + d, D - d) * scale);
+}
+
+template <class E>
+struct Core {
+  using T = typename E::Compute;
+  using S = typename E::Stored;
+  using vec = Vec<E>;
+  static constexpr int64_t lanes = kLanes<E>;
+  static constexpr int64_t Q = kQueries<E>;
+
+  const Attention& p;
+  const int64_t Dp = padded(p.D, lanes);
+  const int64_t blocks = (p.Nq + Q - 1) / Q;
+  const bool shared_query = p.query.stride_b == 0 && p.query.stride_j == 0 && p.B * p.J > 1;
+
+  // Scratch.
+  T *key_rows, *value_rows;                    // [S, Dp] packed keys and values
+  int64_t *present, *place;                    // [S] slots that hold a key, and where a slot's key is packed
+  T* query_columns;                            // [blocks or 1, D, Q] scaled queries, transposed
+  T *scores, *out_rows;                        // [min(S, kKeys), Q], [Q, Dp]
+  T *top, *sum;                                // [Q] running maximum and sum
+  // Backward.
+  T *query_rows, *grad_rows, *grad_columns;    // [Q, Dp] scaled, [Q, Dp], [D, Q]
+  T *grad_scores, *grad_query, *delta, *lse;   // [min(S, kKeys), Q], [Q, Dp], [Q], [Q]
+  T *grad_key_rows, *grad_value_rows;          // [S, Dp]
+
+  // What is packed now.
+  const S *packed_query = nullptr, *packed_key = nullptr, *packed_value = nullptr;
+  const int64_t* packed_index = nullptr;
+  int64_t keys = 0, key_stride = 0, value_stride = 0;
+  const T *k = nullptr, *v = nullptr;          // rows of this head's keys and values
+
+  Core(const Attention& p, void* scratch, bool backward, int64_t* bytes = nullptr) : p(p) {
+    Pieces a{reinterpret_cast<uintptr_t>(scratch)};
+    const int64_t tile = padded(p.S < kKeys ? p.S : kKeys, 8) * Q;
+    key_rows = a.take<T>(p.S * Dp), value_rows = a.take<T>(p.S * Dp);
+    present = a.take<int64_t>(p.S), place = a.take<int64_t>(p.S);
+    query_columns = a.take<T>((shared_query ? blocks : 1) * p.D * Q);
+    scores = a.take<T>(tile), out_rows = a.take<T>(Q * Dp);
+    top = a.take<T>(Q), sum = a.take<T>(Q);
+    if (backward) {
+      query_rows = a.take<T>(Q * Dp), grad_rows = a.take<T>(Q * Dp), grad_columns = a.take<T>(p.D * Q);
+      grad_scores = a.take<T>(tile), grad_query = a.take<T>(Q * Dp), delta = a.take<T>(Q), lse = a.take<T>(Q);
+      grad_key_rows = a.take<T>(p.S * Dp), grad_value_rows = a.take<T>(p.S * Dp);
+    }
+    if (bytes) *bytes = static_cast<int64_t>(a.next);
+  }
+
+  static S* at(const HeadsView& x, int64_t b, int64_t j, int64_t h) {
+    return static_cast<S*>(x.data) + b * x.stride_b + j * x.stride_j + h * x.stride_h;
+  }
+
+  // Rows of D elements, transposed: columns[d * Q + i] = x[i][d] * scale. Lanes past `count` are 0.
+  void pack_columns(const S* x, int64_t stride, int64_t count, T scale, T* columns) const {
+    for (int64_t i = 0; i < padded(count, lanes); i += lanes) {
+      for (int64_t d = 0; d < p.D; d += lanes) {
+        const int64_t wide = p.D - d < lanes ? p.D - d : lanes;
+        vec block[lanes];
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < lanes; ++l) {
+          const S* row = x + (i + l) * stride + d;
+          block[l] = i + l >= count ? vec{} : wide == lanes ? load_as<E>(row) : load_some_as<E>(row, wide);
+        }
+        transpose<T>(block);
+        for (int64_t l = 0; l < wide; ++l) store(columns + (d + l) * Q + i, block[l] * scale);
+      }
+    }
+  }
+
+  // Makes k and v the rows of this head's keys: in place where one block of queries reads them, else packed.
+  void take_keys(int64_t b, int64_t j, int64_t h) {
+    const S *key = at(p.key, b, j, h), *value = at(p.value, b, j, h);
+    const int64_t* index =
+        p.index ? p.index + b * p.index_stride_b + j * p.index_stride_j + h * p.index_stride_h : nullptr;
+    if constexpr (sizeof(S) == sizeof(T)) {
+      if (!index && blocks == 1 && p.D % lanes == 0) {
+        keys = p.Nk, k = key, v = value, key_stride = p.key.stride_n, value_stride = p.value.stride_n;
+        return;
+      }
+    }
+    if (key == packed_key && value == packed_value && index == packed_index) return;
+    packed_key = key, packed_value = value, packed_index = index;
+    keys = 0;
+    for (int64_t s = 0; s < p.S; ++s) {
+      const int64_t n = index ? index[s] : s;
+      if (n < 0) continue;
+      pack_row<E>(key + n * p.key.stride_n, p.D, T{1}, key_rows + keys * Dp);
+      pack_row<E>(value + n * p.value.stride_n, p.D, T{1}, value_rows + keys * Dp);
+      present[keys++] = s;
+    }
+    k = key_rows, v = value_rows, key_stride = value_stride = Dp;
+  }
+
+  int64_t slot(int64_t key) const { return p.index ? present[key] : key; }
+  int64_t token(int64_t key, int64_t b, int64_t j, int64_t h) const {
+    return p.index ? p.index[b * p.index_stride_b + j * p.index_stride_j + h * p.index_stride_h + present[key]] : key;
+  }
+
+  // The transposed queries of a block; kept from sequence to sequence where they are the same.
+  const T* take_queries(int64_t b, int64_t j, int64_t h, int64_t block) {
+    const S* query = at(p.query, b, j, h);
+    const T scale = static_cast<T>(p.scale);
+    const int64_t first = block * Q, count = p.Nq - first < Q ? p.Nq - first : Q;
+    if (!shared_query) {
+      pack_columns(query + first * p.query.stride_n, p.query.stride_n, count, scale, query_columns);
+      return query_columns;
+    }
+    if (query != packed_query) {
+      packed_query = query;
+      for (int64_t e = 0; e < blocks; ++e) {
+        const int64_t rows = p.Nq - e * Q < Q ? p.Nq - e * Q : Q;
+        pack_columns(query + e * Q * p.query.stride_n, p.query.stride_n, rows, scale, query_columns + e * p.D * Q);
+      }
+    }
+    return query_columns + block * p.D * Q;
+  }
+
+  // scores[key][query] of keys [k0, k1) and one block of queries, biases included.
+  void score(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, int64_t k0, int64_t k1, const T* columns) {
+    const int64_t vectors = (count + lanes - 1) / lanes;
+    multiply<false>(k + k0 * key_stride, key_stride, columns, Q, k1 - k0, vectors, p.D, scores, Q, false);
+    if (p.key_bias) {
+      const T* bias = static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j;
+      for (int64_t key = k0; key < k1; ++key) {
+        const vec add = splat(bias[token(key, b, j, h) * p.key_bias_stride_n]);
+        T* row = scores + (key - k0) * Q;
+        for (int64_t e = 0; e < vectors; ++e) store(row + e * lanes, load(row + e * lanes) + add);
+      }
+    }
+    if (p.bias) {
+      const T* bias = static_cast<const T*>(p.bias) + b * p.bias_stride_b + j * p.bias_stride_j + h * p.bias_stride_h +
+                      q0 * p.bias_stride_q;
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t key = k0; key < k1; ++key) {
+          scores[(key - k0) * Q + i] += bias[i * p.bias_stride_q + slot(key) * p.bias_stride_s];
+        }
+      }
+    }
+  }
+
+  void forward(int64_t b, int64_t j, int64_t h) {
+    take_keys(b, j, h);
+    S* out = at(p.out, b, j, h);
+    T* lse_out = static_cast<T*>(p.lse) + ((b * p.J + j) * p.H + h) * p.Nq;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t q0 = block * Q, count = p.Nq - q0 < Q ? p.Nq - q0 : Q, vectors = (count + lanes - 1) / lanes;
+      const T* columns = take_queries(b, j, h, block);
+      fill(top, Q, static_cast<T>(-INFINITY));
+      fill(sum, Q, T{0});
+      if (keys == 0) fill(out_rows, Q * Dp, T{0});
+      for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
+        const int64_t k1 = keys - k0 < kKeys ? keys : k0 + kKeys;
+        score(b, j, h, q0, count, k0, k1, columns);
+        softmax_block(k1 - k0, vectors, count, k0 > 0);
+        multiply<true>(scores, Q, v + k0 * value_stride, value_stride, count, Dp / lanes, k1 - k0, out_rows, Dp, k0 > 0);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        // A query with nothing to attend to has sum 0: its output is 0, its lse -inf.
+        const T inverse = sum[i] == 0 ? T{0} : T{1} / sum[i];
+        S* row = out + (q0 + i) * p.out.stride_n;
+        int64_t d = 0;
+        for (; d + lanes <= p.D; d += lanes) store_as<E>(row + d, load(out_rows + i * Dp + d) * inverse);
+        if (d < p.D) store_some_as<E>(row + d, load(out_rows + i * Dp + d) * inverse, p.D - d);
+        lse_out[q0 + i] = sum[i] == 0 ? static_cast<T>(-INFINITY) : top[i] + std::log(sum[i]);
+      }
+    }
+  }
+
+  // One step of online softmax: scores become exp(score - maximum), sum and out_rows are rescaled to the new maximum.
+  void softmax_block(int64_t count_keys, int64_t vectors, int64_t count, bool rescale) {
+    for (int64_t e = 0; e < vectors; ++e) {
+      T* column = scores + e * lanes;
+      const vec before = load(top + e * lanes);
+      vec most = before;
+      for (int64_t key = 0; key < count_keys; ++key) most = vmax(most, load(column + key * Q));
+      // With every logit -inf so far, 0 stands in for the maximum: exp(-inf - 0) = 0, where -inf - -inf would be NaN.
+      const vec minus = most == splat(static_cast<T>(-INFINITY)) ? vec{} : most;
+      const vec factor = vexp(before - minus);
+      vec total = load(sum + e * lanes) * factor;
+      for (int64_t key = 0; key < count_keys; ++key) {
+        const vec weight = vexp(load(column + key * Q) - minus);
+        total += weight;
+        store(column + key * Q, weight);
+      }
+      store(top + e * lanes, most);
+      store(sum + e * lanes, total);
+      if (!rescale) continue;
+      T factors[lanes];
+      store(factors, factor);
+      for (int64_t l = 0; l < lanes && e * lanes + l < count; ++l) {
+        T* row = out_rows + (e * lanes + l) * Dp;
+        for (int64_t d = 0; d < Dp; d += lanes) store(row + d, load(row + d) * factors[l]);
+      }
+    }
+  }
+
+  // Gradients of one head of one sequence. query_sum, bias_sum: where these are added up over sequences, or null.
+  void backward(int64_t b, int64_t j, int64_t h, T* query_sum, T* bias_sum) {
+    take_keys(b, j, h);
+    const int64_t row0 = ((b * p.J + j) * p.H + h) * p.Nq;
+    const S *grad = at(p.grad_out, b, j, h), *query = at(p.query, b, j, h), *out = at(p.out, b, j, h);
+    fill(grad_key_rows, keys * Dp, T{0});
+    fill(grad_value_rows, keys * Dp, T{0});
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t q0 = block * Q, count = p.Nq - q0 < Q ? p.Nq - q0 : Q, vectors = (count + lanes - 1) / lanes;
+      const T* columns = take_queries(b, j, h, block);
+      pack_columns(grad + q0 * p.grad_out.stride_n, p.grad_out.stride_n, count, T{1}, grad_columns);
+      fill(delta, Q, T{0});
+      fill(lse, Q, T{0});
+      for (int64_t i = 0; i < count; ++i) {
+        pack_row<E>(query + (q0 + i) * p.query.stride_n, p.D, static_cast<T>(p.scale), query_rows + i * Dp);
+        pack_row<E>(grad + (q0 + i) * p.grad_out.stride_n, p.D, T{1}, grad_rows + i * Dp);
+        const S* out_row = out + (q0 + i) * p.out.stride_n;
+        T dot = 0;
+        for (int64_t d = 0; d < p.D; ++d) dot += grad_rows[i * Dp + d] * E::get(out_row[d]);
+        delta[i] = dot - (p.grad_lse ? static_cast<const T*>(p.grad_lse)[row0 + q0 + i] : T{0});
+        lse[i] = static_cast<const T*>(p.lse)[row0 + q0 + i];
+      }
+      for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
+        const int64_t k1 = keys - k0 < kKeys ? keys : k0 + kKeys, n = k1 - k0;
+        score(b, j, h, q0, count, k0, k1, columns);
+        multiply<false>(v + k0 * value_stride, value_stride, grad_columns, Q, n, vectors, p.D, grad_scores, Q, false);
+        for (int64_t e = 0; e < vectors; ++e) {
+          const vec log_sum = load(lse + e * lanes), shift = load(delta + e * lanes);
+          const vec none = splat(static_cast<T>(-INFINITY));
+          for (int64_t key = 0; key < n; ++key) {
+            T *s = scores + key * Q + e * lanes, *g = grad_scores + key * Q + e * lanes;
+            const vec weight = log_sum == none ? vec{} : vexp(load(s) - log_sum);
+            store(s, weight);
+            store(g, weight * (load(g) - shift));
+          }
+        }
+        multiply<false>(scores, Q, grad_rows, Dp, n, Dp / lanes, count, grad_value_rows + k0 * Dp, Dp, true);
+        multiply<false>(grad_scores, Q, query_rows, Dp, n, Dp / lanes, count, grad_key_rows + k0 * Dp, Dp, true);
+        multiply<true>(grad_scores, Q, k + k0 * key_stride, key_stride, count, Dp / lanes, n, grad_query, Dp, k0 > 0);
+        if (bias_sum) add_bias_gradients(bias_sum + q0 * p.S, count, k0, k1);
+        if (p.grad_bias) add_bias_gradients(static_cast<T*>(p.grad_bias) + (row0 + q0) * p.S, count, k0, k1);
+        if (p.grad_key_bias) key_bias_gradients(b, j, h, count, k0, k1);
+      }
+      if (keys == 0) fill(grad_query, Q * Dp, T{0});
+      write_grad_query(b, j, h, q0, count, query_sum);
+    }
+    if (p.grad_key.data) write_grad_rows(p.grad_key, grad_key_rows, b, j, h);
+    if (p.grad_value.data) write_grad_rows(p.grad_value, grad_value_rows, b, j, h);
+  }
+
+  // to[query][slot] += grad_scores; `to` starts as zeros.
+  void add_bias_gradients(T* to, int64_t count, int64_t k0, int64_t k1) const {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t key = k0; key < k1; ++key) to[i * p.S + slot(key)] += grad_scores[(key - k0) * Q + i];
+    }
+  }
+
+  void key_bias_gradients(int64_t b, int64_t j, int64_t h, int64_t count, int64_t k0, int64_t k1) const {
+    T* to = static_cast<T*>(p.grad_key_bias) + ((b * p.J + j) * p.H + h) * p.Nk;
+    for (int64_t key = k0; key < k1; ++key) {
+      T total = 0;
+      for (int64_t i = 0; i < count; ++i) total += grad_scores[(key - k0) * Q + i];
+      to[token(key, b, j, h)] += total;
+    }
+  }
+
+  void write_grad_query(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, T* query_sum) {
+    const T scale = static_cast<T>(p.scale);
+    for (int64_t i = 0; i < count; ++i) {
+      const T* from = grad_query + i * Dp;
+      if (query_sum) {
+        T* to = query_sum + (q0 + i) * p.D;
+        for (int64_t d = 0; d < p.D; ++d) to[d] += from[d] * scale;
+      } else if (p.grad_query.data) {
+        S* to = at(p.grad_query, b, j, h) + (q0 + i) * p.grad_query.stride_n;
+        for (int64_t d = 0; d < p.D; ++d) to[d] = E::put(from[d] * scale);
+      }
+    }
+  }
+
+  // Gradients of the packed keys to the tokens they came from; a token in several slots gets their sum, in order.
+  void write_grad_rows(const HeadsView& to, const T* rows, int64_t b, int64_t j, int64_t h) {
+    S* out = at(to, b, j, h);
+    if (!p.index) {
+      for (int64_t n = 0; n < p.Nk; ++n) {
+        for (int64_t d = 0; d < p.D; ++d) out[n * to.stride_n + d] = E::put(rows[n * Dp + d]);
+      }
+      return;
+    }
+    const int64_t* start = p.start + b * p.start_stride_b + j * p.start_stride_j + h * p.start_stride_h;
+    const int64_t* slots = p.slots + b * p.slots_stride_b + j * p.slots_stride_j + h * p.slots_stride_h;
+    for (int64_t key = 0; key < keys; ++key) place[present[key]] = key;
+    for (int64_t n = 0; n < p.Nk; ++n) {
+      fill(out_rows, Dp, T{0});
+      for (int64_t e = start[n]; e < start[n + 1]; ++e) {
+        const T* row = rows + place[slots[e]] * Dp;
+        for (int64_t d = 0; d < Dp; d += lanes) store(out_rows + d, load(out_rows + d) + load(row + d));
+      }
+      for (int64_t d = 0; d < p.D; ++d) out[n * to.stride_n + d] = E::put(out_rows[d]);
+    }
+  }
+};
+
+template <class E>
+void forward_items(const Attention& p, int64_t begin, int64_t end, void* scratch) {
+  Core<E> core(p, scratch, false);
+  const int64_t sequences = p.B * p.J;
+  for (int64_t t = begin; t < end; ++t) {
+    // Heads inside: a token's heads lie side by side. With one query for all sequences, they go inside instead.
+    const int64_t s = core.shared_query ? t % sequences : t / p.H, h = core.shared_query ? t / sequences : t % p.H;
+    core.forward(s / p.J, s % p.J, h);
+  }
+}
+
+template <class E>
+void backward_items(const Attention& p, int64_t begin, int64_t end, void* scratch) {
+  using T = typename E::Compute;
+  Core<E> core(p, scratch, true);
+  const int64_t sequences = p.B * p.J;
+  for (int64_t t = begin; t < end; ++t) {
+    if (p.parts == 0) {
+      core.backward(t / p.H / p.J, t / p.H % p.J, t % p.H, nullptr, nullptr);
+      continue;
+    }
+    const int64_t part = t / p.H, h = t % p.H;
+    T* query_sum = p.grad_query_parts ? static_cast<T*>(p.grad_query_parts) + t * p.Nq * p.D : nullptr;
+    T* bias_sum = p.grad_bias_parts ? static_cast<T*>(p.grad_bias_parts) + t * p.Nq * p.S : nullptr;
+    for (int64_t s = part * sequences / p.parts; s < (part + 1) * sequences / p.parts; ++s) {
+      core.backward(s / p.J, s % p.J, h, query_sum, bias_sum);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hotkernels::HK_ISA

@@ -1,0 +1,262 @@
+// gathered_attention: the core of attention.h for dense keys and sets, and here keys chosen per query.
+//
+// Per query, nothing can be shared between queries, so one query's keys are read where they lie, for all its heads: a
+// token's heads are neighbours in memory. Dot products of a register full of keys are summed across lanes together.
+// Backward walks the queries first (probabilities and grad_logits of their slots, grad_query), then the keys: each key
+// sums what its own queries ask of it, found through the inverted index, in ascending order.
+#include "hotkernels/gathered_attention.h"
+
+#include "attention.h"
+
+namespace hotkernels::HK_ISA {
+namespace {
+
+template <int S, class V, int... L>
+inline void fold_step(V* v, std::integer_sequence<int, L...>) {
+  constexpr int n = sizeof...(L);
+#pragma GCC unroll 16
+  for (int a = 0; a < n; a += 2 * S) {
+    const V x = v[a], y = v[a + S];
+    v[a] = __builtin_shufflevector(x, y, (L & S ? n + L - S : L)...) + __builtin_shufflevector(x, y, (L & S ? n + L : L + S)...);
+  }
+}
+
+// Lane l of the result is the sum over the lanes of v[l].
+template <class T>
+inline typename Simd<T>::vec sums_across(typename Simd<T>::vec (&v)[Simd<T>::lanes]) {
+  constexpr int n = Simd<T>::lanes;
+  constexpr auto lanes = std::make_integer_sequence<int, n>();
+  fold_step<1>(v, lanes);
+  if constexpr (n > 2) fold_step<2>(v, lanes);
+  if constexpr (n > 4) fold_step<4>(v, lanes);
+  if constexpr (n > 8) fold_step<8>(v, lanes);
+  return v[0];
+}
+
+template <class E>
+struct Each {
+  using T = typename E::Compute;
+  using S = typename E::Stored;
+  using vec = Vec<E>;
+  static constexpr int64_t lanes = kLanes<E>;
+
+  const Attention& p;
+  const int64_t Dp = padded(p.D, lanes), Sp = padded(p.S, lanes);
+  int64_t* tokens;    // [Sp] keys present, then repeats of the first
+  int64_t* present;   // [Sp] their slots
+  T *row, *row2;      // [Dp] this query, packed; another row
+  T *logits, *other;  // [Sp]
+  int64_t keys = 0;
+
+  Each(const Attention& p, void* scratch, int64_t* bytes = nullptr) : p(p) {
+    Pieces a{reinterpret_cast<uintptr_t>(scratch)};
+    tokens = a.take<int64_t>(Sp), present = a.take<int64_t>(Sp);
+    row = a.take<T>(Dp), row2 = a.take<T>(Dp);
+    logits = a.take<T>(Sp), other = a.take<T>(Sp);
+    if (bytes) *bytes = static_cast<int64_t>(a.next);
+  }
+
+  static S* at(const HeadsView& x, int64_t b, int64_t j, int64_t h, int64_t n) {
+    return static_cast<S*>(x.data) + b * x.stride_b + j * x.stride_j + h * x.stride_h + n * x.stride_n;
+  }
+
+  // The row's D values in vector e: the last one may be short.
+  vec part(const S* x, int64_t d) const {
+    return d + lanes <= p.D ? load_as<E>(x + d) : load_some_as<E>(x + d, p.D - d);
+  }
+
+  void take_index(int64_t b, int64_t j, int64_t h, int64_t i) {
+    const int64_t* index = p.index + b * p.index_stride_b + j * p.index_stride_j + h * p.index_stride_h + i * p.index_stride_q;
+    keys = 0;
+    for (int64_t s = 0; s < p.S; ++s) {
+      if (index[s] >= 0) tokens[keys] = index[s], present[keys++] = s;
+    }
+    for (int64_t s = keys; s < padded(keys, lanes); ++s) tokens[s] = tokens[0];
+  }
+
+  // out[key] = <row, x[tokens[key]]>.
+  void dots(const HeadsView& x, int64_t b, int64_t j, int64_t h, const T* query, T* out) const {
+    const S* base = at(x, b, j, h, 0);
+    for (int64_t first = 0; first < keys; first += lanes) {
+      const S* from[lanes];
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < lanes; ++l) from[l] = base + tokens[first + l] * x.stride_n;
+      vec acc[lanes] = {};
+      int64_t d = 0;
+      for (; d + lanes <= p.D; d += lanes) {
+        const vec q = load(query + d);
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < lanes; ++l) acc[l] += q * load_as<E>(from[l] + d);
+      }
+      if (d < p.D) {
+        const vec q = load(query + d);
+        for (int64_t l = 0; l < lanes; ++l) acc[l] += q * load_some_as<E>(from[l] + d, p.D - d);
+      }
+      store(out + first, sums_across<T>(acc));
+    }
+  }
+
+  // put(d, sum of weights[key] * x[tokens[key]]) for every vector d of the row.
+  template <class Put>
+  void weighted_sum(const HeadsView& x, int64_t b, int64_t j, int64_t h, const T* weights, const Put& put) const {
+    const S* base = at(x, b, j, h, 0);
+    int64_t d = 0;
+    for (; d + 4 * lanes <= p.D; d += 4 * lanes) {
+      vec acc[4] = {};
+      for (int64_t key = 0; key < keys; ++key) {
+        const S* from = base + tokens[key] * x.stride_n + d;
+        const vec weight = splat(weights[key]);
+#pragma GCC unroll 4
+        for (int64_t e = 0; e < 4; ++e) acc[e] += weight * load_as<E>(from + e * lanes);
+      }
+      for (int64_t e = 0; e < 4; ++e) put(d + e * lanes, acc[e]);
+    }
+    for (; d < p.D; d += lanes) {
+      vec acc{};
+      for (int64_t key = 0; key < keys; ++key) acc += splat(weights[key]) * part(base + tokens[key] * x.stride_n, d);
+      put(d, acc);
+    }
+  }
+
+  void write(S* out, int64_t d, vec value) const {
+    if (d + lanes <= p.D) store_as<E>(out + d, value); else store_some_as<E>(out + d, value, p.D - d);
+  }
+
+  // Logits of one query and head. row holds the scaled query.
+  void score(int64_t b, int64_t j, int64_t h, int64_t i) {
+    pack_row<E>(at(p.query, b, j, h, i), p.D, static_cast<T>(p.scale), row);
+    dots(p.key, b, j, h, row, logits);
+    if (p.key_bias) {
+      const T* bias = static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j;
+      for (int64_t key = 0; key < keys; ++key) logits[key] += bias[tokens[key] * p.key_bias_stride_n];
+    }
+    if (p.bias) {
+      const T* bias = static_cast<const T*>(p.bias) + b * p.bias_stride_b + j * p.bias_stride_j + h * p.bias_stride_h +
+                      i * p.bias_stride_q;
+      for (int64_t key = 0; key < keys; ++key) logits[key] += bias[present[key] * p.bias_stride_s];
+    }
+  }
+
+  // logits[key] becomes exp(logits[key] - shift); a query without keys has none.
+  void exponentials(T shift) {
+    for (int64_t s = keys; s < padded(keys, lanes); ++s) logits[s] = static_cast<T>(-INFINITY);
+    for (int64_t s = 0; s < keys; s += lanes) store(logits + s, vexp(load(logits + s) - shift));
+  }
+
+  void forward(int64_t b, int64_t j, int64_t i) {
+    for (int64_t h = 0; h < p.H; ++h) {
+      if (h == 0 || p.index_stride_h != 0) take_index(b, j, h, i);
+      score(b, j, h, i);
+      T top = static_cast<T>(-INFINITY), sum = 0;
+      for (int64_t key = 0; key < keys; ++key) top = logits[key] > top ? logits[key] : top;
+      exponentials(top == static_cast<T>(-INFINITY) ? T{0} : top);
+      for (int64_t key = 0; key < keys; ++key) sum += logits[key];
+      const T inverse = sum == 0 ? T{0} : T{1} / sum;
+      S* out = at(p.out, b, j, h, i);
+      weighted_sum(p.value, b, j, h, logits, [&](int64_t d, vec value) { write(out, d, value * inverse); });
+      static_cast<T*>(p.lse)[((b * p.J + j) * p.H + h) * p.Nq + i] =
+          sum == 0 ? static_cast<T>(-INFINITY) : top + std::log(sum);
+    }
+  }
+
+  void backward_query(int64_t b, int64_t j, int64_t i) {
+    for (int64_t h = 0; h < p.H; ++h) {
+      if (h == 0 || p.index_stride_h != 0) take_index(b, j, h, i);
+      const int64_t at_row = ((b * p.J + j) * p.H + h) * p.Nq + i;
+      T* probabilities = static_cast<T*>(p.probabilities) + at_row * p.S;
+      T* grad_logits = static_cast<T*>(p.grad_logits) + at_row * p.S;
+      const T log_sum = static_cast<const T*>(p.lse)[at_row];
+      score(b, j, h, i);
+      if (log_sum == static_cast<T>(-INFINITY)) fill(logits, keys, T{0}); else exponentials(log_sum);
+      pack_row<E>(at(p.grad_out, b, j, h, i), p.D, T{1}, row2);
+      dots(p.value, b, j, h, row2, other);
+      const S* out = at(p.out, b, j, h, i);
+      T delta = 0;
+      for (int64_t d = 0; d < p.D; ++d) delta += row2[d] * E::get(out[d]);
+      if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[at_row];
+      fill(probabilities, p.S, T{0});
+      fill(grad_logits, p.S, T{0});
+      for (int64_t key = 0; key < keys; ++key) {
+        other[key] = logits[key] * (other[key] - delta);
+        probabilities[present[key]] = logits[key];
+        grad_logits[present[key]] = other[key];
+      }
+      if (!p.grad_query.data) continue;
+      S* grad = at(p.grad_query, b, j, h, i);
+      const T scale = static_cast<T>(p.scale);
+      weighted_sum(p.key, b, j, h, other, [&](int64_t d, vec value) { write(grad, d, value * scale); });
+    }
+  }
+
+  // One token's gradients: its queries in ascending order.
+  void backward_key(int64_t b, int64_t j, int64_t n) {
+    for (int64_t h = 0; h < p.H; ++h) {
+      const int64_t* start = p.start + b * p.start_stride_b + j * p.start_stride_j + h * p.start_stride_h + n;
+      const int64_t* slots = p.slots + b * p.slots_stride_b + j * p.slots_stride_j + h * p.slots_stride_h;
+      const int64_t head = ((b * p.J + j) * p.H + h) * p.Nq * p.S;
+      const auto sum = [&](const HeadsView& x, const void* weights_of, HeadsView to, T scale) {
+        if (!to.data) return;
+        const T* weights = static_cast<const T*>(weights_of) + head;
+        for (int64_t d = 0; d < p.D; d += lanes) {
+          vec acc{};
+          for (int64_t e = start[0]; e < start[1]; ++e) acc += splat(weights[slots[e]]) * part(at(x, b, j, h, slots[e] / p.S), d);
+          write(at(to, b, j, h, n), d, acc * scale);
+        }
+      };
+      sum(p.query, p.grad_logits, p.grad_key, static_cast<T>(p.scale));
+      sum(p.grad_out, p.probabilities, p.grad_value, T{1});
+      if (p.grad_key_bias) {
+        const T* weights = static_cast<const T*>(p.grad_logits) + head;
+        T total = 0;
+        for (int64_t e = start[0]; e < start[1]; ++e) total += weights[slots[e]];
+        static_cast<T*>(p.grad_key_bias)[((b * p.J + j) * p.H + h) * p.Nk + n] = total;
+      }
+    }
+  }
+};
+
+// Calls step(worker, b, j, i) for items [begin, end) of B * J * per.
+template <class Step>
+void each_item(const Attention& p, int64_t per, int64_t begin, int64_t end, void* scratch, const Step& step) {
+  with_element(p.dtype, [&](auto element) {
+    Each<decltype(element)> worker(p, scratch);
+    for (int64_t t = begin; t < end; ++t) step(worker, t / per / p.J, t / per % p.J, t % per);
+  });
+}
+
+}  // namespace
+
+int64_t attention_scratch(const Attention& p, bool backward) {
+  int64_t bytes = 0;
+  with_element(p.dtype, [&](auto element) { Core<decltype(element)>(p, nullptr, backward, &bytes); });
+  return bytes;
+}
+
+void attention_fwd(const Attention& p, int64_t begin, int64_t end, void* scratch) {
+  with_element(p.dtype, [&](auto element) { forward_items<decltype(element)>(p, begin, end, scratch); });
+}
+
+void attention_bwd(const Attention& p, int64_t begin, int64_t end, void* scratch) {
+  with_element(p.dtype, [&](auto element) { backward_items<decltype(element)>(p, begin, end, scratch); });
+}
+
+int64_t attention_each_scratch(const Attention& p) {
+  int64_t bytes = 0;
+  with_element(p.dtype, [&](auto element) { Each<decltype(element)>(p, nullptr, &bytes); });
+  return bytes;
+}
+
+void attention_each_fwd(const Attention& p, int64_t begin, int64_t end, void* scratch) {
+  each_item(p, p.Nq, begin, end, scratch, [](auto& worker, int64_t b, int64_t j, int64_t i) { worker.forward(b, j, i); });
+}
+
+void attention_each_bwd_queries(const Attention& p, int64_t begin, int64_t end, void* scratch) {
+  each_item(p, p.Nq, begin, end, scratch,
+            [](auto& worker, int64_t b, int64_t j, int64_t i) { worker.backward_query(b, j, i); });
+}
+
+void attention_each_bwd_keys(const Attention& p, int64_t begin, int64_t end, void* scratch) {
+  each_item(p, p.Nk, begin, end, scratch, [](auto& worker, int64_t b, int64_t j, int64_t n) { worker.backward_key(b, j, n); });
+}
+
+}  // namespace hotkernels::HK_ISA

@@ -1,0 +1,79 @@
+// The matrix product that fits in registers: R rows times V vectors of columns, accumulated over the depth.
+#pragma once
+#include "simd.h"
+
+namespace hotkernels::HK_ISA {
+namespace {
+
+constexpr int kMaxVectors = W == 16 ? 4 : 3;  // of columns; AVX-512 has 32 registers, the others 16
+
+// Rows per register tile of V vectors: R * V accumulators + V columns + 1 broadcast fit the register file.
+constexpr int tile_rows(int vectors) { return W == 16 ? (vectors == 4 ? 6 : 8) : 4; }
+
+// t[r][0 .. V) (+)= sum over c < depth of a(r, c) * b[c * b_stride + 0 .. V), in vectors of T, for r < R.
+// a(r, c) is a[c * a_stride + r] if `by_column`, else a[r * a_stride + c].
+template <int R, int V, bool by_column, class T>
+inline void register_tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth, T* t,
+                          int64_t t_stride, bool add) {
+  using vec = typename Simd<T>::vec;
+  constexpr int lanes = Simd<T>::lanes;
+  vec acc[R][V] = {};
+  for (int64_t c = 0; c < depth; ++c) {
+    vec cols[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) cols[v] = load(b + c * b_stride + v * lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vec row = splat(by_column ? a[c * a_stride + r] : a[r * a_stride + c]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] += row * cols[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      T* out = t + r * t_stride + v * lanes;
+      store(out, add ? load(out) + acc[r][v] : acc[r][v]);
+    }
+  }
+}
+
+template <int V, bool by_column, class T>
+inline void register_tile_rows(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t rows, int64_t depth,
+                               T* t, int64_t t_stride, bool add) {
+  const auto at = [&](int64_t r) { return a + (by_column ? r : r * a_stride); };
+  constexpr int R = tile_rows(V);
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) register_tile<R, V, by_column>(at(r), a_stride, b, b_stride, depth, t + r * t_stride, t_stride, add);
+  for (; r + 2 <= rows; r += 2) register_tile<2, V, by_column>(at(r), a_stride, b, b_stride, depth, t + r * t_stride, t_stride, add);
+  if (r < rows) register_tile<1, V, by_column>(at(r), a_stride, b, b_stride, depth, t + r * t_stride, t_stride, add);
+}
+
+// t[r][0 .. vectors) (+)= sum_c a(r, c) * b[c][0 .. vectors) for any number of rows and vectors of columns.
+template <bool by_column, class T>
+inline void multiply(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t rows, int64_t vectors,
+                     int64_t depth, T* t, int64_t t_stride, bool add) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int64_t v = 0; v < vectors;) {
+    const int64_t left = vectors - v;
+    const T* cols = b + v * lanes;
+    T* out = t + v * lanes;
+    if (kMaxVectors == 4 && left % 3 != 0 && left >= 4) {
+      register_tile_rows<kMaxVectors, by_column>(a, a_stride, cols, b_stride, rows, depth, out, t_stride, add);
+      v += kMaxVectors;
+    } else if (left >= 3) {
+      register_tile_rows<3, by_column>(a, a_stride, cols, b_stride, rows, depth, out, t_stride, add);
+      v += 3;
+    } else if (left == 2) {
+      register_tile_rows<2, by_column>(a, a_stride, cols, b_stride, rows, depth, out, t_stride, add);
+      v += 2;
+    } else {
+      register_tile_rows<1, by_column>(a, a_stride, cols, b_stride, rows, depth, out, t_stride, add);
+      v += 1;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hotkernels::HK_ISA

@@ -1,0 +1,5 @@
+"""`gathered_attention`: public function in api.py, definition in reference.py."""
+
+from .api import gathered_attention
+
+__all__ = ["gathered_attention"]

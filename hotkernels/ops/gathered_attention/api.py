@@ -1,0 +1,309 @@
+"""Attention over tokens chosen by an index, without first copying them out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...backends import Kernel, choose, fake, register
+from ...errors import FLOATING, INTEGER, check_index, check_tensor, fail
+from ..invert_index import InvertedIndex
+from .reference import gathered_attention_reference
+
+_OP = "gathered_attention"
+MAX_HEAD_DIM = 256
+register(_OP, torch=Kernel(FLOATING), cpp=Kernel(FLOATING, device="cpu", library="_C_cpu"))
+
+
+class GatheredAttention(torch.autograd.Function):
+    """gathered_attention over the raw operators; index, start and slots are an InvertedIndex's, or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        index: Tensor | None,
+        start: Tensor | None,
+        slots: Tensor | None,
+        bias: Tensor | None,
+        key_bias: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend; keep the log sum exp of the logits for the backward pass."""
+        out, lse = torch.ops.hotkernels.gathered_attention_fwd(query, key, value, index, bias, key_bias, scale)
+        ctx.save_for_backward(query, key, value, out, lse, index, start, slots, bias, key_bias)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Recompute the probabilities from lse; no [Nq, Nk] tensor is kept."""
+        query, key, value, out, lse, index, start, slots, bias, key_bias = ctx.saved_tensors
+        need_bias, need_key_bias = ctx.needs_input_grad[6:8]
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        if index is not None and start is None:
+            rows = index if index.dim() == 2 else index.flatten(-2)
+            start, slots = torch.ops.hotkernels.invert_index(rows, key.shape[-2])
+        grad_query, grad_key, grad_value, grad_bias, grad_key_bias = torch.ops.hotkernels.gathered_attention_bwd(
+            grad_out, grad_lse, query, key, value, out, lse, index, start, slots, bias, key_bias, ctx.scale,
+            need_bias, need_key_bias,
+        )  # fmt: skip
+        return (
+            grad_query,
+            grad_key,
+            grad_value,
+            None,
+            None,
+            None,
+            grad_bias.sum_to_size(bias.shape) if need_bias else None,
+            grad_key_bias.sum(-2).sum_to_size(key_bias.shape) if need_key_bias else None,
+            None,
+        )
+
+
+def check_heads(op: str, query: Tensor, key: Tensor, value: Tensor, query_dims: tuple[int, ...]) -> None:
+    """Check what both attention ops ask of query, key and value, but for the batch dims."""
+    layout = "[*batch, H, N, D] with one or two batch dims"
+    check_tensor(op, "query", query, layout, FLOATING)
+    check_tensor(op, "key", key, layout, (query.dtype,), device=query.device)
+    check_tensor(op, "value", value, layout, (query.dtype,), device=query.device)
+    if key.dim() not in (4, 5):
+        fail(op, "key", layout, list(key.shape))
+    if value.dim() != key.dim():
+        fail(op, "value", f"{layout}, as key has {key.dim() - 3}", list(value.shape))
+    if query.dim() not in (key.dim(), *query_dims):
+        fail(op, "query", f"{layout}, as key has {key.dim() - 3}", list(query.shape))
+    H, Nk, D = key.shape[-3:]
+    if value.shape[-3:] != key.shape[-3:]:
+        fail(op, "value", f"[*batch, H = {H}, Nk = {Nk}, D = {D}] as key", list(value.shape))
+    if query.shape[-3] != H or query.shape[-1] != D:
+        fail(op, "query", f"[*batch, H = {H}, Nq, D = {D}] as key", list(query.shape))
+    if not 1 <= D <= MAX_HEAD_DIM:
+        fail(op, "query", f"of a head dim in [1, {MAX_HEAD_DIM}]", D)
+    if query.shape[-2] < 1 or Nk < 1:
+        fail(op, "query" if query.shape[-2] < 1 else "key", "of at least one token", list(query.shape))
+
+
+def check_scale(op: str, scale: float | None, D: int) -> float:
+    """The scale of the logits: 1 / sqrt(D) unless given."""
+    if scale is None:
+        return D**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        fail(op, "scale", "a float", type(scale).__name__, TypeError)
+    if not math.isfinite(scale):
+        fail(op, "scale", "finite", scale)
+    return float(scale)
+
+
+def choose_attention(op: str, query: Tensor, dropout_p: float, backend: str | None) -> str:
+    """The backend of an attention call: dropout is honoured by the torch backend only."""
+    if not 0.0 <= dropout_p < 1.0:
+        fail(op, "dropout_p", "in [0, 1)", dropout_p)
+    if dropout_p > 0.0:
+        if backend not in (None, "torch"):
+            fail(op, "backend", "one that can serve this call", f"'{backend}' (it has no dropout; 'torch' has)")
+        backend = "torch"
+    return choose(op, query, backend)
+
+
+def gathered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | InvertedIndex | None = None,
+    *,
+    bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attend to all keys, to a set of keys per sample, or to keys chosen per query, reading them where they lie.
+
+    Equivalent to, for a set of keys [B, M] (and for keys per query with one gather more)::
+
+        k, v = (t.gather(-2, index[:, None, :, None].expand(-1, H, -1, D)) for t in (key, value))
+        out = torch.softmax(scale * query @ k.mT + bias, -1) @ v
+
+    Args:
+        query: [*batch, H, Nq, D] float32, float16, bfloat16 or float64; one or two batch dims, (B) or (B, J); any strides
+            with a contiguous last dim are read in place: ``qkv.reshape(B, N, 3, H, D).permute(2, 0, 3, 1, 4)``, or
+            [B, F, J, H * D] seen as [B, J, H, F, D]. D from 1 to 256.
+        key, value: [*batch, H, Nk, D], as query. Batch dims of query, key and value broadcast.
+        index: int64 or int32 in [-1, Nk), -1 = no key. None: dense. [B, M]: one set for all heads, queries and J of a
+            sample. [*batch, Nq, K]: per query. [*batch, H, Nq, K]: per head and query. Keys may repeat, and count each
+            time. An InvertedIndex saves the backward pass the inversion.
+        bias: added to the logits of the slots, broadcastable to [*batch, H, Nq, Nk or M or K].
+        key_bias: [*batch, Nk], added to the logits of a key wherever it appears; -inf masks it.
+        scale: of the logits; None = 1 / sqrt(D).
+        dropout_p: dropout on the probabilities, always applied if > 0 (on the torch backend).
+        return_lse: return (out, lse).
+        backend: "torch", "cpp", or None for the fastest that can serve the call.
+
+    Returns:
+        out [*batch, H, Nq, D] of query's dtype, stored token by token, so that ``out.transpose(-3, -2).flatten(-2)`` is a
+        view. A query with nothing to attend to gives 0. With return_lse, lse [*batch, H, Nq] float32 (float64 for
+        float64) too: the logarithm of the sum of exponentiated logits, -inf where there are none. Differentiable once
+        in query, key, value, bias and key_bias.
+
+    Raises:
+        ValueError, TypeError: ``gathered_attention: <arg> must be <expected>, got <actual>``.
+
+    Numerics: softmax and sums in float32 (float64 for float64), also for half types. Gradients of keys under an index
+    are summed in ascending order of the slots that name them: the same bits every time.
+
+    Cost: no [Nq, Nk] tensor and no gathered copy of the keys, forward or backward; under an index per query, backward
+    keeps two floats per slot.
+
+    Source: Vaswani et al. 2017, eq. 1; online softmax: Milakov & Gimelshein 2018; backward from lse: Dao et al. 2022
+    (FlashAttention); sets of keys as in HoT (Li et al., CVPR 2024), keys per query as in RoITr (Yu et al., CVPR 2023).
+
+    Example::
+
+        >>> import torch, hotkernels
+        >>> q, k, v = torch.randn(3, 2, 8, 243, 64).unbind(0)
+        >>> every_third = torch.arange(0, 243, 3).expand(2, -1)
+        >>> hotkernels.gathered_attention(q, k, v, every_third).shape
+        torch.Size([2, 8, 243, 64])
+    """
+    check_heads(_OP, query, key, value, ())
+    scale = check_scale(_OP, scale, query.shape[-1])
+    batch = _common_batch(query, key, value)
+    if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+        query, key, value = (t.expand(*batch, *t.shape[-3:]) for t in (query, key, value))
+    H, Nq, Nk = query.shape[-3], query.shape[-2], key.shape[-2]
+    start = slots = None
+    if isinstance(index, InvertedIndex):
+        index, start, slots = index
+    num_slots = Nk
+    if index is not None:
+        index = _checked_index(index, batch, H, Nq, query.device)
+        num_slots = index.shape[-1]
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if bias is not None:
+        bias = _checked_bias(bias, (*batch, H, Nq, num_slots), query.device).to(compute)
+    if key_bias is not None:
+        check_tensor(_OP, "key_bias", key_bias, "[*batch, Nk]", FLOATING, device=query.device)
+        if key_bias.dim() != len(batch) + 1 or not _broadcastable(key_bias.shape, (*batch, Nk)):
+            fail(_OP, "key_bias", f"[*batch, Nk] = {[*batch, Nk]}", list(key_bias.shape))
+        key_bias = key_bias.expand(*key_bias.shape[:-1], Nk).to(compute)
+    if choose_attention(_OP, query, dropout_p, backend) == "torch":
+        if index is not None:
+            check_index(_OP, "index", index, Nk)
+        out, lse = gathered_attention_reference(query, key, value, index, bias, key_bias, scale, dropout_p)
+    else:
+        out, lse = GatheredAttention.apply(query, key, value, index, start, slots, bias, key_bias, scale)
+    return (out, lse) if return_lse else out
+
+
+def _common_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    """The batch dims of query, key and value, broadcast."""
+    try:
+        return tuple(torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3]))
+    except RuntimeError:
+        shapes = [list(t.shape[:-3]) for t in (query, key, value)]
+        fail(
+            _OP, "the batch dims of query, key and value", "broadcastable", f"{shapes[0]}, {shapes[1]} and {shapes[2]}"
+        )
+
+
+def _broadcastable(shape: torch.Size, to: tuple[int, ...]) -> bool:
+    return all(a in (1, b) for a, b in zip(shape, to, strict=True))
+
+
+def _checked_index(index: Tensor, batch: tuple[int, ...], H: int, Nq: int, device: torch.device) -> Tensor:
+    meanings = (
+        "[B, M] (one set of keys per sample), [*batch, Nq, K] (per query) or [*batch, H, Nq, K] (per head and query)"
+    )
+    check_tensor(_OP, "index", index, meanings, INTEGER, device=device)
+    n = len(batch)
+    if index.dim() == 2:
+        full: tuple[int, ...] = (batch[0],)
+    elif index.dim() == n + 2:
+        full = (*batch, Nq)
+    elif index.dim() == n + 3:
+        full = (*batch, H, Nq)
+    else:
+        fail(_OP, "index", f"{meanings}, batch being {list(batch)}", list(index.shape))
+    query_dim = index.dim() - 2
+    if not _broadcastable(index.shape[:-1], full) or (index.dim() > 2 and index.shape[query_dim] != Nq):
+        fail(_OP, "index", f"{[*full, 'slots']}".replace("'", ""), list(index.shape))
+    if index.shape[-1] < 1:
+        fail(_OP, "index", "of at least one slot", list(index.shape))
+    return index.long().contiguous()
+
+
+def _checked_bias(bias: Tensor, full: tuple[int, ...], device: torch.device) -> Tensor:
+    check_tensor(_OP, "bias", bias, "[*batch, H, Nq, slots]", FLOATING, device=device)
+    if bias.dim() > len(full) or not _broadcastable(bias.shape, full[len(full) - bias.dim() :]):
+        fail(_OP, "bias", f"broadcastable to [*batch, H, Nq, slots] = {list(full)}", list(bias.shape))
+    return bias.reshape(*[1] * (len(full) - bias.dim()), *bias.shape)
+
+
+def token_major(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """An empty [*batch, H, N, D] stored [B, N, (J,) H, D], as the kernels allocate it."""
+    if len(shape) == 4:
+        B, H, N, D = shape
+        return like.new_empty(B, N, H, D).transpose(1, 2)
+    B, J, H, N, D = shape
+    return like.new_empty(B, N, J, H, D).transpose(1, 2).transpose(2, 3)
+
+
+@fake("gathered_attention_fwd")
+def _gathered_attention_fwd_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    shape = (*key.shape[:-2], query.shape[-2])
+    return token_major(query, (*shape, key.shape[-1])), query.new_empty(shape, dtype=compute)
+
+
+@fake("gathered_attention_bwd")
+def _gathered_attention_bwd_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    index: Tensor | None,
+    start: Tensor | None,
+    slots: Tensor | None,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    need_bias: bool,
+    need_key_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, H, Nk = key.shape[:-3], key.shape[-3], key.shape[-2]
+    if query.dim() == 3:
+        grad_query = query.new_empty(query.shape, dtype=lse.dtype)
+    else:
+        grad_query = token_major(query, query.shape)
+    grad_bias, grad_key_bias = lse.new_empty(0), lse.new_empty(0)
+    if need_bias and bias is not None:
+        per_query = index is not None and index.dim() > 2
+        batch_free = not per_query and all(size == 1 for size in bias.shape[:-3])
+        slots_of = Nk if index is None else index.shape[-1]
+        lead = [1] * len(batch) if batch_free else list(batch)
+        grad_bias = lse.new_empty(*lead, H, query.shape[-2], slots_of)
+    if need_key_bias:
+        grad_key_bias = lse.new_empty(*batch, H, Nk)
+    return grad_query, token_major(key, key.shape), token_major(value, value.shape), grad_bias, grad_key_bias

@@ -1,0 +1,121 @@
+"""Recovery cross-attention: L learned queries bring M kept tokens back to full length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...backends import Kernel, fake, register
+from ...errors import FLOATING, check_tensor, fail
+from ..gathered_attention.api import check_heads, check_scale, choose_attention, token_major
+from .reference import mask_bias, recovery_attention_reference
+
+_OP = "recovery_attention"
+register(_OP, torch=Kernel(FLOATING), cpp=Kernel(FLOATING, device="cpu", library="_C_cpu"))
+
+
+class RecoveryAttention(torch.autograd.Function):
+    """recovery_attention over the raw operators: forward(query, key, value, key_bias, scale)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
+        """Attend; keep the log sum exp of the logits for the backward pass."""
+        out, lse = torch.ops.hotkernels.recovery_attention_fwd(query, key, value, key_bias, scale)
+        ctx.save_for_backward(query, key, value, out, lse, key_bias)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """Recompute the probabilities from lse; a query without batch gets the sum over it, in a fixed order."""
+        query, key, value, out, lse, key_bias = ctx.saved_tensors
+        grad_query, grad_key, grad_value = torch.ops.hotkernels.recovery_attention_bwd(
+            grad_out, query, key, value, out, lse, key_bias, ctx.scale
+        )
+        return grad_query.to(query.dtype), grad_key, grad_value, None, None
+
+
+def recovery_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Let L queries, usually the same for every sample, attend to the M kept tokens.
+
+    Equivalent to::
+
+        logits = scale * query @ key.mT                # [H, L, D] broadcasts over the batch
+        out = torch.softmax(logits.masked_fill(~key_mask[..., None, None, :], -torch.inf), -1) @ value
+
+    Args:
+        query: [H, L, D], shared by the whole batch, or [*batch, H, L, D]; float32, float16, bfloat16 or float64.
+        key, value: [*batch, H, M, D], one or two batch dims, any strides with a contiguous last dim. D from 1 to 256.
+        key_mask: [*batch, M] bool, True = attend; None = all.
+        scale: of the logits; None = 1 / sqrt(D).
+        dropout_p: dropout on the probabilities, always applied if > 0 (on the torch backend).
+        backend: "torch", "cpp", or None for the fastest that can serve the call.
+
+    Returns:
+        [*batch, H, L, D] of query's dtype, stored token by token as `gathered_attention` does; 0 where nothing may be
+        attended to. Differentiable once in query, key and value; the gradient of a shared query is its sum over the
+        batch.
+
+    Raises:
+        ValueError, TypeError: ``recovery_attention: <arg> must be <expected>, got <actual>``.
+
+    Numerics: softmax and sums in float32 (float64 for float64); deterministic, forward and backward.
+
+    Cost: a shared query is read, scaled and packed once per thread; no [L, M] tensor is kept.
+
+    Source: the Token Recovering Attention of HoT (Li et al., CVPR 2024, section 3.3).
+
+    Example::
+
+        >>> import torch, hotkernels
+        >>> kept = torch.randn(2, 17, 8, 81, 64)  # B, J, H, M, D
+        >>> hotkernels.recovery_attention(torch.randn(8, 243, 64), kept, kept).shape
+        torch.Size([2, 17, 8, 243, 64])
+    """
+    check_heads(_OP, query, key, value, (3,))
+    scale = check_scale(_OP, scale, query.shape[-1])
+    batch, M = key.shape[:-3], key.shape[-2]
+    for arg, t in (("value", value), ("query", query)):
+        if t.dim() > 3 and t.shape[:-3] != batch:
+            fail(_OP, arg, f"of key's batch {list(batch)}", list(t.shape))
+    if key_mask is not None:
+        check_tensor(_OP, "key_mask", key_mask, "[*batch, M]", (torch.bool,), shape=(*batch, M), device=key.device)
+    if choose_attention(_OP, query, dropout_p, backend) == "torch":
+        return recovery_attention_reference(query, key, value, key_mask, scale, dropout_p)
+    return RecoveryAttention.apply(query, key, value, None if key_mask is None else mask_bias(key_mask, key), scale)
+
+
+@fake("recovery_attention_fwd")
+def _recovery_attention_fwd_fake(
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.hotkernels.gathered_attention_fwd(query, key, value, None, None, key_bias, scale)
+
+
+@fake("recovery_attention_bwd")
+def _recovery_attention_bwd_fake(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.hotkernels.gathered_attention_bwd(
+        grad_out, None, query, key, value, out, lse, None, None, None, None, key_bias, scale, False, False
+    )[:3]

@@ -1,0 +1,311 @@
+// gathered_attention on the CPU, and what recovery_attention shares with it.
+#include "gathered_attention.h"
+
+#include <algorithm>
+
+namespace hotkernels {
+namespace {
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kParts = 16;  // runs of sequences that sum a batch-free gradient: enough for as many threads
+
+bool contiguous_last(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; }
+
+Tensor with_contiguous_last(const Tensor& t) { return contiguous_last(t) ? t : torch::stable::contiguous(t); }
+
+// The strides of dims counted from the left, 0 where the tensor has size 1 or lacks the dim.
+int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
+
+struct Problem {
+  Attention p{};
+  Tensor query, key, value;
+  int64_t batch_dims;
+
+  explicit Problem(const AttentionArgs& a)
+      : query(with_contiguous_last(a.query)), key(with_contiguous_last(a.key)), value(with_contiguous_last(a.value)) {
+    const char* op = a.op;
+    HK_CHECK(key.dim() == 4 || key.dim() == 5, op, "key", "[*batch, H, Nk, D] with one or two batch dims", shape_of(key));
+    batch_dims = key.dim() - 3;
+    const int64_t last = key.dim() - 1;
+    p.B = key.size(0), p.J = batch_dims == 2 ? key.size(1) : 1;
+    p.H = key.size(last - 2), p.Nk = key.size(last - 1), p.D = key.size(last);
+    HK_CHECK(query.dim() == key.dim() || query.dim() == 3, op, "query", "[*batch, H, Nq, D] with key's batch",
+             shape_of(query));
+    p.Nq = query.size(query.dim() - 2);
+    check_heads(query, op, "query", p.Nq);
+    check_heads(value, op, "value", p.Nk);
+    HK_CHECK(p.Nq >= 1, op, "query", "of at least one token", shape_of(query));
+    HK_CHECK(p.Nk >= 1, op, "key", "of at least one token", shape_of(key));
+    HK_CHECK(1 <= p.D && p.D <= kMaxHeadDim, op, "query", "of a head dim in [1, " << kMaxHeadDim << "]", p.D);
+    p.dtype = dtype_of(query, op, "query");
+    HK_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(), op, "key and value",
+             "of query's dtype", torch::headeronly::toString(key.scalar_type()));
+    p.query = view(query), p.key = view(key), p.value = view(value);
+    p.scale = a.scale;
+    p.S = p.Nk;
+    if (a.index) take_index(*a.index, op);
+    if (a.bias) {
+      const int64_t n = a.bias->dim();
+      check_compute(*a.bias, op, "bias");
+      HK_CHECK(n == key.dim() && fits(a.bias->size(0), p.B) && (batch_dims == 1 || fits(a.bias->size(1), p.J)) &&
+                   fits(a.bias->size(n - 3), p.H) && fits(a.bias->size(n - 2), p.Nq) && fits(a.bias->size(n - 1), p.S),
+               op, "bias", "broadcastable to [*batch, H, Nq = " << p.Nq << ", slots = " << p.S << "]", shape_of(*a.bias));
+      p.bias = a.bias->const_data_ptr();
+      p.bias_stride_b = stride_of(*a.bias, 0), p.bias_stride_j = batch_dims == 2 ? stride_of(*a.bias, 1) : 0;
+      p.bias_stride_h = stride_of(*a.bias, n - 3), p.bias_stride_q = stride_of(*a.bias, n - 2);
+      p.bias_stride_s = stride_of(*a.bias, n - 1);
+    }
+    if (a.key_bias) {
+      const int64_t n = a.key_bias->dim();
+      check_compute(*a.key_bias, op, "key_bias");
+      HK_CHECK(n == batch_dims + 1 && fits(a.key_bias->size(0), p.B) &&
+                   (batch_dims == 1 || fits(a.key_bias->size(1), p.J)) && a.key_bias->size(n - 1) == p.Nk,
+               op, "key_bias", "[*batch, Nk = " << p.Nk << "]", shape_of(*a.key_bias));
+      p.key_bias = a.key_bias->const_data_ptr();
+      p.key_bias_stride_b = stride_of(*a.key_bias, 0);
+      p.key_bias_stride_j = batch_dims == 2 ? stride_of(*a.key_bias, 1) : 0;
+      p.key_bias_stride_n = stride_of(*a.key_bias, n - 1);
+    }
+  }
+
+  ScalarType compute_type() const { return p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+  HeadsView view(const Tensor& t) const {
+    const int64_t n = t.dim();
+    const bool batched = n > 3;
+    return {const_cast<void*>(t.const_data_ptr()), batched ? stride_of(t, 0) : 0,
+            batched && batch_dims == 2 ? stride_of(t, 1) : 0, stride_of(t, n - 3), t.stride(n - 2)};
+  }
+
+  // [*batch, H, N, D] stored [B, N, (J,) H, D]: flattening the heads is a free view.
+  Tensor token_major(const Tensor& like, int64_t N) const {
+    if (batch_dims == 1) return torch::stable::transpose(torch::stable::new_empty(like, {p.B, N, p.H, p.D}), 1, 2);
+    Tensor t = torch::stable::new_empty(like, {p.B, N, p.J, p.H, p.D});
+    return torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3);
+  }
+
+  std::vector<int64_t> per_head(std::initializer_list<int64_t> rest) const {
+    std::vector<int64_t> shape{p.B};
+    if (batch_dims == 2) shape.push_back(p.J);
+    shape.push_back(p.H);
+    shape.insert(shape.end(), rest);
+    return shape;
+  }
+
+  void check_heads(const Tensor& t, const char* op, const char* arg, int64_t N) const {
+    const int64_t n = t.dim();
+    const bool same_batch = n == 3 || (n == key.dim() && t.size(0) == p.B && (batch_dims == 1 || t.size(1) == p.J));
+    HK_CHECK(t.is_cpu() && same_batch && t.size(n - 3) == p.H && t.size(n - 2) == N && t.size(n - 1) == p.D, op, arg,
+             "a CPU tensor [*batch, H, N, D] of key's batch, H = " << p.H << " and D = " << p.D, shape_of(t));
+  }
+
+ private:
+  static bool fits(int64_t size, int64_t full) { return size == 1 || size == full; }
+
+  void check_compute(const Tensor& t, const char* op, const char* arg) const {
+    HK_CHECK(t.is_cpu() && t.scalar_type() == compute_type(), op, arg,
+             "a CPU tensor of " << torch::headeronly::toString(compute_type()),
+             torch::headeronly::toString(t.scalar_type()));
+  }
+
+  void take_index(const Tensor& index, const char* op) {
+    const int64_t n = index.dim();
+    HK_CHECK(index.is_cpu() && index.scalar_type() == ScalarType::Long && index.is_contiguous(), op, "index",
+             "a contiguous int64 CPU tensor", torch::headeronly::toString(index.scalar_type()) << " " << shape_of(index));
+    const bool set = n == 2, per_query = n == batch_dims + 2, per_head = n == batch_dims + 3;
+    HK_CHECK(set || per_query || per_head, op, "index",
+             "[B, M] (one set of keys per sample), [*batch, Nq, K] (per query) or [*batch, H, Nq, K] (per head and query)",
+             shape_of(index));
+    p.S = index.size(n - 1);
+    HK_CHECK(p.S >= 1 && fits(index.size(0), p.B), op, "index", "of batch " << p.B << " and at least one slot",
+             shape_of(index));
+    p.index = index.const_data_ptr<int64_t>();
+    p.index_stride_b = stride_of(index, 0);
+    if (!set) {
+      HK_CHECK(index.size(n - 2) == p.Nq && (batch_dims == 1 || fits(index.size(1), p.J)) &&
+                   (per_query || fits(index.size(n - 3), p.H)),
+               op, "index", "of query's batch, heads and Nq = " << p.Nq, shape_of(index));
+      p.index_per_query = true;
+      p.index_stride_j = batch_dims == 2 ? stride_of(index, 1) : 0;
+      p.index_stride_h = per_head ? stride_of(index, n - 3) : 0;
+      p.index_stride_q = stride_of(index, n - 2);
+    }
+    check_index_range(index, p.Nk, op, "index");
+  }
+};
+
+using Scratch = int64_t (*)(const Attention&);
+using Kernel = void (*)(const Attention&, int64_t, int64_t, void*);
+
+// Runs a kernel over its work items, each thread with scratch of its own.
+void run(const Attention& p, int64_t items, int64_t grain, int64_t scratch_bytes, Kernel kernel, const Tensor& like) {
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    Tensor scratch = torch::stable::new_empty(like, {scratch_bytes + 64}, ScalarType::Byte);
+    const auto address = (reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) + 63) & ~uintptr_t{63};
+    kernel(p, begin, end, reinterpret_cast<void*>(address));
+  });
+}
+
+// The sum over the first dim, in order.
+Tensor sum_parts(const Tensor& parts, const std::vector<int64_t>& shape) {
+  Tensor sum = torch::stable::new_empty(parts, shape);
+  const int64_t count = parts.size(0), size = sum.numel();
+  const auto add = [&](auto* to, const auto* from) {
+    torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) to[i] = from[i];
+      for (int64_t part = 1; part < count; ++part) {
+        for (int64_t i = begin; i < end; ++i) to[i] += from[part * size + i];
+      }
+    });
+  };
+  if (sum.scalar_type() == ScalarType::Double) {
+    add(sum.mutable_data_ptr<double>(), parts.const_data_ptr<double>());
+  } else {
+    add(sum.mutable_data_ptr<float>(), parts.const_data_ptr<float>());
+  }
+  return sum;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_forward(const AttentionArgs& args) {
+  Problem problem(args);
+  Attention& p = problem.p;
+  Tensor out = problem.token_major(problem.query, p.Nq);
+  Tensor lse = torch::stable::new_empty(problem.query, problem.per_head({p.Nq}), problem.compute_type());
+  p.out = problem.view(out), p.lse = lse.mutable_data_ptr();
+  const Isa set = isa();
+  if (p.index_per_query) {
+    run(p, p.B * p.J * p.Nq, 16, HK_CPU_DISPATCH(set, attention_each_scratch)(p),
+        HK_CPU_DISPATCH(set, attention_each_fwd), out);
+  } else {
+    run(p, p.B * p.J * p.H, 1, HK_CPU_DISPATCH(set, attention_scratch)(p, false), HK_CPU_DISPATCH(set, attention_fwd), out);
+  }
+  return {out, lse};
+}
+
+AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_out_given,
+                                  const std::optional<Tensor>& grad_lse_given, const Tensor& out, const Tensor& lse,
+                                  const std::optional<Tensor>& start, const std::optional<Tensor>& slots, bool need_bias,
+                                  bool need_key_bias) {
+  Problem problem(args);
+  Attention& p = problem.p;
+  const char* op = args.op;
+  const Tensor grad_out = with_contiguous_last(grad_out_given);
+  problem.check_heads(grad_out, op, "grad_out", p.Nq);
+  problem.check_heads(out, op, "out", p.Nq);
+  HK_CHECK(contiguous_last(out) && out.scalar_type() == grad_out.scalar_type() &&
+               out.scalar_type() == problem.query.scalar_type(),
+           op, "out and grad_out", "of query's dtype", torch::headeronly::toString(grad_out.scalar_type()));
+  const auto check_lse = [&](const Tensor& t, const char* arg) {
+    HK_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == problem.compute_type() &&
+                 t.numel() == p.B * p.J * p.H * p.Nq,
+             op, arg, "as the forward returned it", shape_of(t));
+  };
+  check_lse(lse, "lse");
+  p.out = problem.view(out), p.grad_out = problem.view(grad_out);
+  p.lse = const_cast<void*>(lse.const_data_ptr());
+  std::optional<Tensor> grad_lse;
+  if (grad_lse_given) {
+    grad_lse = torch::stable::contiguous(*grad_lse_given);
+    check_lse(*grad_lse, "grad_lse");
+    p.grad_lse = grad_lse->const_data_ptr();
+  }
+  if (args.index) {
+    const bool set = !p.index_per_query;
+    const int64_t n = start ? start->dim() : 0, entries = set ? p.S : p.Nq * p.S;
+    HK_CHECK(start && slots && start->is_contiguous() && slots->is_contiguous() && slots->dim() == n &&
+                 start->scalar_type() == ScalarType::Long && slots->scalar_type() == ScalarType::Long &&
+                 n == args.index->dim() - (set ? 0 : 1) && start->size(n - 1) == p.Nk + 1 && slots->size(n - 1) == entries,
+             op, "start and slots", "as invert_index returned them", (start ? shape_of(*start) : std::string("none")));
+    for (int64_t d = 0; d + 1 < n; ++d) {
+      HK_CHECK(start->size(d) == args.index->size(d) && slots->size(d) == args.index->size(d), op, "start and slots",
+               "as invert_index returned them for this index", shape_of(*start));
+    }
+    p.start = start->const_data_ptr<int64_t>(), p.slots = slots->const_data_ptr<int64_t>();
+    const bool j = !set && problem.batch_dims == 2, h = n == problem.batch_dims + 2;
+    p.start_stride_b = stride_of(*start, 0), p.slots_stride_b = stride_of(*slots, 0) ;
+    if (start->size(0) == 1) p.slots_stride_b = 0;
+    p.start_stride_j = j ? stride_of(*start, 1) : 0, p.slots_stride_j = j && start->size(1) > 1 ? slots->stride(1) : 0;
+    p.start_stride_h = h ? stride_of(*start, n - 2) : 0;
+    p.slots_stride_h = h && start->size(n - 2) > 1 ? slots->stride(n - 2) : 0;
+  }
+
+  const ScalarType compute = problem.compute_type();
+  const Tensor& like = problem.query;
+  const bool shared_query = like.dim() == 3;
+  const bool sum_bias = need_bias && args.bias && !p.index_per_query && args.bias->size(0) == 1 &&
+                        (problem.batch_dims == 1 || args.bias->size(1) == 1);
+  const auto zeros = [&](std::vector<int64_t> shape, ScalarType type) { return torch::stable::new_zeros(like, shape, type); };
+  AttentionGrads grads{
+      shared_query ? torch::stable::new_empty(like, {0}) : problem.token_major(like, p.Nq),
+      problem.token_major(problem.key, p.Nk), problem.token_major(problem.value, p.Nk), zeros({0}, compute), zeros({0}, compute)};
+  p.grad_key = problem.view(grads.key), p.grad_value = problem.view(grads.value);
+  if (shared_query || sum_bias) p.parts = std::min(kParts, std::max<int64_t>(p.B * p.J, 1));
+  Tensor query_parts = zeros({shared_query ? p.parts : 0, p.H, p.Nq, p.D}, compute);
+  Tensor bias_parts = zeros({sum_bias ? p.parts : 0, p.H, p.Nq, p.S}, compute);
+  if (shared_query) {
+    p.grad_query_parts = query_parts.mutable_data_ptr();
+  } else {
+    p.grad_query = problem.view(grads.query);
+  }
+  if (sum_bias) {
+    p.grad_bias_parts = bias_parts.mutable_data_ptr();
+  } else if (need_bias) {
+    grads.bias = zeros(problem.per_head({p.Nq, p.S}), compute);
+    p.grad_bias = grads.bias.mutable_data_ptr();
+  }
+  if (need_key_bias) {
+    grads.key_bias = zeros(problem.per_head({p.Nk}), compute);
+    p.grad_key_bias = grads.key_bias.mutable_data_ptr();
+  }
+
+  const Isa set = isa();
+  if (p.index_per_query) {
+    HK_CHECK(!shared_query, op, "query", "of key's batch where the index is per query", shape_of(like));
+    const std::vector<int64_t> shape = problem.per_head({p.Nq, p.S});
+    Tensor probabilities = torch::stable::new_empty(like, shape, compute);
+    Tensor grad_logits = need_bias ? grads.bias : torch::stable::new_empty(like, shape, compute);
+    p.probabilities = probabilities.mutable_data_ptr(), p.grad_logits = grad_logits.mutable_data_ptr();
+    const int64_t bytes = HK_CPU_DISPATCH(set, attention_each_scratch)(p);
+    run(p, p.B * p.J * p.Nq, 16, bytes, HK_CPU_DISPATCH(set, attention_each_bwd_queries), like);
+    run(p, p.B * p.J * p.Nk, 16, bytes, HK_CPU_DISPATCH(set, attention_each_bwd_keys), like);
+  } else {
+    run(p, (p.parts ? p.parts : p.B * p.J) * p.H, 1, HK_CPU_DISPATCH(set, attention_scratch)(p, true),
+        HK_CPU_DISPATCH(set, attention_bwd), like);
+  }
+  if (shared_query) grads.query = sum_parts(query_parts, {p.H, p.Nq, p.D});
+  if (sum_bias) {
+    grads.bias = sum_parts(bias_parts, problem.batch_dims == 1 ? std::vector<int64_t>{1, p.H, p.Nq, p.S}
+                                                               : std::vector<int64_t>{1, 1, p.H, p.Nq, p.S});
+  }
+  return grads;
+}
+
+namespace {
+
+constexpr const char* kOp = "gathered_attention";
+
+std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                   const std::optional<Tensor>& index, const std::optional<Tensor>& bias,
+                                   const std::optional<Tensor>& key_bias, double scale) {
+  return attention_forward({kOp, query, key, value, index, bias, key_bias, scale});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& index,
+    const std::optional<Tensor>& start, const std::optional<Tensor>& slots, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& key_bias, double scale, bool need_bias, bool need_key_bias) {
+  AttentionGrads g = attention_backward({kOp, query, key, value, index, bias, key_bias, scale}, grad_out, grad_lse, out,
+                                        lse, start, slots, need_bias, need_key_bias);
+  return {g.query, g.key, g.value, g.bias, g.key_bias};
+}
+
+}  // namespace
+}  // namespace hotkernels
+
+STABLE_TORCH_LIBRARY_IMPL(hotkernels, CPU, m) {
+  m.impl("gathered_attention_fwd", TORCH_BOX(&hotkernels::forward));
+  m.impl("gathered_attention_bwd", TORCH_BOX(&hotkernels::backward));
+}
