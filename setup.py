@@ -21,6 +21,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # One binary for every torch from 2.11 and every CPython from 3.10 on.
@@ -161,19 +162,21 @@ def build_library(name: str, out: Path, objects: Path) -> None:
     subprocess.run([executable, "-C", str(objects), *jobs], check=True)
 
 
-class NinjaBuild(build_ext):
-    """setuptools finds out where the libraries go; ninja compiles what changed."""
+class PackageWithReport(build_py):
+    """Says beside the Python files which libraries the package comes with, and why not the others."""
 
     def run(self) -> None:
         super().run()
-        # The report goes where the package is imported from: the source tree for an editable install.
-        package = ROOT / "hotkernels" if self.inplace or self.editable_mode else Path(self.build_lib) / "hotkernels"
-        package.mkdir(parents=True, exist_ok=True)
+        package = ROOT / "hotkernels" if self.editable_mode else Path(self.build_lib) / "hotkernels"
         libraries, report = plan()
         for name in {"_C_cpu", "_C_cuda"} - set(libraries):  # an earlier build's would be packed, or imported, unasked
             (package / f"{name}.abi3.so").unlink(missing_ok=True)
         (package / "build_report.txt").write_text("\n".join(report) + "\n")
         print("hotkernels: " + "; ".join(report))
+
+
+class NinjaBuild(build_ext):
+    """setuptools finds out where the libraries go; ninja compiles what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rsplit(".", 1)[-1]
@@ -185,6 +188,6 @@ if __name__ == "__main__":  # the tests import this file to ask for the same fla
     LIBRARIES = plan()[0]
     setup(
         ext_modules=[Extension(f"hotkernels.{name}", [], py_limited_api=True) for name in LIBRARIES],
-        cmdclass={"build_ext": NinjaBuild},
+        cmdclass={"build_py": PackageWithReport, "build_ext": NinjaBuild},
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIBRARIES else {},
     )
