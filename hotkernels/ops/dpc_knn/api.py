@@ -144,7 +144,7 @@ def _keep_positions(keep: int | Sequence[int] | Tensor, B: int, N: int, M: int, 
     check_tensor(_OP, "keep", keep, "[K] or [B, K]", INTEGER, device=device)
     if keep.dim() not in (1, 2) or (keep.dim() == 2 and keep.shape[0] not in (1, B)):
         fail(_OP, "keep", f"an int, [K] or [B, K] with B = {B}", list(keep.shape))
-    keep = keep.reshape(-1, keep.shape[-1]).long().contiguous() if keep.dim() == 2 else keep[None].long().contiguous()
+    keep = (keep if keep.dim() == 2 else keep[None]).long().contiguous()
     if keep.shape[1] > M:
         fail(_OP, "keep", f"at most num_clusters = {M} positions", keep.shape[1])
     return keep
