@@ -1,0 +1,394 @@
+"""The registry of operators under test. An op that appends one OpCase to OPS gets the whole conformance loop.
+
+Registered inputs are functions of the dtype that draw from torch's generator, which every test seeds for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from dpc_knn_steps import check_dpc_knn
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import hotkernels
+
+Args = dict[str, Any]
+Make = Callable[[torch.dtype], Args]
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A wrong call: the registered `small` input with some arguments changed."""
+
+    arg: str  # the one that the error must name
+    change: Callable[[Args], Args]
+    error: type[Exception] = ValueError
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """All that the conformance loop needs to know about an op. Arguments go by name."""
+
+    name: str
+    function: Callable[..., Any]  # the public function
+    inputs: dict[str, Make]  # several are floating; "small" is among them, and complete
+    bad: list[Bad]
+    raw: Callable[[Args], list[tuple[str, tuple]]]  # the raw operators, with positional arguments for opcheck
+    differentiable: tuple[str, ...] = ()
+    # The definition in PyTorch, not that of ops/<op>/reference.py; in float64 it is the truth. None where `check` is.
+    definition: Callable[..., Any] | None = None
+    # For discrete results: asserts that an output is what the arguments mean.
+    check: Callable[[Args, Any], None] | None = None
+
+
+OPS: list[OpCase] = []
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in an output or in arguments."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def upcast(value: Any) -> Any:
+    """The same with every floating tensor in float64."""
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)
+
+
+def layouts(t: Tensor) -> dict[str, Tensor]:
+    """The values of t behind other strides. Whatever lies between them is poison."""
+    poison: Any = torch.nan if t.is_floating_point() else True if t.dtype == torch.bool else 1 << 30
+    backwards = tuple(reversed(range(t.dim())))
+    sliced = t.new_full([2 * size + 1 for size in t.shape], poison)[tuple(slice(1, None, 2) for _ in t.shape)]
+    shifted = t.new_full((t.numel() + 1,), poison)[1:].view(t.shape)
+    tail = t.new_full([*t.shape[:-1], t.shape[-1] + 3], poison)[..., : t.shape[-1]]
+    swapped = t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t
+    return {
+        "backwards": t.permute(backwards).contiguous().permute(backwards),
+        "swapped": swapped,
+        "sliced": sliced.copy_(t),
+        "shifted": shifted.copy_(t),
+        "part of longer rows": tail.copy_(t),
+        "repeated": t[:1].expand_as(t),
+    }
+
+
+def _index(B: int, M: int, N: int, absent: float = 0.2) -> Tensor:
+    """Random positions, some of them repeated, some absent."""
+    return torch.where(torch.rand(B, M) < absent, -1, torch.randint(max(N, 1), (B, M)))
+
+
+# ---- gather_tokens ---------------------------------------------------------------------------------------------------
+
+
+def _gather(
+    B: int, N: int, M: int, *trail: int, pos: bool = False, absent: float = 0.2, layout: str | None = None
+) -> Make:
+    def make(dtype: torch.dtype) -> Args:
+        x = torch.randn(B, N, *trail).to(dtype)
+        args: Args = {"x": layouts(x)[layout] if layout else x, "index": _index(B, M, N, absent)}
+        if pos:
+            args["pos"] = torch.randn(M, trail[-1]).to(dtype)
+        return args
+
+    return make
+
+
+def _gather_definition(x: Tensor, index: Tensor, pos: Tensor | None = None) -> Tensor:
+    out = x[torch.arange(len(x))[:, None], index]
+    out = torch.where((index < 0).reshape(*index.shape, *[1] * (x.dim() - 2)), 0.0, out)
+    return out if pos is None else out + pos.reshape(index.shape[1], *[1] * (x.dim() - 3), x.shape[-1])
+
+
+def _gather_raw(args: Args) -> list[tuple[str, tuple]]:
+    x, index, pos = args["x"], args["index"], args["pos"]
+    grad = torch.randn(*index.shape, *x.shape[2:], dtype=x.dtype)
+    return [
+        ("gather_tokens_fwd", (x, index, None)),
+        ("gather_tokens_fwd", (x, index, pos)),
+        ("gather_tokens_bwd", (grad, index, x.shape[1])),
+    ]
+
+
+OPS.append(
+    OpCase(
+        name="gather_tokens",
+        function=hotkernels.gather_tokens,
+        definition=_gather_definition,
+        differentiable=("x", "pos"),
+        inputs={
+            "small": _gather(2, 7, 5, 3, pos=True),
+            "17": _gather(3, 17, 11, 5),
+            "39": _gather(2, 39, 39, 17, pos=True),
+            "243 frames of 17 joints": _gather(2, 243, 81, 17, 13, pos=True),
+            "351 frames": _gather(1, 351, 117, 3, 5, pos=True),
+            "1000, more places than tokens": _gather(2, 63, 1000, 19),
+            "long rows": _gather(1, 17, 39, 1000, pos=True),
+            "five dims": _gather(2, 9, 5, 2, 3, 7, pos=True),
+            "M=1": _gather(2, 17, 1, 9, pos=True),
+            "N=1": _gather(3, 1, 4, 9, pos=True),
+            "C=1": _gather(2, 17, 5, 1, pos=True),
+            "B=0": _gather(0, 17, 5, 8, pos=True),
+            "M=0": _gather(2, 17, 0, 8, pos=True),
+            "C=0": _gather(2, 17, 3, 0),
+            "all absent": _gather(2, 17, 5, 8, pos=True, absent=1.0),
+            "one token everywhere": lambda dtype: {
+                "x": torch.randn(2, 17, 3, 8).to(dtype),
+                "index": torch.full((2, 300), 16),
+            },
+            "int32 index, strided": lambda dtype: {
+                "x": torch.randn(4, 17, 8).to(dtype),
+                "index": _index(9, 4, 17).int().T,
+            },
+            "pos [1, M, C] in float32": lambda dtype: {
+                "x": torch.randn(2, 17, 3, 8).to(dtype),
+                "index": _index(2, 9, 17),
+                "pos": torch.randn(1, 9, 8).to(dtype),
+            },
+            **{f"x {layout}": _gather(3, 17, 9, 5, 8, pos=True, layout=layout) for layout in layouts(torch.zeros(1))},
+        },
+        raw=_gather_raw,
+        bad=[
+            Bad("x", lambda a: {"x": a["x"][0]}),
+            Bad("x", lambda a: {"x": "tokens"}),
+            Bad("index", lambda a: {"index": [[0]]}, TypeError),
+            Bad("index", lambda a: {"index": a["index"].float()}, TypeError),
+            Bad("index", lambda a: {"index": a["index"][0]}),
+            Bad("index", lambda a: {"index": a["index"][:1]}),
+            Bad("index", lambda a: {"index": torch.full_like(a["index"], 7)}),
+            Bad("index", lambda a: {"index": torch.full_like(a["index"], -2)}),
+            Bad("index", lambda a: {"index": torch.full_like(a["index"], 1 << 62)}),
+            Bad("index", lambda a: {"index": a["index"].to("meta")}),
+            Bad("pos", lambda a: {"pos": a["pos"].long()}, TypeError),
+            Bad("pos", lambda a: {"pos": a["pos"][:-1]}),
+            Bad("pos", lambda a: {"pos": a["pos"][None].expand(2, -1, -1)}),
+            Bad("pos", lambda a: {"pos": a["pos"].to("meta")}),
+            Bad("pos", lambda a: {"x": a["x"].long()}),
+            Bad("backend", lambda a: {"backend": "fpga"}),
+        ],
+    )
+)
+
+
+# ---- merge_tokens ----------------------------------------------------------------------------------------------------
+
+
+def _merge(
+    B: int,
+    N: int,
+    M: int,
+    C: int,
+    weight: bool = False,
+    absent: float = 0.1,
+    eps: float = 1e-6,
+    layout: str | None = None,
+) -> Make:
+    def make(dtype: torch.dtype) -> Args:
+        x = torch.randn(B, N, C).to(dtype)
+        args: Args = {
+            "x": layouts(x)[layout] if layout else x,
+            "assignment": _index(B, N, M, absent),
+            "num_clusters": M,
+            "eps": eps,
+        }
+        if weight:
+            args["weight"] = (0.1 + torch.rand(B, N)).to(dtype)
+        return args
+
+    return make
+
+
+def _merge_definition(
+    x: Tensor, assignment: Tensor, num_clusters: int, weight: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    member = (assignment[..., None] == torch.arange(num_clusters)).to(x)
+    if weight is not None:
+        member = member * weight.reshape(*assignment.shape, 1)
+    total = member.sum(1)[..., None] + eps
+    return member.mT @ x / torch.where(total == 0, 1.0, total)
+
+
+def _merge_raw(args: Args) -> list[tuple[str, tuple]]:
+    x, assignment, M, weight = args["x"], args["assignment"], args["num_clusters"], args["weight"]
+    out, total = torch.ops.hotkernels.merge_tokens_fwd(x, assignment, M, weight, 1e-6)
+    return [
+        ("merge_tokens_fwd", (x, assignment, M, None, 1e-6)),
+        ("merge_tokens_fwd", (x, assignment, M, weight, 1e-6)),
+        ("merge_tokens_bwd", (torch.randn_like(out), out, total, x, assignment, None, False)),
+        ("merge_tokens_bwd", (torch.randn_like(out), out, total, x, assignment, weight, True)),
+    ]
+
+
+OPS.append(
+    OpCase(
+        name="merge_tokens",
+        function=hotkernels.merge_tokens,
+        definition=_merge_definition,
+        differentiable=("x", "weight"),
+        inputs={
+            "small": _merge(2, 9, 4, 5, weight=True),
+            "17": _merge(3, 17, 5, 7),
+            "39": _merge(2, 39, 13, 17, weight=True),
+            "81": _merge(2, 81, 63, 63, weight=True, eps=0.0),
+            "243": _merge(2, 243, 81, 39, weight=True),
+            "351, more clusters than tokens": _merge(1, 351, 1000, 9, weight=True),
+            "1000, several channel blocks": _merge(2, 1000, 117, 300, weight=True),
+            "M=1": _merge(2, 17, 1, 9, weight=True),
+            "M=N, a cluster each": lambda dtype: {
+                "x": torch.randn(2, 17, 9).to(dtype),
+                "assignment": torch.stack([torch.randperm(17), torch.randperm(17)]),
+                "num_clusters": 17,
+            },
+            # Without a large eps, the gradient of a lone token's weight is nothing but rounding.
+            "N=1": _merge(3, 1, 4, 9, weight=True, eps=0.75),
+            "C=1": _merge(2, 17, 5, 1, weight=True),
+            "B=0": _merge(0, 17, 5, 8, weight=True),
+            "N=0": _merge(2, 0, 5, 8, weight=True),
+            "C=0": _merge(2, 17, 5, 0),
+            "nothing assigned": _merge(2, 17, 5, 8, weight=True, absent=1.0),
+            "nothing assigned, eps=0": _merge(2, 17, 5, 8, weight=True, absent=1.0, eps=0.0),
+            "large eps": _merge(2, 17, 5, 8, weight=True, eps=0.75),
+            "one cluster takes all": lambda dtype: {
+                "x": torch.randn(2, 243, 9).to(dtype),
+                "assignment": torch.full((2, 243), 3, dtype=torch.int32),
+                "num_clusters": 5,
+            },
+            "weight [B, N, 1], strided int32 assignment": lambda dtype: {
+                "x": torch.randn(4, 17, 8).to(dtype),
+                "assignment": _index(17, 4, 6).int().T,
+                "num_clusters": 6,
+                "weight": (0.1 + torch.rand(17, 4, 1)).to(dtype).transpose(0, 1),
+            },
+            **{f"x {layout}": _merge(3, 17, 5, 8, weight=True, layout=layout) for layout in layouts(torch.zeros(1))},
+        },
+        raw=_merge_raw,
+        bad=[
+            Bad("x", lambda a: {"x": a["x"][0]}),
+            Bad("x", lambda a: {"x": a["x"].long()}, TypeError),
+            Bad("x", lambda a: {"x": None}, TypeError),
+            Bad("assignment", lambda a: {"assignment": a["assignment"].float()}, TypeError),
+            Bad("assignment", lambda a: {"assignment": a["assignment"][:, :-1]}),
+            Bad("assignment", lambda a: {"assignment": torch.full_like(a["assignment"], 4)}),
+            Bad("assignment", lambda a: {"assignment": torch.full_like(a["assignment"], -2)}),
+            Bad("assignment", lambda a: {"assignment": a["assignment"].to("meta")}),
+            Bad("num_clusters", lambda a: {"num_clusters": 0}),
+            Bad("num_clusters", lambda a: {"num_clusters": 2.0}, TypeError),
+            Bad("weight", lambda a: {"weight": a["weight"].long()}, TypeError),
+            Bad("weight", lambda a: {"weight": a["weight"][:, :-1]}),
+            Bad("weight", lambda a: {"weight": a["weight"].mT}),
+            Bad("weight", lambda a: {"weight": a["weight"].to("meta")}),
+            Bad("backend", lambda a: {"backend": "fpga"}),
+        ],
+    )
+)
+
+
+# ---- dpc_knn ---------------------------------------------------------------------------------------------------------
+
+
+def cloud(B: int, N: int, C: int) -> Tensor:
+    """Independent tokens around a common offset: everyone is about as far from everyone."""
+    return 3 + torch.randn(B, N, C)
+
+
+def motion(B: int, N: int, C: int) -> Tensor:
+    """A smooth random walk: the tokens of one body over time, where neighbours in time are neighbours in space."""
+    return torch.nn.functional.layer_norm(torch.randn(B, N, C).cumsum(1), (C,))
+
+
+def _peaks(
+    B: int, N: int, C: int, M: int, k: int = 5, data: Callable[..., Tensor] = cloud, **extra: Callable[[], Any]
+) -> Make:
+    return lambda dtype: {
+        "x": data(B, N, C).to(dtype),
+        "num_clusters": M,
+        "k": k,
+        **{name: value() for name, value in extra.items()},
+    }
+
+
+def _peaks_with_gaps(dtype: torch.dtype) -> Args:
+    x = cloud(2, 63, 9)
+    x[0, 3, 4], x[0, 17, 0], x[1, 0, 8] = torch.nan, torch.inf, -torch.inf
+    x[0, 20:24] = x[0, 24:28]
+    return {"x": x.to(dtype), "num_clusters": 21, "k": 3, "mask": torch.rand(2, 63) < 0.8}
+
+
+OPS.append(
+    OpCase(
+        name="dpc_knn",
+        function=hotkernels.dpc_knn,
+        check=check_dpc_knn,
+        inputs={
+            "small": _peaks(2, 9, 5, 4, 3),
+            "17": _peaks(3, 17, 7, 5),
+            "39, one token each": _peaks(2, 39, 3, 39),
+            "63 with gaps": _peaks_with_gaps,
+            "81 smooth": _peaks(2, 81, 17, 27, 2, motion),
+            "117": _peaks(2, 117, 39, 39, 9),
+            "243 smooth": _peaks(2, 243, 130, 81, 2, motion),
+            "243 noise": _peaks(2, 243, 64, 81, 2, motion, noise=lambda: torch.rand(2, 243) * 1e-6),
+            "243 large noise": _peaks(2, 243, 64, 81, noise=lambda: torch.randn(2, 243)),
+            "351 keep": _peaks(2, 351, 33, 117, 5, motion, keep=lambda: [175, 0, 175]),
+            "385, the first with lists": _peaks(1, 385, 9, 77),
+            "1000": _peaks(1, 1000, 16, 333),
+            "1000 smooth": _peaks(2, 1000, 17, 250, 2, motion, noise=lambda: torch.rand(2, 1000) * 1e-6),
+            "1000 masked": _peaks(2, 1000, 8, 63, mask=lambda: torch.rand(2, 1000) < 0.7, ordered=lambda: True),
+            "1000 keep": _peaks(2, 1000, 8, 63, keep=lambda: torch.tensor([[-1, 999, 5], [5, 5, 0]])),
+            "M=1": _peaks(2, 63, 5, 1),
+            "M=1 of many": _peaks(1, 500, 5, 1),
+            "N=1": _peaks(2, 1, 5, 1, 1),
+            "C=1": _peaks(2, 39, 1, 13),
+            "k=1": _peaks(2, 39, 5, 13, 1),
+            "k=N": _peaks(2, 39, 5, 13, 39),
+            "k=N with lists": _peaks(1, 400, 5, 13, 400),
+            "B=0": _peaks(0, 17, 5, 4),
+            "nothing valid": _peaks(2, 39, 5, 13, mask=lambda: torch.zeros(2, 39, dtype=torch.bool)),
+            "only keep": _peaks(2, 39, 5, 3, keep=lambda: [38, 1, 7]),
+            "no assignment": _peaks(2, 39, 5, 13, assign=lambda: False, seed=lambda: -(2**63)),
+        },
+        raw=lambda a: [
+            ("dpc_knn_fwd", (a["x"], 4, 3, None, None, None, 0, True, False)),
+            (
+                "dpc_knn_fwd",
+                (a["x"], 4, 3, a["x"][..., 0] < 9, torch.tensor([[1]]), a["x"][..., 0] * 0, 1, False, True),
+            ),
+        ],
+        bad=[
+            Bad("x", lambda a: {"x": a["x"][0]}),
+            Bad("x", lambda a: {"x": a["x"][None]}),
+            Bad("x", lambda a: {"x": a["x"].long()}, TypeError),
+            Bad("x", lambda a: {"x": a["x"].tolist()}, TypeError),
+            Bad("x", lambda a: {"x": a["x"][:, :0]}),
+            Bad("x", lambda a: {"x": a["x"][:, :, :0]}),
+            Bad("num_clusters", lambda a: {"num_clusters": 0}),
+            Bad("num_clusters", lambda a: {"num_clusters": 10}),
+            Bad("num_clusters", lambda a: {"num_clusters": 4.0}, TypeError),
+            Bad("num_clusters", lambda a: {"num_clusters": True}, TypeError),
+            Bad("k", lambda a: {"k": 0}),
+            Bad("k", lambda a: {"k": 10}),
+            Bad("k", lambda a: {"k": None}, TypeError),
+            Bad("seed", lambda a: {"seed": 2**63}),
+            Bad("seed", lambda a: {"seed": 0.5}, TypeError),
+            Bad("mask", lambda a: {"mask": torch.ones(2, 8, dtype=torch.bool)}),
+            Bad("mask", lambda a: {"mask": torch.ones(2, 9)}, TypeError),
+            Bad("mask", lambda a: {"mask": torch.ones(2, 9, dtype=torch.bool, device="meta")}),
+            Bad("noise", lambda a: {"noise": torch.rand(2, 9, 1)}),
+            Bad("noise", lambda a: {"noise": torch.ones(2, 9, dtype=torch.int64)}, TypeError),
+            Bad("noise", lambda a: {"noise": torch.rand(2, 9, device="meta")}),
+            Bad("keep", lambda a: {"keep": 9}),
+            Bad("keep", lambda a: {"keep": [0, -2]}),
+            Bad("keep", lambda a: {"keep": [0.5]}, TypeError),
+            Bad("keep", lambda a: {"keep": [0, 1, 2, 3, 4]}),
+            Bad("keep", lambda a: {"keep": torch.tensor([0, 9])}),
+            Bad("keep", lambda a: {"keep": torch.tensor([[0], [1], [2]])}),
+            Bad("keep", lambda a: {"keep": torch.tensor(3)}),
+            Bad("keep", lambda a: {"keep": torch.tensor([0.0])}, TypeError),
+            Bad("keep", lambda a: {"keep": torch.tensor([0], device="meta")}),
+            Bad("backend", lambda a: {"backend": "fpga"}),
+        ],
+    )
+)

@@ -1,0 +1,84 @@
+"""What every test needs: a seed of its own, the backends with their instruction sets, a count of what really ran."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hotkernels import backends
+
+pytest.register_assert_rewrite("cases", "dpc_knn_steps")
+
+# A backend, or one with a forced instruction set: cpp-avx2.
+BACKENDS = ("torch", "cpp-base", "cpp-avx2", "cpp-avx512")
+_ran: Counter[str] = Counter()
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Every test draws the same numbers on every run, whichever other tests run."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The value for `backend=`, once per instruction set; skips what this machine or build cannot run."""
+    name, _, isa = request.param.partition("-")
+    if name == "cpp" and backends.LIBRARIES["_C_cpu"] is not None:
+        pytest.skip(str(backends.LIBRARIES["_C_cpu"]))
+    before = backends.instruction_set()
+    if isa:
+        try:
+            backends.instruction_set(isa)
+        except ValueError as error:
+            pytest.skip(str(error))
+    yield name
+    if isa:
+        backends.instruction_set(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts torch's number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.reportchars += "s"  # a test that cannot run says why
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    report = yield
+    if report.when == "call" and not report.skipped and hasattr(item, "callspec"):
+        _ran[item.callspec.params.get("backend", "")] += 1
+    return report
+
+
+def _missing(session: pytest.Session) -> str | None:
+    """What a run of the conformance loop should have run and did not."""
+    whole = any(item.path.name == "test_conformance.py" for item in session.items)
+    narrowed = session.config.option.keyword or session.config.option.collectonly or session.testsfailed
+    loaded = backends.LIBRARIES["_C_cpu"] is None
+    if whole and loaded and not narrowed and not any(name.startswith("cpp") for name in _ran):
+        return "no kernel test ran on cpp, though _C_cpu is loaded"
+    return None
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.exitstatus == pytest.ExitCode.OK and _missing(session):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(_ran.items()) if name)
+    terminalreporter.write_line(f"kernel tests run per backend: {counts or 'none'}")
+    for why in (backends.LIBRARIES["_C_cpu"], _missing(terminalreporter._session)):
+        if why:
+            terminalreporter.write_line(why, red=True)

@@ -1,0 +1,161 @@
+"""Which backend serves a call: named, from the environment, explained, and missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import hotkernels
+from hotkernels import backends
+
+needs_cpp = pytest.mark.skipif(backends.LIBRARIES["_C_cpu"] is not None, reason=str(backends.LIBRARIES["_C_cpu"]))
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HOTKERNELS_")}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env={**clean, **environment}
+    )
+
+
+def test_the_fastest_that_can_serve() -> None:
+    x = torch.zeros(1, 4, 2)
+    fastest = "cpp" if backends.LIBRARIES["_C_cpu"] is None else "torch"
+    assert hotkernels.explain("dpc_knn", x).chosen == fastest
+    assert hotkernels.explain(hotkernels.dpc_knn, x.double()).chosen == "torch"
+    assert hotkernels.explain("gather_tokens", x.double()).chosen == fastest
+    assert hotkernels.explain("dpc_knn", x, 2, k=1, backend="torch").chosen == "torch"
+
+
+def test_explain_says_why_not() -> None:
+    table = hotkernels.explain("dpc_knn", torch.zeros(1, 4, 2, dtype=torch.float64))
+    assert set(table.reasons) == set(backends.BACKENDS)
+    assert table.reasons["torch"] is None
+    assert table.reasons["cpp"] == "it takes float32, float16 or bfloat16, got float64"
+    lines = str(table).splitlines()
+    assert lines[0] == "dpc_knn: served by torch"
+    assert len(lines) == 1 + len(backends.BACKENDS)
+    reason = hotkernels.explain("dpc_knn", torch.zeros(1, 4, 2, device="meta")).reasons["cpp"]
+    assert reason == "it runs on cpu tensors, got meta"
+
+
+def test_explain_refuses_what_it_does_not_know() -> None:
+    x = torch.zeros(1, 4, 2)
+    with pytest.raises(ValueError, match=r"^explain: op must be one of .*dpc_knn.*, got 'kmeans'$"):
+        hotkernels.explain("kmeans", x)
+    with pytest.raises(ValueError, match=r"^explain: op must be one of .*, got 'relu'$"):
+        hotkernels.explain(torch.relu, x)
+    with pytest.raises(TypeError, match=r"^explain: x must be a torch.Tensor, got list$"):
+        hotkernels.explain("dpc_knn", [])
+    with pytest.raises(ValueError, match=r"^dpc_knn: backend must be one that can serve this call, got 'triton' \("):
+        hotkernels.explain("dpc_knn", x, backend="triton")
+
+
+def test_a_named_backend_that_cannot_serve() -> None:
+    x = torch.zeros(1, 9, 2)
+    with pytest.raises(ValueError, match=r"^dpc_knn: backend must be .+, got 'cpp' \(it takes .+, got float64\)$"):
+        hotkernels.dpc_knn(x.double(), 2, backend="cpp")
+    with pytest.raises(ValueError, match=r"^merge_tokens: backend must be None, 'cuda', .+, got 'numpy'$"):
+        hotkernels.merge_tokens(x, torch.zeros(1, 9, dtype=torch.int64), 2, backend="numpy")
+    with pytest.raises(TypeError, match=r"^gather_tokens: x must be of a dtype .+, got complex64$"):
+        hotkernels.gather_tokens(x.to(torch.complex64), torch.zeros(1, 2, dtype=torch.int64))
+
+
+def test_environment_is_read_at_import_and_import_prints_nothing() -> None:
+    code = "import hotkernels; from hotkernels import backends as b; print(b._FROM_ENVIRONMENT, b.instruction_set())"
+    done = python(code, HOTKERNELS_BACKEND="torch", HOTKERNELS_ISA="base")
+    isa = "base" if backends.LIBRARIES["_C_cpu"] is None else None
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"torch {isa}\n", "")
+
+
+def test_backend_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, 9, 2)
+    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "torch")
+    assert hotkernels.explain("dpc_knn", x).chosen == "torch"
+    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "triton")
+    with pytest.raises(ValueError, match=r"got 'triton' \(dpc_knn has no triton kernel yet\)$"):
+        hotkernels.dpc_knn(x, 2)
+    hotkernels.dpc_knn(x, 2, backend="torch")  # the argument goes before the environment
+    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "fpga")
+    with pytest.raises(ValueError, match=r"^dpc_knn: backend must be None, 'cuda', .+, got 'fpga'$"):
+        hotkernels.dpc_knn(x, 2)
+
+
+@needs_cpp
+def test_wrong_instruction_set_in_the_environment() -> None:
+    wrong = python("from hotkernels import backends; backends.instruction_set()", HOTKERNELS_ISA="mmx")
+    last = wrong.stderr.strip().splitlines()[-1]
+    assert "hotkernels: HOTKERNELS_ISA must be an instruction set of this machine (base" in last
+    assert last.endswith("got 'mmx'")
+
+
+@needs_cpp
+def test_instruction_set_can_be_forced() -> None:
+    before = backends.instruction_set()
+    try:
+        assert backends.instruction_set("base") == "base"
+        assert backends.instruction_set() == "base"
+        with pytest.raises(
+            ValueError, match=r"^hotkernels: force must be an instruction set of this machine .+, got 'x'$"
+        ):
+            backends.instruction_set("x")
+        assert backends.instruction_set() == "base"
+    finally:
+        assert backends.instruction_set(before) == before
+
+
+WITHOUT = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name == "hotkernels._C_cpu":
+            raise ImportError("blocked for a test")
+sys.meta_path.insert(0, Block())
+import torch, hotkernels
+from hotkernels import backends
+x = torch.randn(2, 9, 4, requires_grad=True)
+"""
+
+
+def test_a_missing_extension_breaks_nothing() -> None:
+    done = python(
+        WITHOUT
+        + """
+assert backends.instruction_set() is None
+assert "schemas" in backends.LIBRARIES["_C_cuda"]
+print(backends.LIBRARIES["_C_cpu"])
+print(hotkernels.explain("dpc_knn", x))
+peaks = hotkernels.dpc_knn(x, 3)
+hotkernels.merge_tokens(x, peaks.assignment, 3).sum().backward()
+hotkernels.gather_tokens(x, peaks.index).sum().backward()
+assert x.grad is not None
+try:
+    hotkernels.dpc_knn(x, 3, backend="cpp")
+except ValueError as error:
+    print(error)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, "an import prints nothing"
+    why, *table, refusal = done.stdout.strip().splitlines()
+    assert why.startswith("_C_cpu: ")
+    assert table[0] == "dpc_knn: served by torch"
+    assert refusal == f"dpc_knn: backend must be one that can serve this call, got 'cpp' ({why})"
+
+
+def test_checked_can_be_nested_and_is_undone_by_errors() -> None:
+    from hotkernels import errors
+
+    def leave_by_an_error() -> None:
+        with hotkernels.checked(), hotkernels.checked():
+            assert errors._looking.get()
+            raise KeyError
+
+    assert not errors._looking.get()
+    with pytest.raises(KeyError):
+        leave_by_an_error()
+    assert not errors._looking.get()

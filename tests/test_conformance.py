@@ -1,0 +1,286 @@
+"""One loop over every op x backend x dtype x input. Ops and their inputs are in cases.py."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import OPS, Args, Bad, OpCase, layouts, tensors, upcast
+from conftest import BACKENDS
+from torch import Tensor
+from torch.autograd.gradcheck import gradcheck
+
+from hotkernels.backends import OPS as KERNELS
+from hotkernels.backends import why_not
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def loop(*, inputs: bool = True, dtypes: tuple[torch.dtype, ...] = DTYPES, gradients: bool = False) -> Any:
+    """Parametrise (op, backend, dtype, case). What a backend does not take is one skip that says so."""
+    rows = []
+    for op in (op for op in OPS if op.differentiable or not gradients):
+        for backend in BACKENDS:
+            for dtype in dtypes:
+                label = f"{op.name}-{backend}-{str(dtype).removeprefix('torch.')}"
+                kernel = KERNELS[op.name][backend.partition("-")[0]]
+                if dtype not in kernel.dtypes:
+                    why = why_not(op.name, backend.partition("-")[0], "cpu", dtype)
+                    rows.append(pytest.param(op, backend, dtype, "", id=label, marks=pytest.mark.skip(str(why))))
+                    continue
+                for case in op.inputs if inputs else ("small",):
+                    rows.append(pytest.param(op, backend, dtype, case, id=f"{label}-{case}"))
+    return pytest.mark.parametrize(("op", "backend", "dtype", "case"), rows, indirect=["backend"])
+
+
+each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+each_differentiable_op = pytest.mark.parametrize("op", [op for op in OPS if op.differentiable], ids=lambda op: op.name)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fills everything that is allocated and not written with NaN, or with the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_same(ours: Any, other: Any, exactly: bool = True) -> None:
+    """The same bits in every tensor, or the same within rounding."""
+    ours, other = tensors(ours), tensors(other)
+    assert len(ours) == len(other)
+    zero = {"rtol": 0, "atol": 0} if exactly else {}
+    for a, b in zip(ours, other, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, **zero)
+
+
+def largest(values: Any) -> float:
+    return max((t.abs().max().item() for t in tensors(values) if t.numel()), default=0.0)
+
+
+def assert_as_accurate(
+    ours: Tensor, torchs: list[Tensor], truth: Tensor, backend: str, factor: float, scale: float
+) -> None:
+    """Our error is at most `factor` times PyTorch's own in this dtype, however that computes it.
+
+    The torch backend itself is allowed some roundings of `scale`, the largest number in the answer.
+    """
+    assert ours.shape == truth.shape
+    if ours.numel() == 0:
+        return
+    assert ours.isfinite().all()
+    floor = 4 * torch.finfo(ours.dtype if ours.dtype == torch.float64 else torch.float32).eps * scale
+    error, *errors = ((t.double() - truth).abs().max().item() for t in (ours, *torchs))
+    allowed = max(e for e in errors if math.isfinite(e))
+    if backend == "torch":
+        allowed = 8 * torch.finfo(ours.dtype).eps * scale
+    assert error <= factor * allowed + floor, f"error {error:.3g}, PyTorch's own {allowed:.3g}, floor {floor:.3g}"
+
+
+def gradients(function: Any, args: Args, wanted: tuple[str, ...], grad_out: Any = None) -> tuple[Tensor, ...]:
+    """Gradients of a call with respect to the wanted arguments."""
+    args = {name: value.detach().requires_grad_() if name in wanted else value for name, value in args.items()}
+    out = tensors(function(**args))
+    grads = torch.autograd.grad(
+        out, [args[name] for name in wanted], [torch.ones_like(o) for o in out] if grad_out is None else grad_out
+    )
+    return tuple(grads)
+
+
+def wanted_by(op: OpCase, args: Args) -> tuple[str, ...]:
+    return tuple(name for name in op.differentiable if name in args)
+
+
+@loop()
+def test_forward(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    args = op.inputs[case](dtype)
+    before = [t.clone() for t in tensors(args)]
+    with poisoned_memory():
+        out = op.function(**args, backend=backend)
+    assert_same(tensors(args), before)
+    sources = {t.untyped_storage().data_ptr() for t in tensors(args) if t.numel()}
+    assert all(t.numel() == 0 or t.untyped_storage().data_ptr() not in sources for t in tensors(out)), "an alias"
+    assert_same(out, op.function(**args, backend=backend))
+    if op.check:
+        op.check(args, out)
+        return
+    assert op.definition is not None
+    truth, torchs = op.definition(**upcast(args)), op.function(**args, backend="torch")
+    for ours, low, exact in zip(tensors(out), tensors(torchs), tensors(truth), strict=True):
+        assert ours.dtype == dtype
+        assert_as_accurate(ours, [low], exact, backend, 2, largest(truth))
+
+
+@loop(gradients=True)
+def test_gradients(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    args = op.inputs[case](dtype)
+    wanted = wanted_by(op, args)
+    assert op.definition is not None
+    grad_out = [torch.randn_like(o, dtype=torch.float64).to(dtype) for o in tensors(op.function(**args))]
+    with poisoned_memory():
+        ours = gradients(lambda **a: op.function(**a, backend=backend), args, wanted, grad_out)
+    torchs = [
+        gradients(lambda **a: op.function(**a, backend="torch"), args, wanted, grad_out),  # half types: in float32
+        gradients(op.definition, args, wanted, grad_out),  # half types: in half
+    ]
+    truth = gradients(op.definition, upcast(args), wanted, upcast(grad_out))
+    for name, grad, exact, *low in zip(wanted, ours, truth, *torchs, strict=True):
+        assert grad.dtype == dtype
+        assert grad.shape == args[name].shape
+        assert bool(grad.any()) == bool(exact.any()), f"the gradient of {name} is silently missing"
+        assert_as_accurate(grad, low, exact, backend, 3, largest(truth))
+
+
+@loop(gradients=True, inputs=False)
+def test_each_gradient_alone(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    """Asking for one gradient gives the bits that asking for all gives; from a grad_out of any strides, too."""
+    args = op.inputs[case](dtype)
+    wanted = wanted_by(op, args)
+    assert wanted == op.differentiable, "the small input is not complete"
+
+    def ours(**a: Any) -> Any:
+        return op.function(**a, backend=backend)
+
+    ones = [torch.ones_like(o) for o in tensors(ours(**args))]
+    together = gradients(ours, args, wanted, ones)
+    for name, grad in zip(wanted, together, strict=True):
+        assert_same(gradients(ours, args, (name,), ones), (grad,))
+    assert_same(gradients(ours, args, wanted, [o[:1, :1].expand_as(o) for o in ones]), together)
+    assert_same(gradients(ours, args, wanted, [layouts(o)["sliced"] for o in ones]), together)
+
+
+@loop(inputs=False)
+def test_any_strides(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    """Every tensor argument behind every kind of strides gives the bits that a contiguous copy gives."""
+    args = op.inputs[case](dtype)
+    for name, value in args.items():
+        if not isinstance(value, Tensor):
+            continue
+        for view in layouts(value).values():
+            out = op.function(**{**args, name: view}, backend=backend)
+            plain = op.function(**{**args, name: view.contiguous()}, backend=backend)
+            assert_same(out, plain, exactly=backend != "torch")  # PyTorch's own sums depend on strides
+
+
+@loop(inputs=False, dtypes=(torch.float64,), gradients=True)
+def test_gradcheck(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    args = op.inputs[case](dtype)
+    wanted = wanted_by(op, args)
+
+    def function(*values: Tensor) -> Any:
+        return op.function(**{**args, **dict(zip(wanted, values, strict=True))}, backend=backend)
+
+    assert gradcheck(function, [args[name].requires_grad_() for name in wanted], nondet_tol=0.0)
+
+
+@loop(inputs=False, dtypes=(torch.float32,), gradients=True)
+def test_second_derivative_is_refused(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    if backend == "torch":
+        pytest.skip("plain PyTorch has second derivatives")
+    args = op.inputs[case](dtype)
+    x = args[op.differentiable[0]].requires_grad_()
+    out = tensors(op.function(**args, backend=backend))[0]
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@loop(inputs=False, dtypes=(torch.float32,))
+def test_no_gradient_where_none_is_promised(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    args = op.inputs[case](dtype)
+    args = {n: v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in args.items()}
+    out = tensors(op.function(**args, backend=backend))
+    assert all(t.requires_grad == bool(op.differentiable) for t in out)
+    with torch.no_grad():
+        assert not any(t.requires_grad for t in tensors(op.function(**args, backend=backend)))
+
+
+def _bad_calls() -> list[Any]:
+    return [pytest.param(op, bad, id=f"{op.name}-{i}-{bad.arg}") for op in OPS for i, bad in enumerate(op.bad)]
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"], indirect=True)
+@pytest.mark.parametrize(("op", "bad"), _bad_calls())
+def test_wrong_arguments(op: OpCase, bad: Bad, backend: str) -> None:
+    args = op.inputs["small"](torch.float32)
+    with pytest.raises(bad.error, match=rf"^{op.name}: {bad.arg} must be (?s:.+), got .+$") as raised:
+        op.function(**{"backend": backend, **args, **bad.change(args)})
+    assert type(raised.value) is bad.error
+
+
+@each_op
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_raw_operators(op: OpCase, backend: str) -> None:
+    for name, args in op.raw(op.inputs["small"](torch.float32)):
+        torch.library.opcheck(getattr(torch.ops.hotkernels, name).default, args)
+
+
+def _compiled(op: OpCase, backend: str, compiler: str, sizes: list[str], dynamic: bool | None = None) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(op.function, fullgraph=True, backend=compiler, dynamic=dynamic)
+    for case in sizes:
+        args = {**op.inputs[case](torch.float32), "backend": backend}
+        for ours, plain in zip(tensors(compiled(**args)), tensors(op.function(**args)), strict=True):
+            torch.testing.assert_close(ours, plain)
+        wanted = wanted_by(op, args)
+        if wanted:
+            for ours, plain in zip(
+                gradients(compiled, args, wanted), gradients(op.function, args, wanted), strict=True
+            ):
+                torch.testing.assert_close(ours, plain)
+
+
+@each_op
+@pytest.mark.parametrize("backend", ["torch", "cpp"], indirect=True)
+def test_compiles_without_graph_breaks(op: OpCase, backend: str) -> None:
+    _compiled(op, backend, "aot_eager", ["small"])
+
+
+@each_op
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_compiles_with_changing_sizes(op: OpCase, backend: str) -> None:
+    _compiled(op, backend, "aot_eager", ["small", "39" if "39" in op.inputs else "117"], dynamic=True)
+
+
+@each_op
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_compiles_with_inductor(op: OpCase, backend: str) -> None:
+    _compiled(op, backend, "inductor", ["small"])
+
+
+@each_op
+@pytest.mark.parametrize("backend", ["torch", "cpp"], indirect=True)
+def test_exports(op: OpCase, backend: str) -> None:
+    args = op.inputs["small"](torch.float32)
+    given = {name: value for name, value in args.items() if isinstance(value, Tensor)}
+    fixed = {name: value for name, value in args.items() if name not in given}
+
+    class Module(torch.nn.Module):
+        def forward(self, **kwargs: Tensor) -> list[Tensor]:
+            return tensors(op.function(**kwargs, **fixed, backend=backend))
+
+    exported = torch.export.export(Module(), (), given)
+    assert_same(exported.module()(**given), op.function(**args, backend=backend))
+
+
+@each_op
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_fake_tensors(op: OpCase, backend: str) -> None:
+    """Shapes, dtypes and strides are known without running anything."""
+    args = op.inputs["small"](torch.float32)
+    out = tensors(op.function(**args, backend=backend))
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in args.items()}
+        for ours, real in zip(tensors(op.function(**fake, backend=backend)), out, strict=True):
+            assert (ours.shape, ours.dtype, ours.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_every_op_is_registered_here() -> None:
+    assert {op.name for op in OPS} == set(KERNELS)

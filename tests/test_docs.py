@@ -1,0 +1,54 @@
+"""Every example in a docstring, and in the README, runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import hotkernels
+
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = ["hotkernels"] + [
+    module.name
+    for module in pkgutil.walk_packages(hotkernels.__path__, "hotkernels.")
+    if not module.name.rpartition(".")[2].startswith("_")  # extensions, and __main__, which runs
+]
+README = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = importlib.import_module(name)
+    monkeypatch.chdir(tmp_path)
+    failed, _ = doctest.testmod(module, optionflags=FLAGS)
+    assert failed == 0
+
+
+@pytest.mark.parametrize("name", hotkernels.__all__)
+def test_public_names_are_documented_with_an_example(name: str) -> None:
+    public = getattr(hotkernels, name)
+    assert public.__doc__
+    if callable(public) and not isinstance(public, type):
+        assert ">>>" in public.__doc__, "an example that runs"
+
+
+@pytest.mark.parametrize("number", range(len(README)))
+def test_readme_examples(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A block may use what the blocks before it made."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in README[: number + 1]:
+        if ">>>" in block:
+            test = doctest.DocTestParser().get_doctest(block, names, "README.md", "README.md", 0)
+            assert (
+                doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, clear_globs=False).failed == 0
+            )
+            names = test.globs
+        else:
+            exec(compile(block, "README.md", "exec"), names)

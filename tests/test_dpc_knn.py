@@ -1,0 +1,400 @@
+"""What is particular to dpc_knn: its order, its two paths, bits that depend on nothing else, and its memory."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cases import cloud, layouts, motion
+from dpc_knn_steps import check_dpc_knn
+from torch import Tensor
+
+from hotkernels import DensityPeaks, dpc_knn
+from hotkernels.baselines import cluster_dpc_knn_eager
+
+DENSE = 384  # the C++ kernel holds all distances up to this many valid tokens, and neighbour lists beyond
+
+
+def assert_same(a: DensityPeaks, b: DensityPeaks, but: tuple[str, ...] = ()) -> None:
+    for name in a._fields:
+        left, right = getattr(a, name), getattr(b, name)
+        assert name in but or (left is None and right is None) or torch.equal(left, right), name
+
+
+def sample(peaks: DensityPeaks, b: int) -> DensityPeaks:
+    return DensityPeaks(*(t[b : b + 1] for t in peaks))
+
+
+def position_hash(seed: int, n: int) -> list[int]:
+    """The documented hash, in Python's own integers."""
+
+    def mix(h: int) -> int:
+        h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+        h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+        return h ^ h >> 16
+
+    start = mix(seed & 0xFFFFFFFF ^ mix(seed >> 32 & 0xFFFFFFFF))
+    return [mix(i + start & 0xFFFFFFFF) for i in range(n)]
+
+
+# ---- the strict total order ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 3])
+@pytest.mark.parametrize("N", [63, 500])
+def test_equal_densities_are_ordered_by_the_hash(backend: str, N: int, seed: int) -> None:
+    """With k = 1 every density is 1: the order is the hash's alone, so delta is known exactly."""
+    x = cloud(1, N, 7)
+    out = dpc_knn(x, 5, 1, seed=seed, backend=backend)
+    assert (out.density == 1).all()
+    hashes = position_hash(seed, N)
+    d = torch.cdist(x[0].double(), x[0].double(), compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(7)
+    order = sorted(range(N), key=lambda i: (hashes[i], i))
+    expected = torch.stack([d[i, order[: order.index(i)]].min() if i != order[0] else d.max() for i in range(N)])
+    torch.testing.assert_close(out.delta[0].double(), expected, rtol=1e-4, atol=1e-5)
+    check_dpc_knn({"x": x, "num_clusters": 5, "k": 1}, out)
+
+
+@pytest.mark.parametrize("N", [243, 500])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_mutual_nearest_neighbours_tie(backend: str, N: int, seed: int) -> None:
+    """With k = 2 they have bitwise the same r. The smaller hash is denser, so the other's delta is their distance."""
+    x = motion(2, N, 16)
+    out = dpc_knn(x, 81, 2, seed=seed, backend=backend)
+    hashes = position_hash(seed, N)
+    ties = 0
+    for b in range(2):
+        d = torch.cdist(x[b], x[b], compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+        nearest = d.argmin(-1).tolist()
+        for i, j in enumerate(nearest):
+            if nearest[j] == i and hashes[i] < hashes[j]:
+                ties += 1
+                assert out.density[b, i] == out.density[b, j]
+                assert out.delta[b, j] < out.delta[b, i], (i, j)
+                torch.testing.assert_close(out.delta[b, j], d[i, j] / 4, rtol=1e-3, atol=1e-4)
+    assert ties > N / 4, "ties are common on smooth data, this test should see them"
+
+
+def test_seed_breaks_ties_and_nothing_else(backend: str) -> None:
+    x = motion(1, 243, 16)
+    first, other = (dpc_knn(x, 81, 2, seed=seed, backend=backend) for seed in (0, 1))
+    assert torch.equal(first.density, other.density)
+    assert not torch.equal(first.delta, other.delta)
+    x = cloud(1, 243, 16)
+    assert_same(dpc_knn(x, 81, 5, seed=0, backend=backend), dpc_knn(x, 81, 5, seed=1, backend=backend))
+
+
+def test_every_backend_chooses_the_same_where_the_order_is_clear(backend: str) -> None:
+    """Also between duplicates, where only the hash and the position decide."""
+    for half in (60, 250):
+        x = torch.randint(-4, 5, (2, half, 12)).float()  # small integers around 0: every squared distance is exact
+        x = torch.cat([x, -x, torch.zeros(2, 3, 12)], 1)
+        for options in ({}, {"seed": 5, "ordered": True}):
+            ours, exact = dpc_knn(x, 81, 2, backend=backend, **options), dpc_knn(x.double(), 81, 2, **options)
+            assert torch.equal(ours.index, exact.index)
+            torch.testing.assert_close(ours.delta, exact.delta)
+            check_dpc_knn({"x": x, "num_clusters": 81, "k": 2, **options}, ours)
+
+
+@pytest.mark.parametrize(("N", "C", "M", "k"), [(243, 64, 81, 5), (600, 32, 100, 9)])
+def test_same_choice_as_the_published_function(backend: str, N: int, C: int, M: int, k: int) -> None:
+    """The same noise on both sides, on data whose margins are far wider than rounding."""
+    x, noise = cloud(3, N, C), torch.rand(3, N) * 1e-6
+    ours = dpc_knn(x, M, k, noise=noise, backend=backend)
+    index, assignment = cluster_dpc_knn_eager(x.double(), M, k, noise.double())
+    assert torch.equal(ours.index, index)
+    assert torch.equal(ours.assignment, assignment)
+
+
+def test_noise_orders_first(backend: str) -> None:
+    x = cloud(1, 63, 8)
+    noise = -torch.arange(63.0)[None]  # far more than any density
+    out = dpc_knn(x, 9, noise=noise, backend=backend)
+    d = torch.cdist(x[0], x[0], compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(8)
+    expected = torch.stack([d[i, :i].min() if i else d.max() for i in range(63)])
+    torch.testing.assert_close(out.delta[0], expected, rtol=1e-4, atol=1e-5)
+    check_dpc_knn({"x": x, "num_clusters": 9, "noise": noise}, out)
+
+
+# ---- duplicates and adversarial data ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [63, 243, 500])
+def test_duplicates_are_at_distance_zero(backend: str, N: int) -> None:
+    """Exactly: the later in the order of two copies has delta 0, however large their offset."""
+    x = 1000 + torch.randn(2, N, 33)
+    x[:, N // 2 : N // 2 * 2] = x[:, : N // 2]
+    out = dpc_knn(x, N // 2, 2, backend=backend)
+    assert (out.density[:, : N // 2 * 2] == 1).all()
+    assert ((out.delta == 0).sum(1) == N // 2).all()
+    check_dpc_knn({"x": x, "num_clusters": N // 2, "k": 2}, out)
+
+
+@pytest.mark.parametrize("N", [63, 500])
+def test_all_tokens_the_same(backend: str, N: int) -> None:
+    """Every score is 0: the first M win, and all belong to the first place."""
+    x = torch.randn(1, 1, 9).expand(2, N, 9)
+    out = dpc_knn(x, 7, backend=backend)
+    assert torch.equal(out.index, torch.arange(7).expand(2, 7))
+    assert not out.delta.any()
+    assert not out.assignment[:, 7:].any()
+    check_dpc_knn({"x": x, "num_clusters": 7}, out)
+
+
+def two_far_clusters(N: int) -> Tensor:
+    """Hardly anyone's list holds a token of the other cluster, and each has a peak that must look there."""
+    return torch.randn(1, N, 5) + 100 * (torch.arange(N) % 2)[None, :, None]
+
+
+def many_small_clusters(N: int) -> Tensor:
+    """Clusters of about the length of a list: their peaks find nobody denser in it."""
+    return (
+        torch.randn(1, N, 3) * 0.01 + 10 * torch.randn(1, N // 16 + 1, 1, 3).expand(1, -1, 16, 3).flatten(1, 2)[:, :N]
+    )
+
+
+ADVERSARIAL: dict[str, Callable[[int], Tensor]] = {
+    "along a line": lambda n: torch.arange(n)[None, :, None] * torch.ones(1, 1, 3),  # equal distances everywhere
+    "ever denser": lambda n: (0.99 ** torch.arange(n))[None, :, None] * torch.ones(1, 1, 3),  # all insertions are worst
+    "ever sparser": lambda n: (1.01 ** torch.arange(n))[None, :, None] * torch.ones(1, 1, 3),
+    "two far clusters": two_far_clusters,
+    "many small clusters": many_small_clusters,
+    "grid": lambda n: torch.stack([torch.arange(n) % 23, torch.arange(n) // 23], -1)[None].float(),
+    "few distinct": lambda n: torch.randint(0, 3, (1, n, 3)).float(),
+    "one outlier": lambda n: torch.cat([torch.randn(1, n - 1, 3), torch.full((1, 1, 3), 1e3)], 1),
+    "sphere": lambda n: torch.nn.functional.normalize(torch.randn(1, n, 64), dim=-1),
+}
+
+
+@pytest.mark.parametrize("data", ADVERSARIAL)
+@pytest.mark.parametrize(("N", "M", "k"), [(243, 61, 2), (500, 3, 2), (601, 300, 5), (450, 9, 17), (450, 9, 40)])
+def test_adversarial_data(backend: str, data: str, N: int, M: int, k: int) -> None:
+    x = ADVERSARIAL[data](N)
+    check_dpc_knn({"x": x, "num_clusters": M, "k": k}, dpc_knn(x, M, k, backend=backend))
+
+
+@pytest.mark.parametrize("N", [DENSE - 1, DENSE, DENSE + 1, 2 * DENSE + 1, 1152])
+@pytest.mark.parametrize("k", [1, 2, 8, 9, 16, 17, 18, 33])
+def test_every_length_of_list(backend: str, N: int, k: int) -> None:
+    x = cloud(1, N, 6)
+    check_dpc_knn({"x": x, "num_clusters": N // 4, "k": k}, dpc_knn(x, N // 4, k, backend=backend))
+
+
+@pytest.mark.parametrize("C", [1, 3, 127, 128, 129, 300])
+def test_every_number_of_channels(backend: str, C: int) -> None:
+    for N in (47, 49, 400):
+        x = cloud(1, N, C)
+        check_dpc_knn({"x": x, "num_clusters": 9}, dpc_knn(x, 9, backend=backend))
+
+
+def test_tokens_far_from_the_origin(backend: str) -> None:
+    """Centring keeps float32 accurate where the tokens' offset is a thousand times their spread."""
+    x = 1000 + torch.randn(2, 243, 64)
+    check_dpc_knn({"x": x, "num_clusters": 81}, dpc_knn(x, 81, backend=backend))
+
+
+# ---- invalid tokens --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["mask", torch.nan, torch.inf, -torch.inf, 1e30, 5e18])
+@pytest.mark.parametrize("N", [63, 700])
+def test_invalid_tokens_change_nothing_for_the_others(backend: str, N: int, bad: str | float) -> None:
+    """The valid tokens alone, compacted, give the same numbers: the same bits from a kernel."""
+    x, mask = cloud(1, N, 9), torch.rand(1, N) < 0.5
+    mask[0, [0, N - 1]] = False
+    there = mask[0].nonzero()[:, 0]
+    given = x.clone()
+    if bad != "mask":
+        given[0, ~mask[0], 4] = float(bad)
+    ours = dpc_knn(given, 21, mask=mask if bad == "mask" else None, backend=backend)
+    alone = dpc_knn(x[:, there], 21, backend=backend)
+    assert torch.equal(ours.index, there[alone.index])
+    assert torch.equal(ours.assignment[:, there], alone.assignment)
+    for name in ("density", "delta", "score"):
+        a, b = getattr(ours, name)[:, there], getattr(alone, name)
+        assert torch.equal(a, b) if backend != "torch" else torch.allclose(a, b, rtol=1e-5), name
+    check_dpc_knn({"x": given, "num_clusters": 21, "mask": mask if bad == "mask" else None}, ours)
+
+
+@pytest.mark.parametrize("N", [63, 500])
+def test_fewer_valid_tokens_than_places_or_neighbours(backend: str, N: int) -> None:
+    x, mask = cloud(3, N, 5), torch.zeros(3, N, dtype=torch.bool)
+    mask[0, [3, 7, 8]] = True
+    mask[1, N - 1] = True
+    args = {"x": x, "num_clusters": 6, "k": 5, "mask": mask}
+    out = dpc_knn(**args, backend=backend)
+    assert sorted(out.index[0].tolist()) == [-1, -1, -1, 3, 7, 8]
+    assert out.index[1].tolist() == [N - 1, -1, -1, -1, -1, -1]
+    assert (out.density[1, N - 1], out.delta[1, N - 1]) == (1, 0)
+    assert (out.index[2] == -1).all()
+    check_dpc_knn(args, out)
+    ordered = dpc_knn(**args, ordered=True, backend=backend)
+    assert ordered.index[0].tolist() == [3, 7, 8, -1, -1, -1]
+
+
+def test_largest_tokens_that_count(backend: str) -> None:
+    """Norms just under the limit of 4.6e18: distances do not overflow, and small k still tells them apart."""
+    x = torch.randn(1, 63, 4)
+    x = x / x.norm(dim=-1, keepdim=True) * 4e18
+    out = dpc_knn(x, 9, 2, backend=backend)
+    assert out.delta.isfinite().all()
+    assert len(set(out.index[0].tolist())) == 9
+    assert (out.assignment >= 0).all()
+    check_dpc_knn({"x": x, "num_clusters": 9, "k": 2}, out)
+
+
+@pytest.mark.parametrize("N", [63, 500])
+def test_ranking_survives_where_exp_underflows(backend: str, N: int) -> None:
+    x = 200 * torch.randn(1, N, 16)
+    out = dpc_knn(x, 9, backend=backend)
+    assert not out.density.any(), "this test wants densities that underflow"
+    check_dpc_knn({"x": x, "num_clusters": 9}, out)
+    exact = dpc_knn(x.double(), 9)
+    assert torch.equal(out.index, exact.index)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [63, 500])
+def test_keep(backend: str, N: int) -> None:
+    x = cloud(2, N, 7)
+    free = dpc_knn(x, 9, backend=backend)
+    worst = free.score[0].argmin().item()
+    forms = [worst, [worst], torch.tensor([worst]), torch.tensor([[worst]] * 2, dtype=torch.int32)]
+    outs = [dpc_knn(x, 9, keep=keep, backend=backend) for keep in forms]
+    for out in outs:
+        assert_same(out, outs[0])
+    assert outs[0].index[0].tolist() == [*free.index[0, :8].tolist(), worst]
+    assert_same(outs[0], free, but=("index", "assignment"))
+    best = free.index[0, 0].item()
+    moved = dpc_knn(x[:1], 9, keep=[best, -1, best], backend=backend)  # -1 and the second time are lost places
+    assert moved.index[0].tolist() == [*free.index[0, 1:7].tolist(), best, -1, -1]
+    check_dpc_knn({"x": x[:1], "num_clusters": 9, "keep": [best, -1, best]}, moved)
+    mask = torch.ones(1, N, dtype=torch.bool)
+    mask[0, worst] = False
+    gone = dpc_knn(x[:1], 9, keep=worst, mask=mask, backend=backend)
+    assert gone.index[0, -1] == -1
+    assert (gone.index[0, :-1] >= 0).all()
+    none = dpc_knn(x, 9, keep=[], backend=backend)
+    assert_same(none, free)
+
+
+@pytest.mark.parametrize("N", [63, 500])
+def test_ordered_is_the_same_set(backend: str, N: int) -> None:
+    x = cloud(2, N, 7)
+    best, ordered = (dpc_knn(x, 21, ordered=flag, keep=[5], backend=backend) for flag in (False, True))
+    assert torch.equal(best.index.sort(1).values, ordered.index)
+    assert torch.equal(best.index.gather(1, best.assignment), ordered.index.gather(1, ordered.assignment))
+    assert_same(best, ordered, but=("index", "assignment"))
+
+
+def test_without_assignment(backend: str) -> None:
+    x = cloud(2, 500, 7)
+    whole, without = (dpc_knn(x, 21, assign=flag, backend=backend) for flag in (True, False))
+    assert without.assignment is None
+    assert_same(whole, without, but=("assignment",))
+
+
+def test_x_that_requires_grad(backend: str) -> None:
+    x = cloud(1, 39, 7).requires_grad_()
+    out = dpc_knn(x, 5, noise=x[..., 0] * 1e-6, backend=backend)
+    assert not any(t.requires_grad for t in out)
+
+
+# ---- bits that depend on nothing else --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [243, 700])
+def test_any_batch_gives_the_same_bits(backend: str, N: int) -> None:
+    """Whatever the rest of the batch: a copy, other samples, NaN."""
+    x = torch.cat([motion(3, N, 33), torch.full((1, N, 33), torch.nan)])
+    whole = dpc_knn(x, 81, 2, backend=backend)
+    assert_same(whole, dpc_knn(x, 81, 2, backend=backend))
+    for b in range(4):
+        assert_same(dpc_knn(x[b : b + 1], 81, 2, backend=backend), sample(whole, b))
+    swapped = dpc_knn(x.flip(0), 81, 2, backend=backend)
+    for b in range(4):
+        assert_same(sample(swapped, 3 - b), sample(whole, b))
+
+
+@pytest.mark.parametrize(("B", "N"), [(1, 243), (1, 700), (2, 700), (3, 1153)])
+@pytest.mark.parametrize("data", [motion, cloud])
+def test_any_number_of_threads_gives_the_same_bits(
+    backend: str, threads: None, B: int, N: int, data: Callable[..., Tensor]
+) -> None:
+    """Both cuts: a thread per sample, and the tiles of one sample among threads."""
+    x = data(B, N, 19)
+    x[:, N // 2 :: 3] = x[:, : len(range(N // 2, N, 3))]  # ties, which an order of arrival would decide
+    torch.set_num_threads(1)
+    one = dpc_knn(x, N // 3, 2, backend=backend)
+    check_dpc_knn({"x": x, "num_clusters": N // 3, "k": 2}, one)
+    for count in (2, 3, 4):
+        torch.set_num_threads(count)
+        for _ in range(2):
+            assert_same(dpc_knn(x, N // 3, 2, backend=backend), one)
+
+
+@pytest.mark.parametrize("N", [63, 500])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_half_types_are_upcast(backend: str, N: int, dtype: torch.dtype) -> None:
+    x = cloud(2, N, 33).to(dtype)
+    assert_same(dpc_knn(x, 21, backend=backend), dpc_knn(x.float(), 21, backend=backend))
+
+
+@pytest.mark.parametrize("N", [63, 500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_any_strides_give_the_same_bits(backend: str, N: int, dtype: torch.dtype) -> None:
+    if backend == "torch":
+        pytest.skip("PyTorch's own sums depend on strides")
+    x = cloud(2, N, 131).to(dtype)
+    for layout, view in layouts(x).items():
+        plain = dpc_knn(view.contiguous(), 21, backend=backend)
+        assert plain.index.any(), layout
+        assert_same(dpc_knn(view, 21, backend=backend), plain)
+
+
+# ---- real data, memory -----------------------------------------------------------------------------------------------
+
+
+def test_captured_motion(backend: str) -> None:
+    """Windows of a captured walk, embedded as MixSTE's first layer does it: a linear layer over the joints."""
+    numpy = pytest.importorskip("numpy")
+    file = Path(__file__).resolve().parents[2] / "shared/data/cmu_01_01_17joints.npz"
+    if not file.exists():
+        pytest.skip(f"no captured motion at {file.parent.name}/{file.name} beside the repository")
+    with numpy.load(file) as arrays:
+        poses = torch.from_numpy(arrays["keypoints_2d" if "keypoints_2d" in arrays else arrays.files[0]]).float()
+    frames = poses.reshape(len(poses), -1)
+    frames = (frames - frames.mean(0)) / frames.std(0).clamp(min=1e-6)
+    x = torch.stack([frames[start : start + 243] for start in range(0, len(frames) - 243, 81)][:6])
+    x = x @ torch.randn(x.shape[-1], 64) / 6
+    for k in (2, 5):
+        check_dpc_knn({"x": x, "num_clusters": 81, "k": k}, dpc_knn(x, 81, k, backend=backend))
+    longest = (frames[:1500] @ torch.randn(frames.shape[-1], 64) / 6)[None]
+    check_dpc_knn({"x": longest, "num_clusters": 500, "k": 2}, dpc_knn(longest, 500, 2, backend=backend))
+
+
+MEASURE = """
+import resource, torch, hotkernels
+torch.set_num_threads(1)
+x = torch.randn(1, 8192, 256)
+hotkernels.dpc_knn(x[:, :500], 64, backend="cpp")
+now = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+hotkernels.dpc_knn(x, 2048, backend="cpp")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - now) / 2**20)
+"""
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_memory_is_not_quadratic(backend: str) -> None:
+    """(1, 8192, 256) in under 64 MB beyond the input; the matrix of distances alone would be 256 MB."""
+    if sys.platform != "linux":
+        pytest.skip("peak memory is read as Linux counts it")
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64

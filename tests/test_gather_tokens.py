@@ -1,0 +1,115 @@
+"""What is particular to gather_tokens: exact copies, any element type, a deterministic backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hotkernels import gather_tokens
+from hotkernels.autograd import GatherTokens
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool], ids=lambda d: str(d)[6:]
+)
+def test_copies_integers_and_bools(backend: str, dtype: torch.dtype) -> None:
+    x = torch.randint(-3, 3, (2, 17, 3, 5)).to(dtype)
+    index = torch.tensor([[16, 0, -1, 0], [1, -1, 2, 3]])
+    out = gather_tokens(x, index, backend=backend)
+    assert out.dtype == dtype
+    assert (out[0, 0] == x[0, 16]).all()
+    assert (out[1, 3] == x[1, 3]).all()
+    assert not out[0, 2].any()
+
+
+def test_copies_are_exact(backend: str) -> None:
+    """NaN, infinities and -0 included: a copy is a copy, and an absent token is +0."""
+    x = torch.tensor([[[torch.nan, torch.inf, -0.0, 1e-42]]]).expand(1, 3, 4)
+    out = gather_tokens(x, torch.tensor([[2, -1]]), backend=backend)
+    assert torch.equal(out[0, 0].view(torch.int32), x[0, 0].contiguous().view(torch.int32))
+    assert not out[0, 1].view(torch.int32).any()
+
+
+def test_an_absent_place_still_gets_its_position(backend: str) -> None:
+    pos = torch.randn(3, 4)
+    out = gather_tokens(torch.full((1, 5, 2, 4), torch.nan), torch.full((1, 3), -1), pos, backend=backend)
+    assert torch.equal(out, pos[None, :, None].expand(1, 3, 2, 4))
+
+
+def test_no_tokens_to_gather_from(backend: str) -> None:
+    out = gather_tokens(torch.zeros(2, 0, 4), torch.full((2, 3), -1), backend=backend)
+    assert out.shape == (2, 3, 4)
+    assert not out.any()
+    with pytest.raises(ValueError, match=r"^gather_tokens: index must be -1 or in \[0, 0\), got 0$"):
+        gather_tokens(torch.zeros(2, 0, 4), torch.zeros(2, 3, dtype=torch.int64), backend=backend)
+
+
+def test_gradient_of_a_repeated_token_is_summed_in_order(backend: str) -> None:
+    """In ascending order of the places: as float32 adds them one by one, whatever they are."""
+    grad_out = torch.randn(1, 100, 300) * 10.0 ** torch.arange(100).remainder(7)[None, :, None]
+    x = torch.randn(1, 4, 300, requires_grad=True)
+    index = torch.full((1, 100), 2)
+    (grad,) = torch.autograd.grad(gather_tokens(x, index, backend=backend), x, grad_out)
+    expected = torch.zeros(300)
+    for row in grad_out[0]:
+        expected = expected + row
+    if backend == "torch":
+        torch.testing.assert_close(grad[0, 2], expected, rtol=1e-4, atol=1)
+    else:
+        assert torch.equal(grad[0, 2], expected)
+    assert not grad[0, [0, 1, 3]].any()
+
+
+def test_half_gradients_are_summed_in_float32(backend: str) -> None:
+    """Ones beyond 256 would be lost in bfloat16."""
+    if backend == "torch":
+        pytest.skip("PyTorch sums gradients in their own dtype")
+    x = torch.zeros(1, 3, 5, dtype=torch.bfloat16, requires_grad=True)
+    gather_tokens(x, torch.ones(1, 1024, dtype=torch.int64), backend=backend).sum().backward()
+    assert (x.grad[0, 1] == 1024).all()
+
+
+def test_half_position_is_added_in_float32_and_rounded_once(backend: str) -> None:
+    x, pos = torch.randn(2, 9, 33).half(), torch.randn(5, 33).half()
+    index = torch.randint(9, (2, 5))
+    expected = (gather_tokens(x.float(), index, backend=backend) + pos.float()).half()
+    assert torch.equal(gather_tokens(x, index, pos, backend=backend), expected)
+
+
+def test_any_number_of_threads(backend: str, threads: None) -> None:
+    x, index = torch.randn(3, 117, 17, 5, requires_grad=True), torch.randint(-1, 117, (3, 243))
+    grad_out = torch.randn(3, 243, 17, 5)
+    answers = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        out = gather_tokens(x, index, backend=backend)
+        answers.append((out, *torch.autograd.grad(out, x, grad_out)))
+    for out, grad in answers[1:]:
+        assert torch.equal(out, answers[0][0])
+        if backend != "torch":
+            assert torch.equal(grad, answers[0][1])
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_the_function_to_build_on(backend: str) -> None:
+    x, index = torch.randn(2, 9, 4), torch.randint(9, (2, 5))
+    assert torch.equal(GatherTokens.apply(x, index, None), gather_tokens(x, index, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_raw_operators_check_for_themselves(backend: str) -> None:
+    """Someone who calls torch.ops directly gets an error too, never a read out of bounds."""
+    fwd, bwd = torch.ops.hotkernels.gather_tokens_fwd, torch.ops.hotkernels.gather_tokens_bwd
+    x, index = torch.zeros(2, 9, 4), torch.zeros(2, 5, dtype=torch.int64)
+    for arg, call in {
+        "x": lambda: fwd(x[0], index, None),
+        "index": lambda: fwd(x, index + 9, None),
+        "index ": lambda: fwd(x, index.int(), None),
+        "index  ": lambda: fwd(x, index[:1], None),
+        "pos": lambda: fwd(x, index, torch.zeros(4, 4)),
+        "pos ": lambda: fwd(x, index, torch.zeros(5, 4).half()),
+        "grad_out": lambda: bwd(x, index, 9),
+        "index   ": lambda: bwd(x[:, :5], index + 9, 9),
+    }.items():
+        with pytest.raises((ValueError, RuntimeError), match=rf"\w+: {arg.strip()} must be .+, got .+"):
+            call()

@@ -1,0 +1,123 @@
+"""What is particular to merge_tokens: means, empty clusters, sums in float32 and in one order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hotkernels import dpc_knn, merge_tokens
+from hotkernels.autograd import MergeTokens
+
+
+def test_mean_of_equal_tokens_is_that_token(backend: str) -> None:
+    token = torch.randn(1, 1, 39)
+    out = merge_tokens(
+        token.expand(2, 64, 39), torch.arange(64).remainder(4).expand(2, 64), 4, eps=0.0, backend=backend
+    )
+    torch.testing.assert_close(out, token.expand(2, 4, 39), rtol=1e-6, atol=0)
+
+
+def test_weights_shift_the_mean(backend: str) -> None:
+    x = torch.tensor([[[0.0], [4.0]]])
+    out = merge_tokens(x, torch.zeros(1, 2, dtype=torch.int64), 1, torch.tensor([[3.0, 1.0]]), 0.0, backend=backend)
+    assert out.item() == 1.0
+
+
+def test_a_cluster_of_weight_zero(backend: str) -> None:
+    """Zeros, and gradients without NaN, as long as eps is not 0."""
+    x = torch.randn(1, 3, 5, requires_grad=True)
+    weight = torch.zeros(1, 3, requires_grad=True)
+    out = merge_tokens(x, torch.tensor([[0, 0, 1]]), 3, weight, backend=backend)
+    assert not out.any()
+    out.sum().backward()
+    assert not x.grad.any()
+    torch.testing.assert_close(weight.grad, x.detach().sum(-1) / 1e-6, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unassigned_token_is_never_read(backend: str) -> None:
+    x = torch.randn(1, 5, 7)
+    x[0, 2] = torch.nan
+    assignment = torch.tensor([[0, 1, -1, 1, 0]])
+    if backend == "torch":
+        pytest.skip("PyTorch adds it to a cluster that is thrown away")
+    x.requires_grad_()
+    out = merge_tokens(x, assignment, 2, backend=backend)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert not x.grad[0, 2].any()
+
+
+def test_eps_counts(backend: str) -> None:
+    x = torch.ones(1, 2, 3, dtype=torch.float64)
+    out = merge_tokens(x, torch.zeros(1, 2, dtype=torch.int64), 1, eps=0.5, backend=backend)
+    torch.testing.assert_close(out, torch.full((1, 1, 3), 2 / 2.5, dtype=torch.float64))
+
+
+def test_half_types_are_summed_in_float32(backend: str) -> None:
+    """Ones beyond 256 would be lost in bfloat16, and beyond 65504 there is no float16."""
+    for dtype, big in ((torch.bfloat16, 3.0), (torch.float16, 60000.0)):
+        x = torch.full((1, 2000, 3), big, dtype=dtype)
+        out = merge_tokens(x, torch.zeros(1, 2000, dtype=torch.int64), 1, eps=0.0, backend=backend)
+        assert (out == big).all()
+
+
+def test_any_number_of_threads(backend: str, threads: None) -> None:
+    x, weight = torch.randn(2, 351, 300, requires_grad=True), torch.rand(2, 351, requires_grad=True)
+    assignment, grad_out = torch.randint(-1, 81, (2, 351)), torch.randn(2, 81, 300)
+    answers = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        out = merge_tokens(x, assignment, 81, weight, backend=backend)
+        answers.append((out, *torch.autograd.grad(out, (x, weight), grad_out)))
+    for other in answers[1:]:
+        for a, b in zip(answers[0], other, strict=True):
+            assert torch.equal(a, b) or backend == "torch"
+
+
+def test_samples_do_not_depend_on_their_batch(backend: str) -> None:
+    x, assignment = torch.randn(3, 117, 33), torch.randint(-1, 39, (3, 117))
+    whole = merge_tokens(x, assignment, 39, backend=backend)
+    for b in range(3):
+        assert torch.equal(whole[b : b + 1], merge_tokens(x[b : b + 1], assignment[b : b + 1], 39, backend=backend))
+
+
+def test_takes_what_dpc_knn_returns(backend: str) -> None:
+    x = torch.randn(2, 63, 9)
+    mask = torch.rand(2, 63) < 0.9
+    peaks = dpc_knn(x, 13, mask=mask, backend=backend)
+    merged = merge_tokens(x, peaks.assignment, 13, backend=backend)
+    for b in range(2):
+        for m in range(13):
+            torch.testing.assert_close(merged[b, m], x[b][peaks.assignment[b] == m].mean(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_the_function_to_build_on(backend: str) -> None:
+    x, assignment = torch.randn(2, 9, 4), torch.randint(3, (2, 9))
+    expected = merge_tokens(x, assignment, 3, backend=backend)
+    assert torch.equal(MergeTokens.apply(x, assignment, 3, None, 1e-6), expected)
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_raw_operators_check_for_themselves(backend: str) -> None:
+    """Someone who calls torch.ops directly gets an error too, never a read out of bounds."""
+    fwd, bwd = torch.ops.hotkernels.merge_tokens_fwd, torch.ops.hotkernels.merge_tokens_bwd
+    x, assignment = torch.zeros(2, 9, 4), torch.zeros(2, 9, dtype=torch.int64)
+    out, total = fwd(x, assignment, 3, None, 1e-6)
+    for arg, call in {
+        "x": lambda: fwd(x[0], assignment, 3, None, 0.0),
+        "num_clusters": lambda: fwd(x, assignment, 0, None, 0.0),
+        "assignment": lambda: fwd(x, assignment + 3, 3, None, 0.0),
+        "assignment ": lambda: fwd(x, assignment[:1], 3, None, 0.0),
+        "assignment  ": lambda: fwd(x, assignment.int(), 3, None, 0.0),
+        "weight": lambda: fwd(x, assignment, 3, torch.ones(2, 8), 0.0),
+        "weight ": lambda: fwd(x, assignment, 3, torch.ones(2, 9).double(), 0.0),
+        "grad_out": lambda: bwd(out[:, :2], out, total, x, assignment, None, False),
+        "out": lambda: bwd(out[..., :3], out[..., :3], total, x, assignment, None, False),
+        "out ": lambda: bwd(out, out[0], total, x, assignment, None, False),
+        "total": lambda: bwd(out, out, total[:1], x, assignment, None, False),
+        "total ": lambda: bwd(out, out, total.double(), x, assignment, None, False),
+    }.items():
+        arg = arg.strip()
+        with pytest.raises((ValueError, RuntimeError), match=rf"merge_tokens: ({arg}|grad_{arg}) must be .+, got .+"):
+            call()
