@@ -50,3 +50,9 @@ def merge_tokens_eager(x: Tensor, idx_cluster: Tensor, cluster_num: int, weight:
     share = weight / total[rows].reshape(B, N, 1)
     merged = x.new_zeros(B * cluster_num, C).index_add(0, rows, (x * share).reshape(B * N, C).to(x.dtype))
     return merged.reshape(B, cluster_num, C)
+
+
+def gather_tokens_eager(x: Tensor, index: Tensor, pos: Tensor | None = None) -> Tensor:
+    """Pruning as HoT publishes it: an index, then the addition of the position embedding [M, C] or [1, M, C]."""
+    pruned = x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+    return pruned if pos is None else pruned + pos.reshape(pos.shape[-2], *[1] * (x.dim() - 3), pos.shape[-1])

@@ -1,0 +1,48 @@
+"""Runs the benchmark suite and prints its table: `python -m bench [--quick] [--out FOLDER] [ops...]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+import torch
+
+from . import harness
+
+
+def main() -> int:
+    """Run, print, save; 1 if an answer was wrong."""
+    here = Path(__file__).parent
+    ops = sorted(path.stem.removeprefix("bench_") for path in here.glob("bench_*.py"))
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"which to run: {', '.join(ops)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small rows only, and few rounds: does it work?")
+    parser.add_argument("--out", type=Path, default=here / "results", help="where to write (default bench/results)")
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows with this in their name")
+    parser.add_argument("--seconds", type=float, help="time per contender and row (default 2, with --quick 0.1)")
+    args = parser.parse_args()
+    for op in args.ops:
+        if op not in ops:
+            parser.error(f"op must be one of {', '.join(ops)}, got {op}")
+    for op in args.ops or ops:
+        importlib.import_module(f"bench.bench_{op}")
+    selected = [row for row in harness.ROWS if args.rows in row.name and (row.quick or not args.quick)]
+
+    torch.set_num_threads(1)  # on a small shared machine two threads mostly measure the scheduler
+    about = harness.header()
+    markdown = "\n".join(f"- {name}: {value}" for name, value in about.items()) + "\n"
+    markdown += "- medians of interleaved rounds; ratios over 1: ours is faster; extra MB: eager / compile / ours\n"
+    print(markdown, end="")
+    results = []
+    for text, result in harness.report(selected, args.seconds or (0.1 if args.quick else 2.0)):
+        print(text, flush=True)
+        markdown += text + "\n"
+        results.append(result)
+    title = "# Benchmark results" + (" (quick)" if args.quick else "") + "\n\n"
+    print(f"\nwritten: {harness.save(args.out, about, title + markdown, results, args.quick)} and .json")
+    return 1 if any(result["wrong"] for result in results) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,171 @@
+"""What all benchmark files share: the list of rows, a run of them in turns, the table, and pytest-benchmark cases.
+
+The workloads themselves and the clock are hotkernels.bench, which also times a user's own shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hotkernels.bench import WORKLOADS, Workload, interleaved, machine, peak_memory
+
+CONTENDERS = ("eager", "compile", "ours")
+COLUMNS = ["row", "x", "pass", "eager ms", "compile ms", "ours ms", "eager / ours", "compile / ours", "extra MB"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a workload, forward alone or with its backward."""
+
+    op: str
+    name: str
+    backward: bool
+    build: Callable[[], Workload]
+    memory: bool = False  # whether to measure the peak memory of each contender
+    quick: bool = True  # whether --quick runs it
+
+    @property
+    def passes(self) -> str:
+        return "fwd+bwd" if self.backward else "fwd"
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.passes}"
+
+
+ROWS: list[Row] = []
+
+
+@dataclass(frozen=True)
+class At:
+    """A named workload: the arguments of an op's builder in hotkernels.bench, and flags of Row."""
+
+    name: str
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    flags: dict[str, bool]
+
+
+def at(name: str, *args: Any, memory: bool = False, quick: bool = True, **options: Any) -> At:
+    """Name a workload after where it comes from."""
+    return At(name, args, options, {"memory": memory, "quick": quick})
+
+
+def rows(op: str, *workloads: At, backward: bool = False) -> Callable[..., None]:
+    """Register the rows of an op and return their pytest-benchmark test, to be bound to a name that starts with test_.
+
+    With `backward`, each workload has a second row that times forward and backward.
+    """
+    added = [
+        Row(op, w.name, with_backward, functools.partial(WORKLOADS[op], *w.args, **w.options), **w.flags)
+        for w in workloads
+        for with_backward in ((False, True) if backward else (False,))
+    ]
+    ROWS.extend(added)
+
+    @pytest.mark.parametrize("contender", CONTENDERS)
+    @pytest.mark.parametrize("row", added, ids=str)
+    def test(row: Row, contender: str, benchmark: Any) -> None:
+        torch.set_num_threads(1)
+        wrong = _checked(row)
+        assert wrong is None, wrong
+        benchmark.group = f"{row.op}: {row}"
+        benchmark(_thunks(row)[contender])
+
+    return test
+
+
+@functools.lru_cache(maxsize=1)
+def _workload(row: Row) -> Workload:
+    return row.build()
+
+
+@functools.lru_cache(maxsize=1)
+def _checked(row: Row) -> str | None:
+    return _workload(row).check(row.backward)
+
+
+@functools.lru_cache(maxsize=1)
+def _thunks(row: Row) -> dict[str, Callable[[], Any]]:
+    work = _workload(row)
+    torch._dynamo.reset()  # rows share code: their shapes would pile up to the recompilation limit
+    functions = {"eager": work.eager, "compile": torch.compile(work.eager, dynamic=False), "ours": work.ours}
+    return {name: work.thunk(functions[name], row.backward) for name in CONTENDERS}
+
+
+def run(row: Row, seconds: float) -> dict[str, Any]:
+    """Check a row, then time its contenders in turns. Wrong answers get no times."""
+    work, wrong = _workload(row), _checked(row)
+    result: dict[str, Any] = {"op": row.op, "row": row.name, "x": work.what, "pass": row.passes, "wrong": wrong}
+    if wrong is None:
+        thunks = _thunks(row)
+        result["seconds"] = {name: asdict(t) for name, t in interleaved(thunks, seconds, least=3).items()}
+        if row.memory:
+            result["extra_bytes"] = {name: peak_memory(thunk) for name, thunk in thunks.items()}
+    return result
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """A result as the cells of its line, in the order of COLUMNS."""
+    first = [result["row"], result["x"], result["pass"]]
+    if result["wrong"] is not None:
+        return [*first, f"WRONG: {result['wrong']}", *[""] * (len(COLUMNS) - 4)]
+    eager, compiled, ours = (result["seconds"][name]["median"] for name in CONTENDERS)
+    extra = [b for name in CONTENDERS if (b := result.get("extra_bytes", {}).get(name)) is not None]
+    return [
+        *first,
+        *(f"{t * 1e3:.3f}" if t < 0.01 else f"{t * 1e3:.1f}" for t in (eager, compiled, ours)),
+        f"**{eager / ours:.2f}x**",
+        f"{compiled / ours:.2f}x",
+        " / ".join(f"{b / 2**20:.0f}" for b in extra),
+    ]
+
+
+def line(cells: Iterable[str]) -> str:
+    """A line of a markdown table, padded so that it reads as one in a terminal."""
+    widths = (24, 36, 7, 8, 10, 8, 12, 14, 16)
+    return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+
+def header() -> dict[str, Any]:
+    """The machine, and the commit that was measured."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    return machine() | {"commit": commit or "unknown"}
+
+
+def report(selected: list[Row], seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run rows one by one and yield, for each, its lines of markdown and its result."""
+    op = None
+    for number, row in enumerate(selected, 1):
+        if sys.stderr.isatty():
+            print(f"\r\033[K[{number}/{len(selected)}] {row.op} {row}", end="", file=sys.stderr, flush=True)
+        result = run(row, seconds)
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        head = "" if row.op == op else f"\n## {row.op}\n\n{line(COLUMNS)}\n{line(['---'] * len(COLUMNS))}\n"
+        op = row.op
+        yield head + line(cells(result)), result
+
+
+def save(folder: Path, about: dict[str, Any], markdown: str, results: list[dict[str, Any]], quick: bool) -> Path:
+    """Write <cpu>-<date>.json and .md; return the latter's path."""
+    cpu = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)|@.*", "", about["cpu"].lower())).strip("-")
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (f"{cpu}-{date}" + ("-quick" if quick else ""))
+    path.with_name(path.name + ".json").write_text(json.dumps({"machine": about, "rows": results}, indent=1) + "\n")
+    markdown_path = path.with_name(path.name + ".md")
+    markdown_path.write_text(markdown)
+    return markdown_path

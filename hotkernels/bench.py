@@ -1,0 +1,415 @@
+"""Times an op against the published eager code on shapes of your own: `python -m hotkernels bench`.
+
+Correctness comes before time: a workload whose answers are wrong is not timed. Contenders take turns, so that whatever
+else the machine does hits all of them; medians are reported. The suite in bench/ is built on what is here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import inspect
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .backends import instruction_set
+from .baselines import cluster_dpc_knn_eager, gather_tokens_eager, merge_tokens_eager
+from .ops.dpc_knn import dpc_knn
+from .ops.gather_tokens import gather_tokens
+from .ops.merge_tokens import merge_tokens
+
+Thunk = Callable[[], Any]
+
+
+# Workloads: one call, as published and as ours.
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The same call by the published eager code and by ours, on the same arguments."""
+
+    what: str
+    args: tuple[Any, ...]
+    eager: Callable[..., Any]
+    ours: Callable[..., Any]
+    wrong: Callable[[Any, Any], str | None] | None = None
+    """What is wrong with (eager's result, ours), None if nothing; by default both are compared to float64."""
+    grad_of: tuple[int, ...] = ()
+    """Positions in `args` that gradients are taken of; () = the op has none."""
+
+    def thunk(self, function: Callable[..., Any], backward: bool, dtype: torch.dtype | None = None) -> Thunk:
+        """The call without arguments: forward alone, or the gradients of one forward and backward pass."""
+        args = [a.to(dtype) if dtype and isinstance(a, Tensor) and a.is_floating_point() else a for a in self.args]
+        if not backward:
+
+            def forward() -> Any:
+                with torch.no_grad():
+                    return function(*args)
+
+            return forward
+        wrt = [args[i].detach().requires_grad_() for i in self.grad_of]
+        for i, leaf in zip(self.grad_of, wrt, strict=True):
+            args[i] = leaf
+        grad_out = None
+
+        def forward_backward() -> Any:
+            nonlocal grad_out
+            out = function(*args)
+            if grad_out is None:
+                g = torch.Generator().manual_seed(1)
+                grad_out = torch.randn(out.shape, generator=g).to(out.device, out.dtype)
+            return torch.autograd.grad(out, wrt, grad_out)
+
+        return forward_backward
+
+    def check(self, backward: bool = False) -> str | None:
+        """What is wrong with our result, or None."""
+        ours, theirs = self.thunk(self.ours, backward)(), self.thunk(self.eager, backward)()
+        if self.wrong is not None:
+            return self.wrong(theirs, ours)
+        exact = self.thunk(self.eager, backward, torch.float64)()
+        if not backward:
+            theirs, ours, exact = [theirs], [ours], [exact]
+        times = 3 if backward else 2
+        for place, (low, own, true) in enumerate(zip(theirs, ours, exact, strict=True)):
+            allowed = times * (low - true).abs().max() + torch.finfo(low.dtype).eps * true.abs().max()
+            error = (own - true).abs().max()
+            if not error <= allowed:
+                name = f"gradient {place}" if backward else "the result"
+                return f"{name} is {error:.2g} from float64, {allowed:.2g} is allowed"
+        return None
+
+
+def _tokens(shape: Sequence[int], dtype: torch.dtype, device: str, smooth: bool = False) -> Tensor:
+    """Normal tokens; smooth: a random walk along N, normalised per token as a transformer's features are."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    if smooth:
+        x = torch.nn.functional.layer_norm(x.mul(0.3).cumsum(1), (shape[-1],))
+    return x.to(device, dtype)
+
+
+def dpc_knn_workload(
+    shape: Sequence[int],
+    clusters: int,
+    *,
+    k: int = 5,
+    center: int | None = None,
+    smooth: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    backend: str | None = None,
+) -> Workload:
+    """Clustering of [B, N, C]. With `center`, the published code chooses one less and its caller appends the centre."""
+    B, N, _ = shape
+    x = _tokens(shape, dtype, device, smooth)
+    noise = (torch.rand(B, N, generator=torch.Generator().manual_seed(2)) * 1e-6).to(device)
+
+    def eager(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # as Chat-UniVi does: cdist of half types is not usable
+        if center is None:
+            return cluster_dpc_knn_eager(x, clusters, k, noise)
+        index, idx_cluster = cluster_dpc_knn_eager(x, clusters - 1, k, noise, center=center)
+        return torch.cat([index, torch.full_like(index[:, :1], center)], 1), idx_cluster
+
+    def ours(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+        return dpc_knn(x, clusters, k, noise=noise, keep=center, backend=backend)[:2]
+
+    def wrong(theirs: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> str | None:
+        exact = x.double()
+        score = dpc_knn(exact, clusters, k, noise=noise, keep=center, assign=False, backend="torch").score
+        best = score if center is None else score.index_fill(1, torch.tensor([center], device=device), torch.inf)
+        most = score.gather(1, best.topk(clusters).indices).sum()
+        published, reached = (float(score.gather(1, index).sum() / most) for index, _ in (theirs, own))
+        if not reached >= published - 1e-3:
+            return f"the chosen tokens reach {reached:.4f} of the best score, the published code's {published:.4f}"
+        for sample, index, assignment in zip(exact, *own, strict=True):
+            to_chosen = torch.cdist(sample, sample[index])
+            worse = to_chosen.gather(1, assignment[:, None])[:, 0] - to_chosen.amin(1)
+            if not worse.max() <= 1e-4 * to_chosen.max():
+                return f"a token is assigned {worse.max():.2g} farther away than its nearest kept token"
+        return None
+
+    what = f"{_sizes(shape)} -> {clusters}, k {k}" + (f", keep {center}" if center is not None else "")
+    return Workload(what, (x, noise), eager, ours, wrong)
+
+
+def gather_tokens_workload(
+    shape: Sequence[int],
+    clusters: int,
+    *,
+    pos: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    backend: str | None = None,
+) -> Workload:
+    """Gathering `clusters` different tokens of [B, N, ..., C], sorted as HoT does, with a position embedding."""
+    x = _tokens(shape, dtype, device)
+    shuffled = torch.rand(shape[:2], generator=torch.Generator().manual_seed(1)).argsort(1)
+    index = shuffled[:, :clusters].sort(1).values.to(device)
+    if not pos:
+        args: tuple[Any, ...] = (x, index)
+    else:
+        args = (x, index, _tokens((1, clusters, shape[-1]), dtype, device))
+
+    def ours(*args: Tensor) -> Tensor:
+        return gather_tokens(*args, backend=backend)
+
+    what = f"{_sizes(shape)} -> {clusters}" + (" + pos" if pos else "")
+    return Workload(what, args, gather_tokens_eager, ours, grad_of=(0, 2) if pos else (0,))
+
+
+def merge_tokens_workload(
+    shape: Sequence[int],
+    clusters: int,
+    *,
+    weighted: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    backend: str | None = None,
+) -> Workload:
+    """Merging [B, N, C] into the clusters of dpc_knn; the weight is the exp of a score, as in TCFormer."""
+    B, N, _ = shape
+    x = _tokens(shape, dtype, device)
+    assignment = dpc_knn(x, clusters, min(5, N)).assignment
+    args: tuple[Any, ...] = (x, assignment)
+    if weighted:
+        args = (*args, _tokens((B, N, 1), dtype, device).exp())
+
+    def eager(x: Tensor, assignment: Tensor, weight: Tensor | None = None) -> Tensor:
+        return merge_tokens_eager(x, assignment, clusters, weight)
+
+    def ours(x: Tensor, assignment: Tensor, weight: Tensor | None = None) -> Tensor:
+        return merge_tokens(x, assignment, clusters, weight, backend=backend)
+
+    what = f"{_sizes(shape)} -> {clusters}" + (", weighted" if weighted else "")
+    return Workload(what, args, eager, ours, grad_of=(0, 2) if weighted else (0,))
+
+
+WORKLOADS: dict[str, Callable[..., Workload]] = {
+    "dpc_knn": dpc_knn_workload,
+    "gather_tokens": gather_tokens_workload,
+    "merge_tokens": merge_tokens_workload,
+}
+
+
+# Measuring.
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call."""
+
+    median: float
+    lower: float
+    """First quartile."""
+    upper: float
+    """Third quartile."""
+    rounds: int
+
+
+def interleaved(contenders: dict[str, Thunk], seconds: float = 1.0, least: int = 5) -> dict[str, Timing]:
+    """Time contenders in turns, each for about `seconds` and at least `least` rounds; short calls run in a row.
+
+    Every contender is called twice before its time counts.
+    """
+    once = {}
+    for name, thunk in contenders.items():
+        thunk()
+        once[name] = _timed(thunk, 1)
+    rounds = max(least, min(200, int(seconds / max(max(once.values()), 2e-3))))
+    repeats = {name: max(1, int(2e-3 / t)) for name, t in once.items()}
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, thunk in contenders.items():
+            samples[name].append(_timed(thunk, repeats[name]))
+    timings = {}
+    for name, times in samples.items():
+        lower, _, upper = statistics.quantiles(times, n=4)
+        timings[name] = Timing(statistics.median(times), lower, upper, rounds)
+    return timings
+
+
+def _timed(thunk: Thunk, repeats: int) -> float:
+    _wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        thunk()
+    _wait()
+    return (time.perf_counter() - start) / repeats
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory(thunk: Thunk, device: str = "cpu") -> int | None:
+    """The most memory, in bytes, that a call holds beyond what was held before it; None where nobody counts it.
+
+    On a CPU, Linux counts resident pages. Its peak is reset before the call, and freed memory given back, so that
+    the call cannot hide in pages that an earlier one left. Call `thunk` once before, for what it sets up only once.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        thunk()
+        return torch.cuda.max_memory_allocated() - before
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        reset.write_text("5")
+    except (OSError, AttributeError, TypeError):  # not Linux, or another C library
+        return None
+
+    def peak() -> int:
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert found is not None
+        return int(found[1]) * 1024
+
+    before = peak()
+    thunk()
+    return peak() - before
+
+
+def machine() -> dict[str, Any]:
+    """What a time depends on: processor, threads, versions, date."""
+    names = re.findall(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo")) or [platform.processor() or platform.machine()]
+    about = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": names[0],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "isa": instruction_set() or "no C++ kernels",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hotkernels": __version__,
+    }
+    if torch.cuda.is_available():
+        about["gpu"] = torch.cuda.get_device_name()
+    return about
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+# The command.
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(size) for size in text.split(","))
+    if min(sizes) < 1:
+        raise ValueError
+    return sizes
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise ValueError from error
+    return text
+
+
+# argparse: "invalid shape value".
+_shape.__name__, _count.__name__, _device.__name__ = "shape", "count", "device"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hotkernels bench",
+        description="Time an op against the published eager code on your own shapes, after checking its answers.",
+        epilog="example: python -m hotkernels bench --op dpc_knn --shape 16,243,512 --clusters 81 -k 2",
+    )
+    parser.add_argument("--op", choices=WORKLOADS, default="dpc_knn")
+    parser.add_argument(
+        "--shape", type=_shape, required=True, metavar="B,N,C", help="of x; gather_tokens takes B,N,J,C too"
+    )
+    parser.add_argument(
+        "--clusters", type=_count, metavar="M", help="tokens kept, gathered or merged into; default N / 4"
+    )
+    parser.add_argument(
+        "-k", type=_count, help="dpc_knn: neighbours per density, the token itself included (default 5)"
+    )
+    parser.add_argument("--smooth", action="store_true", default=None, help="dpc_knn: a random walk instead of noise")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32")
+    parser.add_argument("--device", type=_device, default="cpu", help="default cpu")
+    parser.add_argument("--backend", help="of ours: cuda, triton, cpp or torch (default: the fastest that serves it)")
+    parser.add_argument("--backward", action="store_true", help="time forward + backward")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the eager code")
+    parser.add_argument("--threads", type=_count, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time per contender (default 2)")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; 0 if our answers are right, else 1."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    build = WORKLOADS[args.op]
+    options = {name: getattr(args, name) for name in ("k", "smooth") if getattr(args, name) is not None}
+    for name in options.keys() - inspect.signature(build).parameters.keys():
+        parser.error(f"{args.op} has no option '{name}'")
+    if len(args.shape) < 3:
+        parser.error(f"--shape must be B,N,C, got {len(args.shape)} sizes")
+    tokens = args.shape[1]
+    clusters = args.clusters or max(1, tokens // 4)
+    if clusters > tokens:
+        parser.error(f"--clusters must be in [1, N = {tokens}], got {clusters}")
+    options |= {"dtype": getattr(torch, args.dtype), "device": args.device, "backend": args.backend}
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        work = build(args.shape, clusters, **options)
+        if args.backward and not work.grad_of:
+            parser.error(f"{args.op} has no backward")
+        print("; ".join(f"{name} {value}" for name, value in machine().items()))
+        print(f"{args.op} {work.what}, {args.dtype}, " + ("forward + backward" if args.backward else "forward"))
+        wrong = work.check(args.backward)
+        if wrong:
+            print(f"WRONG: {wrong}")
+            return 1
+        functions = {"eager": work.eager, "ours": work.ours}
+        if args.compile:
+            functions["compile"] = torch.compile(work.eager, dynamic=False)
+        thunks = {name: work.thunk(function, args.backward) for name, function in functions.items()}
+        timings = interleaved(thunks, args.seconds)
+        for name, timing in timings.items():
+            memory = peak_memory(thunks[name], args.device)
+            print(
+                f"  {name:<8}{timing.median * 1e3:10.3f} ms  [{timing.lower * 1e3:.3f}, {timing.upper * 1e3:.3f}]"
+                f"{timings['eager'].median / timing.median:8.2f}x"
+                + ("" if memory is None else f"{memory / 2**20:10.1f} MB extra")
+            )
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    finally:
+        torch.set_num_threads(threads)
+    return 0
