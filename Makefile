@@ -52,7 +52,7 @@ HOUSE := csrc python_bindings hotkernels tests bench
 library = $(shell $(or $(CXX),g++) -print-file-name=$(1).so)
 asan: $(READY)
 	mkdir -p $(ASAN) && cd $(ASAN) && rm -rf $(HOUSE)
-	tar --exclude='*.so' --exclude=__pycache__ -cf - $(HOUSE) setup.py pyproject.toml README.md | tar -xf - -C $(ASAN)
+	tar --exclude='*.so' --exclude=__pycache__ -cf - $(HOUSE) setup.py pyproject.toml README.md LICENSE | tar -xf - -C $(ASAN)
 	cd $(ASAN) && HOTKERNELS_BUILD_CUDA=0 HOTKERNELS_LDFLAGS="$(ASAN_FLAGS)" \
 	  HOTKERNELS_CXXFLAGS="$(ASAN_FLAGS) -fno-omit-frame-pointer -O1" $(PY) setup.py -q build_ext --inplace >build.log \
 	  || (cat build.log; exit 1)
