@@ -1,0 +1,6 @@
+"""Drop-in modules: constructor arguments, attribute names and state_dict keys of the published ones, fused inside."""
+
+from .attention import Attention, CrossAttention
+from .hourglass import TokenPruning, TokenRecovery
+
+__all__ = ["Attention", "CrossAttention", "TokenPruning", "TokenRecovery"]

@@ -1,0 +1,149 @@
+"""Multi-head attention modules as vision and pose transformers publish them (timm's ViT, MixSTE, HoT)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ..errors import fail
+from ..ops.gathered_attention import gathered_attention
+from ..ops.recovery_attention import recovery_attention
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: qkv, softmax(q k^T * scale) v, proj.
+
+    Same constructor, attributes and state_dict keys as timm's ViT and MixSTE. The fused operator reads q, k and v where
+    the qkv projection wrote them, and writes what proj reads: no layout copy.
+
+    Args:
+        dim: channels C, a multiple of num_heads; C / num_heads up to 256.
+        num_heads: H.
+        qkv_bias: whether the qkv projection has a bias.
+        qk_scale: scale of the logits; None = (C / H) ** -0.5.
+        attn_drop, proj_drop: dropout on the probabilities and on the output, in training. With attn_drop > 0 training runs
+            on the torch backend, which has dropout; evaluation stays fused.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_dim(dim, num_heads)
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, along: int = -2) -> Tensor:
+        """Attend along one dim of x; every other dim but the last is batch.
+
+        Args:
+            x: [B, N, C], or [B, F, J, C] with `along` = -2 (joints of a frame) or -3 (frames of a joint).
+            along: the dim of the tokens that attend to each other.
+
+        Returns:
+            Same shape as x, contiguous.
+        """
+        if x.dim() < 3 or along not in (-2, -3) or (along == -3 and x.dim() != 4):
+            fail("Attention", "x", "[..., N, C] with along = -2, or [B, F, J, C] with along = -3", list(x.shape))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        if along == -2:
+            query, key, value = qkv.flatten(0, -5).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D]
+        else:
+            query, key, value = qkv.permute(3, 0, 2, 4, 1, 5).unbind(0)  # [B, J, H, F, D]
+        out = gathered_attention(query, key, value, scale=self.scale, dropout_p=_dropout(self.attn_drop))
+        return self.proj_drop(self.proj(_merge_heads(out).reshape(x.shape)))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head cross-attention with separate projections, as HoT publishes it (`Cross_Attention`).
+
+    A query input that is the same for the whole batch (x_1 expanded, stride 0 over the batch, or of batch 1) is projected
+    and packed once. Where x_2 is x_3, keys and values come from one matrix product.
+
+    Args:
+        dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop: as `Attention`.
+        length: accepted, as published, and unused.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        length: int = 27,
+    ) -> None:
+        super().__init__()
+        _check_dim(dim, num_heads)
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.linear_q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.linear_k = nn.Linear(dim, dim, bias=qkv_bias)
+        self.linear_v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tensor:
+        """Let x_1 [B, L, C] attend to keys from x_2 and values from x_3, both [B, M, C]; returns [B, L, C]."""
+        return self.proj_drop(self.proj(self.attend(x_1, x_2, x_3)))
+
+    def attend(self, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tensor:
+        """Everything before `proj`.
+
+        Args:
+            x_1: [B, L, C], or [L, C] for the whole batch.
+            x_2, x_3: [B, M, C], or [B, M, J, C] where every joint attends by itself; x_1 is then [L, C].
+
+        Returns:
+            [B, L, C] or [B, L, J, C].
+        """
+        if x_1.dim() == 3 and (x_1.shape[0] == 1 or x_1.stride(0) == 0):
+            x_1 = x_1[0]
+        # [B, L, (J,) C] -> [B, (J,) H, L, D], a view
+        query, key, value = (
+            _split_heads(t, self.num_heads) for t in (self.linear_q(x_1), *self._keys_and_values(x_2, x_3))
+        )
+        return _merge_heads(recovery_attention(query, key, value, scale=self.scale, dropout_p=_dropout(self.attn_drop)))
+
+    def _keys_and_values(self, x_2: Tensor, x_3: Tensor) -> tuple[Tensor, Tensor]:
+        if x_2 is not x_3:
+            return self.linear_k(x_2), self.linear_v(x_3)
+        weight = torch.cat([self.linear_k.weight, self.linear_v.weight])
+        biases = [b for b in (self.linear_k.bias, self.linear_v.bias) if b is not None]
+        key, value = F.linear(x_2, weight, torch.cat(biases) if biases else None).chunk(2, -1)
+        return key, value
+
+
+def _check_dim(dim: int, num_heads: int) -> None:
+    if dim % num_heads != 0:
+        fail("Attention", "dim", f"a multiple of num_heads = {num_heads}", dim)
+
+
+def _dropout(module: nn.Dropout) -> float:
+    return module.p if module.training else 0.0
+
+
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[(B,) N, (J,) C] -> [(B, J,) H, N, D]."""
+    heads = x.unflatten(-1, (num_heads, -1))
+    return heads.permute(0, 2, 3, 1, 4) if heads.dim() == 5 else heads.transpose(-3, -2)
+
+
+def _merge_heads(out: Tensor) -> Tensor:
+    """[B, (J,) H, N, D] -> [B, N, (J,) C]: a view of what the kernels allocate."""
+    out = out.transpose(1, 2) if out.dim() == 4 else out.permute(0, 3, 1, 2, 4)
+    return out.flatten(-2)

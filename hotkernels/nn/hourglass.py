@@ -1,0 +1,94 @@
+"""The two ends of the hourglass of HoT (Li et al., CVPR 2024): prune to representative frames, recover all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import check_tensor, fail
+from ..ops.dpc_knn import dpc_knn
+from ..ops.gather_tokens import gather_tokens
+from .attention import CrossAttention
+
+
+class TokenPruning(nn.Module):
+    """Token Pruning Cluster: keep the `token_num` frames that stand for all, and add a position embedding to them.
+
+    Frames are clustered by the mean of their joints' tokens, and kept in temporal order.
+
+    Args:
+        dim: channels C.
+        token_num: M, frames to keep.
+        k: neighbours per density; HoT uses 2.
+        center: always keep the centre frame (F - 1) // 2, as MHFormer and the TPC models do.
+        seed: orders equal densities, see `hotkernels.dpc_knn`; the published code draws random numbers for that.
+    """
+
+    def __init__(self, dim: int, token_num: int, k: int = 2, center: bool = False, seed: int = 0) -> None:
+        super().__init__()
+        self.token_num = token_num
+        self.k = k
+        self.center = center
+        self.seed = seed
+        self.pos_embed_token = nn.Parameter(torch.zeros(1, token_num, dim))
+
+    def forward(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Prune.
+
+        Args:
+            x: [B, F, J, C].
+            index: [B, M], to reuse a choice (HoT's flipped second pass); None = choose.
+
+        Returns:
+            (pruned [B, M, J, C], index [B, M] ascending).
+        """
+        check_tensor("TokenPruning", "x", x, "[B, F, J, C]", None, shape=(None, None, None, None))
+        if index is None:
+            keep = (x.shape[1] - 1) // 2 if self.center else None
+            pooled = x.detach().mean(2)
+            index = dpc_knn(pooled, self.token_num, self.k, keep=keep, seed=self.seed, assign=False, ordered=True).index
+        return gather_tokens(x, index, self.pos_embed_token), index
+
+
+class TokenRecovery(nn.Module):
+    """Token Recovering Attention: learned tokens, one per frame, attend to the kept frames of each joint.
+
+    Equivalent to ``x_token + cross_attention(x_token, x, x)`` for every joint, on [B, M, J, C] as it is: no rearrange
+    copy, x_token projected once, and the residual added by the output projection's matrix product.
+
+    Args:
+        dim: channels C.
+        length: L, frames to recover.
+        num_heads, qkv_bias, qk_scale, attn_drop, proj_drop: as `CrossAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        length: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.x_token = nn.Parameter(torch.zeros(1, length, dim))
+        self.cross_attention = CrossAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, length)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Recover x [B, M, J, C] to [B, L, J, C]."""
+        if x.dim() != 4 or x.shape[-1] != self.x_token.shape[-1]:
+            fail("TokenRecovery", "x", f"[B, M, J, C = {self.x_token.shape[-1]}]", list(x.shape))
+        attention, token = self.cross_attention, self.x_token
+        attended = attention.attend(token[0], x, x)  # [B, L, J, C]
+        dropping = attention.proj_drop.p > 0 and attention.proj_drop.training
+        if dropping or torch.is_autocast_enabled(x.device.type) or attended.dtype != token.dtype:
+            return token[:, :, None] + attention.proj_drop(attention.proj(attended))
+        # A linear layer copies its bias to the output and multiplies on top of it; here that bias is the whole residual.
+        residual = (token + attention.proj.bias)[:, :, None].expand(attended.shape).contiguous()
+        return (
+            residual.view(-1, x.shape[-1])
+            .addmm_(attended.reshape(-1, x.shape[-1]), attention.proj.weight.t())
+            .view(attended.shape)
+        )
