@@ -1,0 +1,33 @@
+"""`python -m hotkernels demo | doctor | bench`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "demo": "keep 81 of 243 frames of a motion, bring the others back, and compare with the published code",
+    "doctor": "versions, instruction sets, which extension loaded, which backend serves each op",
+    "bench": "measure the ops on this machine, at shapes from published models or your own",
+}
+
+
+def usage() -> str:
+    """The commands, one per line."""
+    lines = [f"  {name:<8}{what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: python -m hotkernels COMMAND [--help | ...]", *lines])
+
+
+def main(argv: list[str]) -> int:
+    """Run a command and return its exit status."""
+    if argv and argv[0] in COMMANDS:
+        return int(importlib.import_module(f"hotkernels.{argv[0]}").main(argv[1:]) or 0)
+    asked = argv in (["-h"], ["--help"])
+    if argv and not asked:
+        print(f"hotkernels: command must be one of {', '.join(COMMANDS)}, got '{argv[0]}'", file=sys.stderr)
+    print(usage(), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

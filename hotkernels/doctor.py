@@ -1,0 +1,128 @@
+"""What this installation is and what serves each op on this machine, in one page to read or to paste into a report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .backends import LIBRARIES, OPS, choose, instruction_set
+
+_ENVIRONMENT = ("HOTKERNELS_BACKEND", "HOTKERNELS_ISA")
+# (op, backend) -> "GPU, date, commit" of the last run of its tests there. Kernels that are not here are compiled only.
+GPU_RUNS: dict[tuple[str, str], str] = {}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _instruction_sets() -> str:
+    """The instruction set in use, and those that could be."""
+    try:
+        current = instruction_set()
+    except (RuntimeError, ValueError) as error:
+        return str(error).splitlines()[0]
+    if current is None:
+        return "none in use: the C++ kernels are not loaded"
+    available = []
+    for name in ("base", "avx2", "avx512"):
+        try:
+            instruction_set(name)
+        except (RuntimeError, ValueError):
+            continue
+        available.append(name)
+    instruction_set(current)
+    return f"{current} in use; available: {', '.join(available)}"
+
+
+def failed() -> list[str]:
+    """The extensions that were built and should have loaded, but did not."""
+    package = Path(__file__).parent
+    report = package / "build_report.txt"
+    said = report.read_text() if report.exists() else ""
+
+    def built(name: str) -> bool:
+        return f"{name}: built" in said or any(package.glob(f"{name}.*so"))
+
+    # Without CUDA in torch, or without _C_cpu, loading _C_cuda is not even tried.
+    tried = [name for name in LIBRARIES if name == "_C_cpu" or (torch.version.cuda and LIBRARIES["_C_cpu"] is None)]
+    return [name for name in tried if LIBRARIES[name] is not None and built(name)]
+
+
+def _served(op: str, device: str) -> str:
+    """`cpp: float32, float16; torch: float64`, as a call without `backend=` would find it."""
+
+    def server(dtype: torch.dtype) -> str:
+        try:
+            return choose(op, torch.empty(0, dtype=dtype, device=device), None)
+        except (ValueError, TypeError) as error:
+            return f"none ({error})"
+
+    served = [(server(dtype), str(dtype).removeprefix("torch.")) for dtype in OPS[op]["torch"].dtypes]
+    order = list(dict.fromkeys(backend for backend, _ in served))
+    groups = groupby(sorted(served, key=lambda pair: order.index(pair[0])), key=lambda pair: pair[0])
+    return "; ".join(f"{backend}: {', '.join(dtype for _, dtype in pairs)}" for backend, pairs in groups)
+
+
+def _gpu_kernels() -> list[str]:
+    """One line per GPU kernel: where it ran, or that it is compiled only."""
+    lines = []
+    for op, kernels in OPS.items():
+        for backend in ("cuda", "triton"):
+            if backend in kernels:
+                run = GPU_RUNS.get((op, backend))
+                lines.append(f"  {op:<20}{backend}: {'compiled only' if run is None else f'run on {run}'}")
+    return lines or ["  none: no op offers a cuda or triton backend yet"]
+
+
+def report() -> str:
+    """The whole page."""
+    versions = {"hotkernels": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    versions |= {package: _version(package) for package in ("triton", "numpy")}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    environment = [f"  {name}={os.environ[name]}" for name in _ENVIRONMENT if os.environ.get(name)]
+    lines = ["versions", *(f"  {name:<12}{version}" for name, version in versions.items())]
+    lines += [
+        "machine",
+        f"  platform    {platform.platform()}",
+        f"  cpu         {_cpu()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads",
+        f"  kernels     {_instruction_sets()}",
+        f"  gpu         {', '.join(gpus) or 'none'}",
+        "extensions",
+        *(f"  {name:<12}{'loaded' if why is None else why}" for name, why in LIBRARIES.items()),
+        "environment",
+        *(environment or [f"  none of {', '.join(_ENVIRONMENT)} is set"]),
+    ]
+    for device in ["cpu"] + ["cuda"] * bool(gpus):
+        lines += [f"served on {device} by", *(f"  {op:<20}{_served(op, device)}" for op in OPS)]
+    lines += ["gpu kernels", *_gpu_kernels()]
+    lines += [f"PROBLEM: {name} was built but did not load: {LIBRARIES[name]}" for name in failed()]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the page; 1 if an extension that was built did not load."""
+    argparse.ArgumentParser(prog="python -m hotkernels doctor", description=__doc__).parse_args(argv)
+    print(report())
+    return 1 if failed() else 0
