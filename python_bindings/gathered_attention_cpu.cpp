@@ -77,6 +77,12 @@ struct Problem {
             batched && batch_dims == 2 ? stride_of(t, 1) : 0, stride_of(t, n - 3), t.stride(n - 2)};
   }
 
+  // Part `which` of a contiguous [B, N, (J,) 3, H, D].
+  HeadsView packed_view(Tensor& t, int64_t which) const {
+    const int64_t row = 3 * p.H * p.D, item = compute_type() == ScalarType::Double ? 8 : p.dtype == DType::f32 ? 4 : 2;
+    return {static_cast<char*>(t.mutable_data_ptr()) + which * p.H * p.D * item, p.Nq * p.J * row, row, p.D, p.J * row};
+  }
+
   // [*batch, H, N, D] stored [B, N, (J,) H, D]: flattening the heads is a free view.
   Tensor token_major(const Tensor& like, int64_t N) const {
     if (batch_dims == 1) return torch::stable::transpose(torch::stable::new_empty(like, {p.B, N, p.H, p.D}), 1, 2);
@@ -187,7 +193,7 @@ std::tuple<Tensor, Tensor> attention_forward(const AttentionArgs& args) {
 AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_out_given,
                                   const std::optional<Tensor>& grad_lse_given, const Tensor& out, const Tensor& lse,
                                   const std::optional<Tensor>& start, const std::optional<Tensor>& slots, bool need_bias,
-                                  bool need_key_bias) {
+                                  bool need_key_bias, Tensor* packed) {
   Problem problem(args);
   Attention& p = problem.p;
   const char* op = args.op;
@@ -237,18 +243,20 @@ AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_
   const bool sum_bias = need_bias && args.bias && !p.index_per_query && args.bias->size(0) == 1 &&
                         (problem.batch_dims == 1 || args.bias->size(1) == 1);
   const auto zeros = [&](std::vector<int64_t> shape, ScalarType type) { return torch::stable::new_zeros(like, shape, type); };
-  AttentionGrads grads{
-      shared_query ? torch::stable::new_empty(like, {0}) : problem.token_major(like, p.Nq),
-      problem.token_major(problem.key, p.Nk), problem.token_major(problem.value, p.Nk), zeros({0}, compute), zeros({0}, compute)};
-  p.grad_key = problem.view(grads.key), p.grad_value = problem.view(grads.value);
+  const Tensor none = zeros({0}, compute);
+  AttentionGrads grads{none, none, none, none, none};
+  if (packed) {
+    p.grad_query = problem.packed_view(*packed, 0);
+    p.grad_key = problem.packed_view(*packed, 1), p.grad_value = problem.packed_view(*packed, 2);
+  } else {
+    if (!shared_query) grads.query = problem.token_major(like, p.Nq), p.grad_query = problem.view(grads.query);
+    grads.key = problem.token_major(problem.key, p.Nk), p.grad_key = problem.view(grads.key);
+    grads.value = problem.token_major(problem.value, p.Nk), p.grad_value = problem.view(grads.value);
+  }
   if (shared_query || sum_bias) p.parts = std::min(kParts, std::max<int64_t>(p.B * p.J, 1));
   Tensor query_parts = zeros({shared_query ? p.parts : 0, p.H, p.Nq, p.D}, compute);
   Tensor bias_parts = zeros({sum_bias ? p.parts : 0, p.H, p.Nq, p.S}, compute);
-  if (shared_query) {
-    p.grad_query_parts = query_parts.mutable_data_ptr();
-  } else {
-    p.grad_query = problem.view(grads.query);
-  }
+  if (shared_query) p.grad_query_parts = query_parts.mutable_data_ptr();
   if (sum_bias) {
     p.grad_bias_parts = bias_parts.mutable_data_ptr();
   } else if (need_bias) {
@@ -302,10 +310,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {g.query, g.key, g.value, g.bias, g.key_bias};
 }
 
+// The gradient of a [B, N, (J,) 3, H, D] projection whose views query, key and value are, in one piece.
+Tensor packed_backward(const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
+                       const Tensor& out, const Tensor& lse, double scale) {
+  const AttentionArgs args{kOp, query, key, value, std::nullopt, std::nullopt, std::nullopt, scale};
+  const int64_t n = query.dim();
+  HK_CHECK(n == key.dim() && query.size(n - 2) == key.size(n - 2), kOp, "query", "of key's shape", shape_of(query));
+  std::vector<int64_t> shape{query.size(0), query.size(n - 2)};
+  if (n == 5) shape.push_back(query.size(1));
+  shape.insert(shape.end(), {3, query.size(n - 3), query.size(n - 1)});
+  Tensor packed = torch::stable::new_empty(query, shape);
+  attention_backward(args, grad_out, std::nullopt, out, lse, std::nullopt, std::nullopt, false, false, &packed);
+  return packed;
+}
+
 }  // namespace
 }  // namespace hotkernels
 
 STABLE_TORCH_LIBRARY_IMPL(hotkernels, CPU, m) {
   m.impl("gathered_attention_fwd", TORCH_BOX(&hotkernels::forward));
   m.impl("gathered_attention_bwd", TORCH_BOX(&hotkernels::backward));
+  m.impl("gathered_attention_packed_bwd", TORCH_BOX(&hotkernels::packed_backward));
 }

@@ -23,6 +23,9 @@ STABLE_TORCH_LIBRARY(hotkernels, m) {
       "need_bias, bool need_key_bias) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor "
       "grad_key_bias)");
   m.def(
+      "gathered_attention_packed_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+      "float scale) -> Tensor grad_qkv");
+  m.def(
       "recovery_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? key_bias, float scale) -> (Tensor out, "
       "Tensor lse)");
   m.def(

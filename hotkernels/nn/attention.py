@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ..errors import fail
-from ..ops.gathered_attention import gathered_attention
+from ..ops.gathered_attention.api import packed_attention
 from ..ops.recovery_attention import recovery_attention
 
 
@@ -22,8 +22,8 @@ class Attention(nn.Module):
         num_heads: H.
         qkv_bias: whether the qkv projection has a bias.
         qk_scale: scale of the logits; None = (C / H) ** -0.5.
-        attn_drop, proj_drop: dropout on the probabilities and on the output, in training. With attn_drop > 0 training runs
-            on the torch backend, which has dropout; evaluation stays fused.
+        attn_drop, proj_drop: dropout on the probabilities and on the output, in training. With attn_drop > 0 training
+            runs on the torch backend, which has dropout; evaluation stays fused.
     """
 
     def __init__(
@@ -56,20 +56,18 @@ class Attention(nn.Module):
         """
         if x.dim() < 3 or along not in (-2, -3) or (along == -3 and x.dim() != 4):
             fail("Attention", "x", "[..., N, C] with along = -2, or [B, F, J, C] with along = -3", list(x.shape))
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [..., N, 3, H, D], or [B, F, J, 3, H, D]
         if along == -2:
-            query, key, value = qkv.flatten(0, -5).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D]
-        else:
-            query, key, value = qkv.permute(3, 0, 2, 4, 1, 5).unbind(0)  # [B, J, H, F, D]
-        out = gathered_attention(query, key, value, scale=self.scale, dropout_p=_dropout(self.attn_drop))
+            qkv = qkv.flatten(0, -5)
+        out = packed_attention(qkv, self.scale, _dropout(self.attn_drop))
         return self.proj_drop(self.proj(_merge_heads(out).reshape(x.shape)))
 
 
 class CrossAttention(nn.Module):
     """Multi-head cross-attention with separate projections, as HoT publishes it (`Cross_Attention`).
 
-    A query input that is the same for the whole batch (x_1 expanded, stride 0 over the batch, or of batch 1) is projected
-    and packed once. Where x_2 is x_3, keys and values come from one matrix product.
+    A query input that is the same for the whole batch (x_1 expanded, stride 0 over the batch, or of batch 1) is
+    projected and packed once. Where x_2 is x_3, keys and values come from one matrix product.
 
     Args:
         dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop: as `Attention`.
@@ -123,8 +121,8 @@ class CrossAttention(nn.Module):
         if x_2 is not x_3:
             return self.linear_k(x_2), self.linear_v(x_3)
         weight = torch.cat([self.linear_k.weight, self.linear_v.weight])
-        biases = [b for b in (self.linear_k.bias, self.linear_v.bias) if b is not None]
-        key, value = F.linear(x_2, weight, torch.cat(biases) if biases else None).chunk(2, -1)
+        bias = None if self.linear_k.bias is None else torch.cat([self.linear_k.bias, self.linear_v.bias])
+        key, value = F.linear(x_2, weight, bias).chunk(2, -1)
         return key, value
 
 

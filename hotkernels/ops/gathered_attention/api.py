@@ -70,6 +70,38 @@ class GatheredAttention(torch.autograd.Function):
         )
 
 
+class PackedAttention(torch.autograd.Function):
+    """Dense self-attention on one projection qkv [B, N, 3, H, D] or [B, N, J, 3, H, D]; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, scale: float) -> Tensor:
+        """Attend to [*batch, H, N, D] views of qkv."""
+        out, lse = torch.ops.hotkernels.gathered_attention_fwd(*unpack(qkv), None, None, None, scale)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
+        """Write the three gradients where the projection's backward reads them."""
+        qkv, out, lse = ctx.saved_tensors
+        return torch.ops.hotkernels.gathered_attention_packed_bwd(grad_out, *unpack(qkv), out, lse, ctx.scale), None
+
+
+def unpack(qkv: Tensor) -> tuple[Tensor, ...]:
+    """The query, key and value [*batch, H, N, D] in qkv [B, N, 3, H, D] or [B, N, J, 3, H, D]: views."""
+    return qkv.permute((2, 0, 3, 1, 4) if qkv.dim() == 5 else (3, 0, 2, 4, 1, 5)).unbind(0)
+
+
+def packed_attention(qkv: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
+    """`gathered_attention` of the three parts of qkv [B, N, 3, H, D] or [B, N, J, 3, H, D], without an index."""
+    if choose_attention(_OP, qkv, dropout_p, None) == "torch":
+        query, key, value = unpack(qkv)
+        return gathered_attention_reference(query, key, value, scale=scale, dropout_p=dropout_p)[0]
+    return PackedAttention.apply(qkv, scale)
+
+
 def check_heads(op: str, query: Tensor, key: Tensor, value: Tensor, query_dims: tuple[int, ...]) -> None:
     """Check what both attention ops ask of query, key and value, but for the batch dims."""
     layout = "[*batch, H, N, D] with one or two batch dims"
@@ -136,8 +168,8 @@ def gathered_attention(
         out = torch.softmax(scale * query @ k.mT + bias, -1) @ v
 
     Args:
-        query: [*batch, H, Nq, D] float32, float16, bfloat16 or float64; one or two batch dims, (B) or (B, J); any strides
-            with a contiguous last dim are read in place: ``qkv.reshape(B, N, 3, H, D).permute(2, 0, 3, 1, 4)``, or
+        query: [*batch, H, Nq, D] float32, float16, bfloat16 or float64; one or two batch dims, (B) or (B, J); any
+            strides with a contiguous last dim are read in place: ``qkv.reshape(B, N, 3, H, D).permute(2, 0, 3, 1, 4)``, or
             [B, F, J, H * D] seen as [B, J, H, F, D]. D from 1 to 256.
         key, value: [*batch, H, Nk, D], as query. Batch dims of query, key and value broadcast.
         index: int64 or int32 in [-1, Nk), -1 = no key. None: dense. [B, M]: one set for all heads, queries and J of a
@@ -151,8 +183,8 @@ def gathered_attention(
         backend: "torch", "cpp", or None for the fastest that can serve the call.
 
     Returns:
-        out [*batch, H, Nq, D] of query's dtype, stored token by token, so that ``out.transpose(-3, -2).flatten(-2)`` is a
-        view. A query with nothing to attend to gives 0. With return_lse, lse [*batch, H, Nq] float32 (float64 for
+        out [*batch, H, Nq, D] of query's dtype, stored token by token, so that ``out.transpose(-3, -2).flatten(-2)`` is
+        a view. A query with nothing to attend to gives 0. With return_lse, lse [*batch, H, Nq] float32 (float64 for
         float64) too: the logarithm of the sum of exponentiated logits, -inf where there are none. Differentiable once
         in query, key, value, bias and key_bias.
 
@@ -293,10 +325,8 @@ def _gathered_attention_bwd_fake(
     need_key_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, H, Nk = key.shape[:-3], key.shape[-3], key.shape[-2]
-    if query.dim() == 3:
-        grad_query = query.new_empty(query.shape, dtype=lse.dtype)
-    else:
-        grad_query = token_major(query, query.shape)
+    shared = query.dim() == 3
+    grad_query = lse.new_empty(query.shape) if shared else token_major(query, query.shape)
     grad_bias, grad_key_bias = lse.new_empty(0), lse.new_empty(0)
     if need_bias and bias is not None:
         per_query = index is not None and index.dim() > 2
@@ -307,3 +337,11 @@ def _gathered_attention_bwd_fake(
     if need_key_bias:
         grad_key_bias = lse.new_empty(*batch, H, Nk)
     return grad_query, token_major(key, key.shape), token_major(value, value.shape), grad_bias, grad_key_bias
+
+
+@fake("gathered_attention_packed_bwd")
+def _gathered_attention_packed_bwd_fake(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Tensor:
+    *batch, H, N, D = query.shape
+    return query.new_empty(batch[0], N, *batch[1:], 3, H, D)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ...backends import Kernel, fake, register
 from ...errors import FLOATING, check_tensor, fail
-from ..gathered_attention.api import check_heads, check_scale, choose_attention, token_major
+from ..gathered_attention.api import check_heads, check_scale, choose_attention
 from .reference import mask_bias, recovery_attention_reference
 
 _OP = "recovery_attention"

@@ -29,6 +29,6 @@ def recovery_attention_reference(
 
 
 def mask_bias(key_mask: Tensor, key: Tensor) -> Tensor:
-    """Turn a mask [*batch, M], True = attend, into a bias on the logits: 0 or -inf, in the type they are computed in."""
+    """Turn a mask [*batch, M], True = attend, into a bias on the logits, 0 or -inf, of the type they have."""
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     return torch.zeros(key_mask.shape, dtype=dtype, device=key.device).masked_fill(~key_mask, -torch.inf)
