@@ -80,11 +80,11 @@ def draw_choice(
 
 def _draw_poses(axes: matplotlib.axes.Axes, xy: Array, kept: np.ndarray, F: int) -> None:
     """All kept poses, each over its frame, faint; and as many of them as stand free of one another, bold."""
-    heights = np.nanmax(xy[..., 1], 1) - np.nanmin(xy[..., 1], 1)
-    scale = 0.9 * _POSES / np.nanmax(heights)  # inches per unit
+    there = xy[~np.isnan(xy).any((1, 2)), :, 1]
+    scale = 0.9 * _POSES / np.ptp(there, axis=1).max()  # inches per unit
     frames_per_inch = (F + 4) / _WIDTH
     colours = matplotlib.colormaps["plasma"]
-    free_from, reach = -np.inf, float(F)
+    free_from, first, last = -np.inf, -2.0, F + 1.0
     for frame in kept:
         pose = xy[frame] - xy[frame, 0]
         x = frame + pose[:, 0] * scale * frames_per_inch
@@ -92,7 +92,7 @@ def _draw_poses(axes: matplotlib.axes.Axes, xy: Array, kept: np.ndarray, F: int)
         bold = x.min() >= free_from
         if bold:
             free_from = x.max() + 0.06 * frames_per_inch
-            reach = max(reach, x.max())
+            first, last = min(first, x.min() - 1), max(last, x.max() + 1)
         bones = [[(x[j], y[j]), (x[parent], y[parent])] for j, parent in enumerate(PARENTS) if parent >= 0]
         colour = colours(0.85 * frame / F)
         axes.add_collection(
@@ -101,6 +101,6 @@ def _draw_poses(axes: matplotlib.axes.Axes, xy: Array, kept: np.ndarray, F: int)
         if bold:
             axes.plot(x[10], y[10], "o", ms=6, color=colour)
         axes.plot([frame, frame], [-0.2, -0.08], color=colour, lw=1.4, solid_capstyle="round")
-    axes.set_xlim(-2, reach + 1)
+    axes.set_xlim(first, last)
     axes.set_ylim(-0.22, _POSES)
     axes.axis("off")

@@ -1,0 +1,100 @@
+"""`python -m hotkernels`: usage, exit codes, and the doctor's page."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hotkernels import __version__, backends, doctor
+
+
+def run(*argv, **environment):
+    env = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "hotkernels", *argv], capture_output=True, text=True, env=env, check=False
+    )
+
+
+def test_no_command_prints_the_usage():
+    done = run()
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: python -m hotkernels COMMAND")
+    assert all(f"\n  {name} " in done.stderr for name in ("demo", "doctor", "bench"))
+
+
+def test_an_unknown_command_is_named():
+    done = run("dmeo")
+    assert done.returncode == 2
+    assert done.stderr.startswith("hotkernels: command must be one of demo, doctor, bench, got 'dmeo'\nusage: ")
+
+
+def test_help_is_no_error():
+    done = run("--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: ")
+
+
+def test_the_demo_help_warns_of_pickles():
+    done = run("demo", "--help")
+    assert done.returncode == 0
+    assert "Unpickling runs code from the file" in " ".join(done.stdout.split())
+
+
+def test_a_bad_file_is_one_sentence_and_no_traceback(tmp_path):
+    done = run("demo", "--keypoints", str(tmp_path / "no.npz"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("demo: --keypoints must be an .npz file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_doctor_in_a_process_of_its_own():
+    done = run("doctor", HOTKERNELS_BACKEND="torch")
+    assert done.returncode == (1 if doctor.failed() else 0)
+    assert "  HOTKERNELS_BACKEND=torch" in done.stdout
+    assert "torch: float32, float16, bfloat16, float64" in done.stdout
+
+
+def test_doctor_tells_an_unknown_instruction_set():
+    if backends.LIBRARIES["_C_cpu"] is not None:
+        pytest.skip(f"needs the C++ kernels: {backends.LIBRARIES['_C_cpu']}")
+    done = run("doctor", HOTKERNELS_ISA="mmx")
+    assert done.returncode == 0
+    assert "HOTKERNELS_ISA must be an instruction set of this machine" in done.stdout
+
+
+def test_doctor_report():
+    before = backends.instruction_set()
+    page = doctor.report()
+    assert backends.instruction_set() == before
+    for expected in (__version__, torch.__version__, "triton", "numpy", "platform", "cpu", "threads"):
+        assert expected in page
+    for op in backends.OPS:
+        assert f"\n  {op} " in page
+    for library, why in backends.LIBRARIES.items():
+        assert f"\n  {library} " in page
+        assert why is None or why in page
+    if before is not None:
+        assert f"{before} in use; available: base" in page
+        assert "cpp: float32, float16, bfloat16; torch: float64" in page
+    if not any({"cuda", "triton"} & set(kernels) for kernels in backends.OPS.values()):
+        assert "no op offers a cuda or triton backend yet" in page
+
+
+def test_doctor_tells_where_gpu_kernels_ran(monkeypatch):
+    kernel = backends.Kernel((torch.float32,), device="cuda")
+    monkeypatch.setitem(backends.OPS, "dpc_knn", {**backends.OPS["dpc_knn"], "triton": kernel})
+    assert "triton: compiled only" in doctor.report()
+    monkeypatch.setitem(doctor.GPU_RUNS, ("dpc_knn", "triton"), "a GPU, a date, a commit")
+    assert "triton: run on a GPU, a date, a commit" in doctor.report()
+
+
+def test_doctor_fails_on_a_built_extension_that_does_not_load(monkeypatch, capsys):
+    built = "_C_cpu" in {p.name.split(".")[0] for p in backends.Path(backends.__file__).parent.glob("_C_*so")}
+    if not built:
+        pytest.skip("the C++ extension is not built here")
+    monkeypatch.setitem(backends.LIBRARIES, "_C_cpu", "_C_cpu: undefined symbol: nothing")
+    assert doctor.main([]) == 1
+    assert "PROBLEM: _C_cpu was built but did not load: _C_cpu: undefined symbol" in capsys.readouterr().out

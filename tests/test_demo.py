@@ -1,0 +1,330 @@
+"""The demo: the generated motion, keypoint files good and bad, and the whole run at small sizes."""
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hotkernels import demo
+from hotkernels.motion import JOINTS, PARENTS, generate_motion, load_keypoints, looks_like_pixels, normalise
+
+REAL = Path(__file__).resolve().parents[2] / "shared/data/cmu_01_01_17joints.npz"
+SMALL = ["--seconds", "3", "--frames", "60", "--keep", "20", "--channels", "32", "--rounds", "1"]
+
+
+def poses(T=12, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (T, 17, 2))
+
+
+@pytest.fixture
+def without_memory(monkeypatch):
+    """Spawning two processes takes seconds: one test does it."""
+    monkeypatch.setattr(demo, "measure_memory", lambda *call: None)
+
+
+# ---- The generated motion
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_motion_is_a_plausible_body(seed):
+    motion = generate_motion(seed)
+    joints = motion.positions_3d
+    assert joints.shape == (1000, len(JOINTS), 3)
+    assert motion.keypoints_2d.shape == (1000, len(JOINTS), 2)
+    bones = np.stack([np.linalg.norm(joints[:, j] - joints[:, p], axis=-1) for j, p in enumerate(PARENTS) if p >= 0])
+    np.testing.assert_allclose(bones, np.broadcast_to(bones[:, :1], bones.shape), rtol=0, atol=1e-9)
+    assert 0.05 < bones.min() < bones.max() < 0.6
+    np.testing.assert_allclose(bones[:3], bones[3:6], rtol=1e-9)  # the right leg and the left
+    speed = np.linalg.norm(np.diff(joints, axis=0), axis=-1) * motion.fps
+    assert 0.3 < speed[:, 0].mean() < 1.0  # standing and sitting included
+    assert 1.0 < speed[:, 0].max() < 3.0
+    assert speed.max() < 7.0  # a foot in mid-swing
+    acceleration = np.linalg.norm(np.diff(joints, 2, axis=0), axis=-1) * motion.fps**2
+    assert acceleration.max() < 80.0  # nothing jumps
+
+
+def test_motion_sits_and_turns():
+    joints = generate_motion(0).positions_3d
+    height = np.ptp(joints[..., 1], axis=1)
+    assert height.min() < 0.85 * height.max()  # sitting
+    hips = joints[:, 4] - joints[:, 1]
+    facing = np.unwrap(np.arctan2(hips[:, 2], hips[:, 0]))
+    assert np.ptp(facing) > 2.0
+
+
+def test_motion_depends_on_the_seed_only():
+    one, again, other = generate_motion(3), generate_motion(3), generate_motion(4)
+    np.testing.assert_array_equal(one.keypoints_2d, again.keypoints_2d)
+    assert np.abs(one.positions_3d - other.positions_3d).max() > 0.1
+
+
+def test_motion_stays_in_the_picture():
+    for seed in range(4):
+        keypoints = generate_motion(seed, seconds=8).keypoints_2d
+        assert keypoints.min() > 0
+        assert keypoints.max() < 1000
+
+
+# ---- Keypoint files
+
+
+@pytest.mark.parametrize("key", ["keypoints_2d", "positions_2d"])
+def test_load_plain_array(tmp_path, key):
+    xy = poses().astype(np.float32)
+    xy[3, 2] = np.inf
+    np.savez(tmp_path / "a.npz", **{key: xy}, image_size=np.array([640, 480]), fps=np.array(25))
+    loaded = load_keypoints(tmp_path / "a.npz")
+    assert loaded.image_size == (640, 480)
+    assert loaded.fps == 25
+    assert np.isnan(loaded.xy[3, 2]).all()
+    np.testing.assert_array_equal(loaded.xy[4], xy[4].astype(np.float64))
+
+
+def test_load_nested_pickle_only_when_asked(tmp_path):
+    tree = {"S1": {"Walk": [poses(seed=1), poses(seed=2)]}, "S5": {"Sit": [poses(seed=3)]}}
+    np.savez(tmp_path / "a.npz", positions_2d=np.array(tree, dtype=object))
+    with pytest.raises(ValueError, match=r"demo: --keypoints must be .* as a pickle, which --allow-pickle reads"):
+        load_keypoints(tmp_path / "a.npz")
+    first = load_keypoints(tmp_path / "a.npz", allow_pickle=True)
+    np.testing.assert_array_equal(first.xy, poses(seed=1))
+    assert first.source == "a.npz/S1/Walk/0"
+    named = load_keypoints(tmp_path / "a.npz", allow_pickle=True, sequence="S5/Sit/0")
+    np.testing.assert_array_equal(named.xy, poses(seed=3))
+    with pytest.raises(ValueError, match=r"demo: --sequence must be .* with one of S1, S5 after ''"):
+        load_keypoints(tmp_path / "a.npz", allow_pickle=True, sequence="S9/Sit/0")
+
+
+def test_a_pickle_is_not_run_unasked(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('the pickle ran')",))
+
+    np.savez(tmp_path / "a.npz", keypoints_2d=np.array(Bomb(), dtype=object))
+    with pytest.raises(ValueError, match="--allow-pickle"):
+        load_keypoints(tmp_path / "a.npz")
+
+
+def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Every way a file can be wrong: its path and what the sentence must hold."""
+    good = io.BytesIO()
+    np.savez_compressed(good, keypoints_2d=poses(300))
+    whole = bytearray(good.getvalue())
+    damaged = whole.copy()
+    damaged[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
+    contents = {
+        "truncated": (bytes(whole[: len(whole) // 2]), "not readable as one"),
+        "damaged": (bytes(damaged), "not readable as one"),
+        "empty": (b"", "not readable as one"),
+        "text": (b"frame,x,y\n1,2,3\n", "not readable as one"),
+        "pickle": (pickle.dumps(poses()), "not readable as one"),
+    }
+    out = {"missing": (folder / "missing.npz", "no such file"), "folder": (folder, "a folder")}
+    for name, (content, reason) in contents.items():
+        (folder / f"{name}.npz").write_bytes(content)
+        out[name] = (folder / f"{name}.npz", reason)
+    arrays = {
+        "other_keys": ({"poses": poses(), "fps": 5}, "with the keys poses, fps"),
+        "no_keys": ({}, r"with the keys \(none\)"),
+        "joints": ({"keypoints_2d": np.zeros((9, 16, 2))}, r"float64 \[9, 16, 2\] under keypoints_2d"),
+        "confidence": ({"keypoints_2d": np.zeros((9, 17, 3))}, r"\[9, 17, 3\]"),
+        "one_frame": ({"keypoints_2d": np.zeros((1, 17, 2))}, r"float64 \[1, 17, 2\]"),
+        "words": ({"keypoints_2d": np.full((9, 17, 2), "x")}, r"<U1 \[9, 17, 2\]"),
+    }
+    for name, (content, reason) in arrays.items():
+        np.savez(folder / f"{name}.npz", **content)
+        out[name] = (folder / f"{name}.npz", reason)
+    with (folder / "plain.npz").open("wb") as file:
+        np.save(file, poses())
+    out["plain"] = (folder / "plain.npz", "one array without a key")
+    return out
+
+
+def test_every_bad_file_gets_one_sentence(tmp_path, capsys):
+    for name, (path, reason) in bad_files(tmp_path).items():
+        with pytest.raises(ValueError, match=rf"(?s)demo: --keypoints must be an \.npz file .*, got .*{reason}"):
+            load_keypoints(path)
+        assert demo.main(["--keypoints", str(path), "--out", str(tmp_path / "out")]) == 2, name
+        told = capsys.readouterr().err
+        assert told.startswith("demo: --keypoints must be an .npz file with 2D keypoints [T, 17, 2] under"), name
+        assert told.count("\n") == 1, name
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--keep", "300"], "demo: --keep must be in [1, --frames = 243], got 300"),
+        (["-k", "244"], "demo: -k must be in [1, --frames = 243], got 244"),
+        (["--channels", "12"], "demo: --channels must be a multiple of 8, got 12"),
+        (["--seconds", "nan"], "demo: --seconds must be in [0.1, 3600], got nan"),
+        (["--seed", "-1"], "demo: --seed must be in [0, 9223372036854775807], got -1"),
+    ],
+)
+def test_bad_arguments(argv, message, capsys):
+    assert demo.main(argv) == 2
+    assert capsys.readouterr().err.strip() == message
+
+
+def test_a_sequence_without_whole_frames(tmp_path, capsys):
+    xy = poses()
+    xy[:, 0] = np.nan
+    np.savez(tmp_path / "a.npz", keypoints_2d=xy)
+    assert demo.main(["--keypoints", str(tmp_path / "a.npz"), "--out", str(tmp_path)]) == 2
+    assert "at least 2 frames that have all 17 joints, got 0" in capsys.readouterr().err
+
+
+def test_out_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert demo.main([*SMALL, "--out", str(tmp_path / "out")]) == 2
+    assert "demo: --out must be a folder that can be written" in capsys.readouterr().err
+
+
+def test_pixels_and_normalised():
+    assert looks_like_pixels(np.array([[0.0, 500.0]]))
+    assert not looks_like_pixels(np.array([[np.nan, -1.2]]))
+    np.testing.assert_allclose(normalise(np.array([[0.0, 0.0], [1000, 500], [500, 250]]), 1000, 500),
+                               [[-1, -0.5], [1, 0.5], [0, 0]])  # fmt: skip
+
+
+# ---- The pieces
+
+
+@pytest.mark.parametrize(("frames", "window", "starts"), [(9, 9, [0]), (10, 4, [0, 4, 6]), (12, 4, [0, 4, 8])])
+def test_windows_cover_everything(frames, window, starts):
+    assert demo.window_starts(frames, window) == starts
+    assert {f for s in starts for f in range(s, s + window)} == set(range(frames))
+
+
+def test_bringing_back_is_linear_and_clamped():
+    xy = np.arange(10.0)[:, None, None] * np.ones((1, 17, 2))
+    back = demo.interpolate(xy, np.array([2, 5, 8]), 10)
+    np.testing.assert_allclose(back[2:9], xy[2:9], atol=1e-12)
+    assert (back[:2] == 2).all()
+    assert (back[9:] == 8).all()
+
+
+def test_bringing_back_overlapping_windows():
+    xy = poses(10)
+    everything = [torch.arange(4)] * 3
+    np.testing.assert_array_equal(demo.bring_back(xy, everything, [0, 4, 6], 4), xy)
+    nothing = [torch.arange(4), torch.arange(0), torch.arange(4)]
+    back = demo.bring_back(xy, nothing, [0, 4, 6], 4)
+    assert np.isnan(back[4:8]).all()
+    np.testing.assert_array_equal(back[8:], xy[8:])
+
+
+def test_uniform_and_random_choices_keep_to_valid_frames():
+    valid = torch.ones(20, dtype=torch.bool)
+    valid[[0, 7, 8]] = False
+    for kept in (demo.spread(valid, 6), demo.draw(valid, 6, torch.Generator())):
+        assert len(set(kept.tolist())) == 6
+        assert valid[kept].all()
+        assert (kept.diff() > 0).all()
+    assert demo.spread(valid, 6)[[0, -1]].tolist() == [1, 19]
+    assert len(demo.spread(valid, 19)) == 17
+
+
+def test_embedding_is_seeded_and_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    one, same, other = (demo.FrameEmbedding(16, seed)(torch.ones(2, 17, 2)) for seed in (0, 0, 1))
+    assert torch.equal(state, torch.get_rng_state())
+    assert one.shape == (2, 17, 16)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_shows_on_a_slow_terminal_only():
+    for stream, waited, shown in ((Terminal(), 3, True), (Terminal(), 0, False), (io.StringIO(), 3, False)):
+        bar = demo.Progress(4, stream)
+        bar.start -= waited
+        bar.tick()
+        assert ("25 %" in stream.getvalue()) == shown
+        bar.close()
+        assert stream.getvalue().endswith("\r") == shown
+
+
+# ---- The whole run
+
+
+def test_demo_end_to_end(tmp_path, capsys, without_memory):
+    assert demo.main([*SMALL, "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    for word in ("3 windows of 60 frames", "20 kept", "uniform", "random", "1 thread", "coverage", "not measured"):
+        assert word in told
+    saved = json.loads((tmp_path / "demo.json").read_text())
+    assert set(saved["choices"]) == {"eager", "hotkernels", "uniform", "random"}
+    assert (saved["windows"], saved["window"], saved["keep"], saved["frames"]) == (3, 60, 20, 150)
+    ours, eager = saved["choices"]["hotkernels"], saved["choices"]["eager"]
+    assert ours["score"] > 0.9 * eager["score"]
+    assert ours["score"] > saved["choices"]["uniform"]["score"]
+    assert saved["identical"] > 0.7
+
+
+def test_demo_draws(tmp_path, without_memory):
+    pytest.importorskip("matplotlib", reason="the picture needs the extra 'plot'")
+    assert demo.main([*SMALL, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_demo_without_matplotlib(tmp_path, capsys, monkeypatch, without_memory):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.delitem(__import__("sys").modules, "hotkernels.picture", raising=False)
+    assert demo.main([*SMALL, "--out", str(tmp_path)]) == 0
+    assert "no picture: " in capsys.readouterr().out
+    assert not (tmp_path / "demo.png").exists()
+    assert (tmp_path / "demo.json").exists()
+
+
+def test_demo_with_missing_frames_and_few_of_them(tmp_path, capsys, without_memory):
+    xy = generate_motion(1, seconds=1).keypoints_2d
+    xy[10:14] = np.nan
+    xy[30, 5] = np.nan
+    np.savez(tmp_path / "a.npz", keypoints_2d=xy)
+    assert demo.main(["--keypoints", str(tmp_path / "a.npz"), "--out", str(tmp_path), *SMALL]) == 0
+    told = capsys.readouterr().out
+    assert "5 frames lack a joint: masked" in told
+    assert "50 frames are fewer than a window of 60: one window of 50, keeping 17" in told
+    assert "assumed: see --width" in told
+    saved = json.loads((tmp_path / "demo.json").read_text())
+    assert saved["missing_frames"] == 5
+    assert all(np.isfinite(list(choice.values())).all() for choice in saved["choices"].values())
+
+
+@pytest.mark.parametrize("who", ["eager", "hotkernels"])
+def test_no_missing_frame_is_kept(who):
+    x = torch.randn(2, 30, 8)
+    valid = torch.ones(2, 30, dtype=torch.bool)
+    valid[0, 5:28] = False
+    for kept, there in zip(demo._CHOOSERS[who](x, valid, 10, 2, torch.rand(2, 30) * 1e-6), valid, strict=True):
+        assert there[kept].all()
+        assert (kept.diff() > 0).all()
+
+
+def test_memory_sees_the_matrix_that_eager_needs():
+    B, N = 4, 512
+    memory = demo.measure_memory(torch.randn(B, N, 16), torch.ones(B, N, dtype=torch.bool), 64, 2, torch.rand(B, N))
+    if memory is None:
+        pytest.skip("this system has no /proc/self/clear_refs")
+    assert memory.eager_mib > 2 * B * N * N * 4 / 2**20
+    assert memory.hotkernels_mib < memory.eager_mib / 2
+
+
+def test_demo_on_a_captured_motion(tmp_path, capsys, without_memory):
+    if not REAL.exists():
+        pytest.skip(f"{REAL.name} is not beside this checkout")
+    argv = ["--keypoints", str(REAL), "--out", str(tmp_path), "--channels", "64", "--rounds", "1"]
+    assert demo.main(argv) == 0
+    assert "image of 1000 x 1000 (from the file)" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "demo.json").read_text())
+    assert saved["windows"] == 4
+    ours, eager = saved["choices"]["hotkernels"], saved["choices"]["eager"]
+    assert ours["score"] > 0.99 * eager["score"]
+    assert ours["coverage"] < 1.02 * eager["coverage"]
