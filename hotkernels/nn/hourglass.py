@@ -85,10 +85,7 @@ class TokenRecovery(nn.Module):
         dropping = attention.proj_drop.p > 0 and attention.proj_drop.training
         if dropping or torch.is_autocast_enabled(x.device.type) or attended.dtype != token.dtype:
             return token[:, :, None] + attention.proj_drop(attention.proj(attended))
-        # A linear layer copies its bias to the output and multiplies on top of it; here that bias is the whole residual.
-        residual = (token + attention.proj.bias)[:, :, None].expand(attended.shape).contiguous()
-        return (
-            residual.view(-1, x.shape[-1])
-            .addmm_(attended.reshape(-1, x.shape[-1]), attention.proj.weight.t())
-            .view(attended.shape)
-        )
+        # A linear layer copies its bias to the output and multiplies on top of it; here, the whole residual.
+        out = (token + attention.proj.bias)[:, :, None].expand(attended.shape).contiguous()
+        out.view(-1, x.shape[-1]).addmm_(attended.reshape(-1, x.shape[-1]), attention.proj.weight.t())
+        return out
