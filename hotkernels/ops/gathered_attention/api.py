@@ -168,9 +168,9 @@ def gathered_attention(
         out = torch.softmax(scale * query @ k.mT + bias, -1) @ v
 
     Args:
-        query: [*batch, H, Nq, D] float32, float16, bfloat16 or float64; one or two batch dims, (B) or (B, J). Any strides
-            with a contiguous last dim are read in place: ``qkv.reshape(B, N, 3, H, D).permute(2, 0, 3, 1, 4)``, or
-            [B, F, J, H * D] seen as [B, J, H, F, D]. D from 1 to 256.
+        query: [*batch, H, Nq, D] float32, float16, bfloat16 or float64; one or two batch dims, (B) or (B, J). Any
+            strides with a contiguous last dim are read in place: ``qkv.reshape(B, N, 3, H, D).permute(2, 0, 3, 1, 4)``,
+            or [B, F, J, H * D] seen as [B, J, H, F, D]. D from 1 to 256.
         key, value: [*batch, H, Nk, D], as query. Batch dims of query, key and value broadcast.
         index: int64 or int32 in [-1, Nk), -1 = no key. None: dense. [B, M]: one set for all heads, queries and J of a
             sample. [*batch, Nq, K]: per query. [*batch, H, Nq, K]: per head and query. Keys may repeat, and count each
