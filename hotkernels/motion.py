@@ -6,6 +6,7 @@ VideoPose3D does it, x to [-1, 1] and y by the same factor.
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -72,11 +73,10 @@ def load_keypoints(path: str | Path, *, allow_pickle: bool = False, sequence: st
     path = Path(path)
     if not path.is_file():
         fail("demo", "--keypoints", expected, f"{path} ({'a folder' if path.is_dir() else 'no such file'})")
+    if not zipfile.is_zipfile(path):
+        fail("demo", "--keypoints", expected, f"{path} (no zip archive: cut short, damaged or of another kind)")
     try:
-        archive = np.load(path)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            fail("demo", "--keypoints", expected, f"{path} (one array without a key)")
-        with archive:
+        with np.load(path) as archive:
             key = next((key for key in _KEYS if key in archive), None)
             if key is None:
                 fail("demo", "--keypoints", expected, f"{path} with the keys {', '.join(archive.files) or '(none)'}")
@@ -96,12 +96,11 @@ def load_keypoints(path: str | Path, *, allow_pickle: bool = False, sequence: st
                 fail("demo", "--keypoints", expected, f"{path} with {key} as {what}")
             with np.load(path, allow_pickle=True) as trusted:
                 value, name = _pick(trusted[key], sequence)
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        fail("demo", "--keypoints", expected, f"{path} (not readable as one: {error})")
-    except ValueError as error:
+    except (OSError, EOFError, LookupError, ValueError, ImportError, AttributeError, NotImplementedError,
+            zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:  # fmt: skip
         if str(error).startswith("demo: "):
             raise
-        fail("demo", "--keypoints", expected, f"{path} (not readable as one: {error})")
+        fail("demo", "--keypoints", expected, f"{path} (not readable as one: {' '.join(str(error).split())})")
     if value.ndim != 3 or value.shape[1:] != (17, 2) or len(value) < 2 or value.dtype.kind not in "fiu":
         actual = f"{value.dtype} {list(value.shape)} under {key}"
         fail("demo", "--keypoints", f"{expected}, T >= 2, as numbers", actual)

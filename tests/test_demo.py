@@ -116,11 +116,11 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     damaged = whole.copy()
     damaged[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
     contents = {
-        "truncated": (bytes(whole[: len(whole) // 2]), "not readable as one"),
+        "truncated": (bytes(whole[: len(whole) // 2]), "no zip archive"),
         "damaged": (bytes(damaged), "not readable as one"),
-        "empty": (b"", "not readable as one"),
-        "text": (b"frame,x,y\n1,2,3\n", "not readable as one"),
-        "pickle": (pickle.dumps(poses()), "not readable as one"),
+        "empty": (b"", "no zip archive"),
+        "text": (b"frame,x,y\n1,2,3\n", "no zip archive"),
+        "pickle": (pickle.dumps(poses()), "no zip archive"),
     }
     out = {"missing": (folder / "missing.npz", "no such file"), "folder": (folder, "a folder")}
     for name, (content, reason) in contents.items():
@@ -139,7 +139,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         out[name] = (folder / f"{name}.npz", reason)
     with (folder / "plain.npz").open("wb") as file:
         np.save(file, poses())
-    out["plain"] = (folder / "plain.npz", "one array without a key")
+    out["plain"] = (folder / "plain.npz", "no zip archive")
     return out
 
 
