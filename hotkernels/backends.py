@@ -152,6 +152,11 @@ def instruction_set(force: str | None = None) -> str | None:
     return None if LIBRARIES["_C_cpu"] is not None else str(torch.ops.hotkernels._isa(force))
 
 
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a call on these is recorded for a backward pass; if not, it can skip its autograd.Function (7 us)."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...backends import Kernel, choose, fake, register
+from ...backends import Kernel, choose, fake, register, wants_grad
 from ...errors import FLOATING, INTEGER, check_index, check_tensor, fail
 from .reference import gather_tokens_reference
 
@@ -96,6 +96,8 @@ def gather_tokens(x: Tensor, index: Tensor, pos: Tensor | None = None, *, backen
     if choose(_OP, x, backend) == "torch":
         check_index(_OP, "index", index, N)
         return gather_tokens_reference(x, index, pos)
+    if not wants_grad(x, pos):
+        return torch.ops.hotkernels.gather_tokens_fwd(x, index, pos)
     return GatherTokens.apply(x, index, pos)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...backends import Kernel, choose, fake, register
+from ...backends import Kernel, choose, fake, register, wants_grad
 from ...errors import FLOATING, INTEGER, check_index, check_tensor, fail
 from ..invert_index import InvertedIndex
 from .reference import gathered_attention_reference
@@ -99,6 +99,8 @@ def packed_attention(qkv: Tensor, scale: float, dropout_p: float = 0.0) -> Tenso
     if choose_attention(_OP, qkv, dropout_p, None) == "torch":
         query, key, value = unpack(qkv)
         return gathered_attention_reference(query, key, value, scale=scale, dropout_p=dropout_p)[0]
+    if not wants_grad(qkv):
+        return torch.ops.hotkernels.gathered_attention_fwd(*unpack(qkv), None, None, None, scale)[0]
     return PackedAttention.apply(qkv, scale)
 
 
@@ -233,6 +235,8 @@ def gathered_attention(
         if index is not None:
             check_index(_OP, "index", index, Nk)
         out, lse = gathered_attention_reference(query, key, value, index, bias, key_bias, scale, dropout_p)
+    elif not wants_grad(query, key, value, bias, key_bias):
+        out, lse = torch.ops.hotkernels.gathered_attention_fwd(query, key, value, index, bias, key_bias, scale)
     else:
         out, lse = GatheredAttention.apply(query, key, value, index, start, slots, bias, key_bias, scale)
     return (out, lse) if return_lse else out

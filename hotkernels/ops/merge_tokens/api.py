@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...backends import Kernel, choose, fake, register
+from ...backends import Kernel, choose, fake, register, wants_grad
 from ...errors import FLOATING, INTEGER, check_index, check_int, check_tensor, fail
 from .reference import merge_tokens_reference
 
@@ -95,6 +95,8 @@ def merge_tokens(
     if choose(_OP, x, backend) == "torch":
         check_index(_OP, "assignment", assignment, num_clusters)
         return merge_tokens_reference(x, assignment, num_clusters, weight, eps)
+    if not wants_grad(x, weight):
+        return torch.ops.hotkernels.merge_tokens_fwd(x, assignment, num_clusters, weight, eps)[0]
     return MergeTokens.apply(x, assignment, num_clusters, weight, eps)
 
 

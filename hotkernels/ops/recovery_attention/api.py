@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...backends import Kernel, fake, register
+from ...backends import Kernel, fake, register, wants_grad
 from ...errors import FLOATING, check_tensor, fail
 from ..gathered_attention.api import check_heads, check_scale, choose_attention
 from .reference import mask_bias, recovery_attention_reference
@@ -95,7 +95,10 @@ def recovery_attention(
         check_tensor(_OP, "key_mask", key_mask, "[*batch, M]", (torch.bool,), shape=(*batch, M), device=key.device)
     if choose_attention(_OP, query, dropout_p, backend) == "torch":
         return recovery_attention_reference(query, key, value, key_mask, scale, dropout_p)
-    return RecoveryAttention.apply(query, key, value, None if key_mask is None else mask_bias(key_mask, key), scale)
+    key_bias = None if key_mask is None else mask_bias(key_mask, key)
+    if not wants_grad(query, key, value):
+        return torch.ops.hotkernels.recovery_attention_fwd(query, key, value, key_bias, scale)[0]
+    return RecoveryAttention.apply(query, key, value, key_bias, scale)
 
 
 @fake("recovery_attention_fwd")
