@@ -258,8 +258,8 @@ OPS.append(
             },
             "weight [B, N, 1], strided int32 assignment": lambda dtype: {
                 "x": torch.randn(4, 17, 8).to(dtype),
-                "assignment": _index(17, 4, 6).int().T,
-                "num_clusters": 6,
+                "assignment": _index(17, 4, 2).int().T,
+                "num_clusters": 2,
                 "weight": (0.1 + torch.rand(17, 4, 1)).to(dtype).transpose(0, 1),
             },
             **{f"x {layout}": _merge(3, 17, 5, 8, weight=True, layout=layout) for layout in layouts(torch.zeros(1))},

@@ -46,18 +46,20 @@ def position_hash(seed: int, n: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 3])
-@pytest.mark.parametrize("N", [63, 500])
-def test_equal_densities_are_ordered_by_the_hash(backend: str, N: int, seed: int) -> None:
-    """With k = 1 every density is 1: the order is the hash's alone, so delta is known exactly."""
-    x = cloud(1, N, 7)
-    out = dpc_knn(x, 5, 1, seed=seed, backend=backend)
-    assert (out.density == 1).all()
+@pytest.mark.parametrize(("N", "share"), [(63, 1.0), (63, 0.6), (500, 1.0), (600, 0.9)])
+def test_equal_densities_are_ordered_by_the_hash(backend: str, N: int, share: float, seed: int) -> None:
+    """With k = 1 every density is 1: the order is that of the positions' hashes alone, so delta is known exactly."""
+    x, mask = cloud(1, N, 7), torch.rand(1, N) < share
+    out = dpc_knn(x, 5, 1, seed=seed, mask=mask, backend=backend)
+    assert torch.equal(out.density, mask.float())
     hashes = position_hash(seed, N)
     d = torch.cdist(x[0].double(), x[0].double(), compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(7)
-    order = sorted(range(N), key=lambda i: (hashes[i], i))
-    expected = torch.stack([d[i, order[: order.index(i)]].min() if i != order[0] else d.max() for i in range(N)])
+    order = sorted(mask[0].nonzero()[:, 0].tolist(), key=lambda i: (hashes[i], i))
+    expected = torch.zeros(N, dtype=torch.float64)
+    for place, i in enumerate(order):
+        expected[i] = d[i, order[:place]].min() if place else d[order][:, order].max()
     torch.testing.assert_close(out.delta[0].double(), expected, rtol=1e-4, atol=1e-5)
-    check_dpc_knn({"x": x, "num_clusters": 5, "k": 1}, out)
+    check_dpc_knn({"x": x, "num_clusters": 5, "k": 1, "mask": mask}, out)
 
 
 @pytest.mark.parametrize("N", [243, 500])
@@ -89,16 +91,18 @@ def test_seed_breaks_ties_and_nothing_else(backend: str) -> None:
     assert_same(dpc_knn(x, 81, 5, seed=0, backend=backend), dpc_knn(x, 81, 5, seed=1, backend=backend))
 
 
-def test_every_backend_chooses_the_same_where_the_order_is_clear(backend: str) -> None:
-    """Also between duplicates, where only the hash and the position decide."""
-    for half in (60, 250):
-        x = torch.randint(-4, 5, (2, half, 12)).float()  # small integers around 0: every squared distance is exact
-        x = torch.cat([x, -x, torch.zeros(2, 3, 12)], 1)
-        for options in ({}, {"seed": 5, "ordered": True}):
-            ours, exact = dpc_knn(x, 81, 2, backend=backend, **options), dpc_knn(x.double(), 81, 2, **options)
-            assert torch.equal(ours.index, exact.index)
-            torch.testing.assert_close(ours.delta, exact.delta)
-            check_dpc_knn({"x": x, "num_clusters": 81, "k": 2, **options}, ours)
+@pytest.mark.parametrize(("half", "high", "C"), [(60, 4, 12), (250, 4, 12), (250, 1, 6), (250, 2, 4)])
+def test_ties_are_decided_as_documented(backend: str, half: int, high: int, C: int) -> None:
+    """Small integers around 0: every squared distance is exact, so every tie is one, here and in float64."""
+    x = torch.randint(-high, high + 1, (2, half, C)).float()
+    x = torch.cat([x, -x, torch.zeros(2, 3, C)], 1)
+    for options in ({}, {"seed": 5, "ordered": True}, {"keep": [half, 3]}):
+        ours = dpc_knn(x, 81, 2, backend=backend, **options)
+        exact = dpc_knn(x.double(), 81, 2, **options)
+        assert torch.equal(ours.index, exact.index)
+        assert torch.equal(ours.assignment, exact.assignment)
+        torch.testing.assert_close(ours.delta, exact.delta)
+        check_dpc_knn({"x": x, "num_clusters": 81, "k": 2, **options}, ours)
 
 
 @pytest.mark.parametrize(("N", "C", "M", "k"), [(243, 64, 81, 5), (600, 32, 100, 9)])
