@@ -50,7 +50,7 @@ class Choice:
     error_percent: float
     """The same in percent of the skeleton's height."""
     score: float
-    """Geometric mean of the kept frames' density-peak score, in float64; no other choice has a higher one."""
+    """Geometric mean of the kept frames' density-peak score, in float64."""
     total_score: float
     """Mean over windows of the sum of those scores. One frame, the densest, can hold a third of it."""
     coverage: float
@@ -341,6 +341,9 @@ def prepare(keypoints: Keypoints, args: argparse.Namespace, tick: Callable[[], N
     if present.sum() < 2:
         fail("demo", "--keypoints", "a sequence with at least 2 frames that have all 17 joints", int(present.sum()))
     xy[~present] = np.nan
+    height = float(np.median(np.ptp(xy[present][..., 1], axis=1)))
+    if height == 0:
+        fail("demo", "--keypoints", "poses with a height", "joints that all have the same y")
     unit, scaled = "normalised units", xy
     if looks_like_pixels(xy):
         known, unit = keypoints.image_size, "pixels"
@@ -366,7 +369,7 @@ def prepare(keypoints: Keypoints, args: argparse.Namespace, tick: Callable[[], N
     return Prepared(
         xy=xy,
         unit=unit,
-        height=float(np.median(np.ptp(xy[present][..., 1], axis=1))),
+        height=height,
         starts=starts,
         keep=keep,
         k=k,
@@ -450,6 +453,10 @@ def _than(ours: float, other: float) -> str:
     return f"{abs(ratio - 1):.0%} {'less' if ratio < 1 else 'more'} than"
 
 
+def _change(ours: float, other: float) -> str:
+    return f"{(ours / other - 1 if other else 0.0):+.1%}"
+
+
 def report(r: Result) -> str:
     """The result as text."""
     served = f"{r.backend} backend" + (f", {r.instruction_set}" if r.backend == "cpp" else "")
@@ -481,8 +488,9 @@ def report(r: Result) -> str:
         lines.append("  (interpolating in time rewards even spacing in time; dpc_knn looks at the tokens only)")
     eager = r.choices["eager"]
     lines += [
-        f"  hotkernels against eager, same noise: {r.identical:.1%} of the kept frames are the same; score "
-        f"{ours.score / eager.score - 1:+.1%}, coverage {ours.coverage / eager.coverage - 1:+.1%}",
+        f"  hotkernels against eager, same noise: {r.identical:.1%} of the kept frames are the same; "
+        f"score {_change(ours.score, eager.score)}, total {_change(ours.total_score, eager.total_score)}, "
+        f"coverage {_change(ours.coverage, eager.coverage)}",
         "",
     ]
     for t in r.timings:

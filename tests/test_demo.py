@@ -176,6 +176,19 @@ def test_a_sequence_without_whole_frames(tmp_path, capsys):
     assert "at least 2 frames that have all 17 joints, got 0" in capsys.readouterr().err
 
 
+def test_poses_without_a_height(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", keypoints_2d=np.zeros((50, 17, 2)))
+    assert demo.main(["--keypoints", str(tmp_path / "a.npz"), "--out", str(tmp_path)]) == 2
+    assert "demo: --keypoints must be poses with a height, got joints that all" in capsys.readouterr().err
+
+
+def test_somebody_who_does_not_move(tmp_path, without_memory):
+    np.savez(tmp_path / "a.npz", keypoints_2d=np.repeat(poses(1), 90, 0))
+    assert demo.main(["--keypoints", str(tmp_path / "a.npz"), "--out", str(tmp_path), *SMALL]) == 0
+    choices = json.loads((tmp_path / "demo.json").read_text())["choices"]
+    assert all(choice["error"] < 1e-12 for choice in choices.values())
+
+
 def test_out_that_is_a_file(tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert demo.main([*SMALL, "--out", str(tmp_path / "out")]) == 2
