@@ -45,7 +45,8 @@ symbols: $(READY)
 	$(PY) -m pytest -rs tests/test_build.py -k "symbol or instruction"
 
 # The suite under AddressSanitizer and UBSan, in a copy of the tree, so that the normal build stays as it is. Left out:
-# torch.compile, which starts a compiler and threads of its own, and the tests of the build.
+# torch.compile, which starts a compiler and threads of its own, and the tests of the build. Nothing may capture the
+# file descriptor that a sanitizer reports to before it ends the process.
 ASAN := $(abspath build/asan)
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 HOUSE := csrc python_bindings hotkernels tests bench
@@ -58,7 +59,7 @@ asan: $(READY)
 	  || (cat build.log; exit 1)
 	cd $(ASAN) && LD_PRELOAD="$(foreach l,libasan libubsan libstdc++,$(call library,$(l)))" PYTHONPATH=$(ASAN) \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(PY) -m pytest --ignore tests/test_build.py -k "not compile and not inductor" $(ARGS)
+	  $(PY) -m pytest --capture=sys --ignore tests/test_build.py -k "not compile and not inductor" $(ARGS)
 
 $(READY): $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \

@@ -11,7 +11,8 @@ Tensor forward(const Tensor& x, const Tensor& index, const std::optional<Tensor>
   const GatherTokensCall call(x, index, pos);
   check_index_range(index, call.p.N, kGatherTokens, "index");
   const auto kernel = HK_CPU_DISPATCH(isa(), gather_tokens_fwd);
-  torch::stable::parallel_for(0, call.p.B * call.p.M, kGrain,
+  const int64_t tokens = call.out.numel() == 0 ? 0 : call.p.B * call.p.M;  // C = 0 leaves no memory to point at
+  torch::stable::parallel_for(0, tokens, kGrain,
                               [&](int64_t begin, int64_t end) { kernel(call.p, begin, end); });
   return call.out;
 }
@@ -33,7 +34,8 @@ Tensor backward(const Tensor& grad_out, const Tensor& index, int64_t num_tokens)
   const auto [start, slots] = invert_index(index, num_tokens);
   p.start = start.const_data_ptr<int64_t>(), p.slots = slots.const_data_ptr<int64_t>();
   const auto sum = HK_CPU_DISPATCH(isa(), gather_tokens_bwd);
-  torch::stable::parallel_for(0, p.B * p.N, kGrain, [&](int64_t begin, int64_t end) { sum(p, begin, end); });
+  const int64_t tokens = grad_x.numel() == 0 ? 0 : p.B * p.N;
+  torch::stable::parallel_for(0, tokens, kGrain, [&](int64_t begin, int64_t end) { sum(p, begin, end); });
   return grad_x;
 }
 

@@ -61,7 +61,7 @@ void merge_tokens_bwd(const MergeTokens& p, int64_t begin, int64_t end) {
       const int64_t b = n / p.N;
       T* __restrict grad_x = static_cast<T*>(p.grad_x) + n * p.C;
       if (p.assignment[n] < 0) {
-        memset(grad_x, 0, static_cast<size_t>(p.C) * sizeof(T));
+        for (int64_t c = 0; c < p.C; ++c) grad_x[c] = 0;  // not memset, which takes no null pointer where C = 0
         if (grad_weight) grad_weight[n] = 0;
         continue;
       }
