@@ -1,4 +1,4 @@
-"""What users run today: the published functions in eager PyTorch. Demo, tests and benchmarks measure against these.
+"""What users run today: the published functions and modules in eager PyTorch. Demo, tests and benchmarks measure against these.
 
 Written from their signatures and behaviour; the definitions that kernels are held against are ops/<op>/reference.py.
 """
@@ -6,7 +6,7 @@ Written from their signatures and behaviour; the definitions that kernels are he
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -56,3 +56,106 @@ def gather_tokens_eager(x: Tensor, index: Tensor, pos: Tensor | None = None) -> 
     """Pruning as HoT publishes it: an index, then the addition of the position embedding [M, C] or [1, M, C]."""
     pruned = x[torch.arange(x.shape[0], device=x.device)[:, None], index]
     return pruned if pos is None else pruned + pos.reshape(pos.shape[-2], *[1] * (x.dim() - 3), pos.shape[-1])
+
+
+def attention_eager(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Dense attention of [..., H, N, D] as every published module writes it: the whole matrix of probabilities."""
+    return (query @ key.transpose(-2, -1) * scale).softmax(-1) @ value
+
+
+def gathered_attention_eager(query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> Tensor:
+    """Keys per query as RoITr publishes it: gathered copies [B, Nq, K, H * D] of keys and values, then a softmax.
+
+    query, key, value [B, H, N, D]; index [B, Nq, K]; returns [B, H, Nq, D].
+    """
+    H, D = query.shape[1], query.shape[-1]
+    batch = torch.arange(len(index), device=index.device)[:, None, None]
+    near_key, near_value = (t.transpose(1, 2).flatten(2)[batch, index].unflatten(-1, (H, D)) for t in (key, value))
+    probability = (torch.einsum("bhnd,bnkhd->bhnk", query, near_key) * D**-0.5).softmax(-1)
+    return torch.einsum("bhnk,bnkhd->bhnd", probability, near_value)
+
+
+class AttentionEager(nn.Module):
+    """Self-attention as timm's ViT and MixSTE publish it; arguments and state_dict keys as hotkernels.nn.Attention."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within each sequence of x [B, N, C]."""
+        B, N, C = x.shape
+        query, key, value = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        probability = self.attn_drop((query @ key.transpose(-2, -1) * self.scale).softmax(-1))
+        return self.proj_drop(self.proj((probability @ value).transpose(1, 2).reshape(B, N, C)))
+
+
+class CrossAttentionEager(nn.Module):
+    """Cross-attention as HoT publishes it; arguments and state_dict keys as hotkernels.nn.CrossAttention."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        length: int = 27,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.linear_q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.linear_k = nn.Linear(dim, dim, bias=qkv_bias)
+        self.linear_v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tensor:
+        """Let x_1 [B, L, C] attend to keys from x_2 and values from x_3, both [B, M, C]."""
+        query, key, value = (
+            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for t in (self.linear_q(x_1), self.linear_k(x_2), self.linear_v(x_3))
+        )
+        probability = self.attn_drop((query @ key.transpose(-2, -1) * self.scale).softmax(-1))
+        return self.proj_drop(self.proj((probability @ value).transpose(1, 2).reshape(x_1.shape)))
+
+
+class TokenRecoveryEager(nn.Module):
+    """Recovery as HoT publishes it: x_token repeated for every joint of every sample, and projected as often."""
+
+    def __init__(
+        self,
+        dim: int,
+        length: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.x_token = nn.Parameter(torch.zeros(1, length, dim))
+        self.cross_attention = CrossAttentionEager(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, length)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Recover x [B, M, J, C] to [B, L, J, C], a strided view as published: the next layer pays for that copy."""
+        B, _, J, _ = x.shape
+        x = x.transpose(1, 2).flatten(0, 1)
+        token = self.x_token.repeat(B * J, 1, 1)
+        return (token + self.cross_attention(token, x, x)).unflatten(0, (B, J)).transpose(1, 2)
