@@ -1,6 +1,7 @@
-"""What users run today: the published functions and modules in eager PyTorch. Demo, tests and benchmarks measure against these.
+"""What users run today: the published functions and modules in eager PyTorch.
 
-Written from their signatures and behaviour; the definitions that kernels are held against are ops/<op>/reference.py.
+Demo, tests and benchmarks measure against these. Written from their signatures and behaviour; the definitions that
+kernels are held against are ops/<op>/reference.py.
 """
 
 from __future__ import annotations
