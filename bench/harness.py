@@ -21,8 +21,15 @@ import torch
 
 from hotkernels.bench import WORKLOADS, Workload, interleaved, machine, peak_memory
 
-CONTENDERS = ("eager", "compile", "ours")
-COLUMNS = ["row", "x", "pass", "eager ms", "compile ms", "ours ms", "eager / ours", "compile / ours", "extra MB"]
+CONTENDERS = ("eager", "compile", "sdpa", "ours")
+COLUMNS = [
+    "row",
+    "x",
+    "pass",
+    *(f"{name} ms" for name in CONTENDERS),
+    *(f"{name} / ours" for name in CONTENDERS[:-1]),
+    "extra MB",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Row:
     build: Callable[[], Workload]
     memory: bool = False  # whether to measure the peak memory of each contender
     quick: bool = True  # whether --quick runs it
+    contenders: tuple[str, ...] = ("eager", "compile", "ours")
 
     @property
     def passes(self) -> str:
@@ -54,12 +62,19 @@ class At:
     name: str
     args: tuple[Any, ...]
     options: dict[str, Any]
-    flags: dict[str, bool]
+    flags: dict[str, Any]
 
 
-def at(name: str, *args: Any, memory: bool = False, quick: bool = True, **options: Any) -> At:
+def at(
+    name: str,
+    *args: Any,
+    memory: bool = False,
+    quick: bool = True,
+    contenders: tuple[str, ...] = Row.contenders,
+    **options: Any,
+) -> At:
     """Name a workload after where it comes from."""
-    return At(name, args, options, {"memory": memory, "quick": quick})
+    return At(name, args, options, {"memory": memory, "quick": quick, "contenders": contenders})
 
 
 def rows(op: str, *workloads: At, backward: bool = False) -> Callable[..., None]:
@@ -74,8 +89,9 @@ def rows(op: str, *workloads: At, backward: bool = False) -> Callable[..., None]
     ]
     ROWS.extend(added)
 
-    @pytest.mark.parametrize("contender", CONTENDERS)
-    @pytest.mark.parametrize("row", added, ids=str)
+    cases = [pytest.param(row, name, id=f"{row}-{name}") for row in added for name in row.contenders]
+
+    @pytest.mark.parametrize(("row", "contender"), cases)
     def test(row: Row, contender: str, benchmark: Any) -> None:
         torch.set_num_threads(1)
         wrong = _checked(row)
@@ -100,8 +116,10 @@ def _checked(row: Row) -> str | None:
 def _thunks(row: Row) -> dict[str, Callable[[], Any]]:
     work = _workload(row)
     torch._dynamo.reset()  # rows share code: their shapes would pile up to the recompilation limit
-    functions = {"eager": work.eager, "compile": torch.compile(work.eager, dynamic=False), "ours": work.ours}
-    return {name: work.thunk(functions[name], row.backward) for name in CONTENDERS}
+    functions = {"eager": work.eager, "sdpa": work.sdpa, "ours": work.ours}
+    if "compile" in row.contenders:
+        functions["compile"] = torch.compile(work.eager, dynamic=False)
+    return {name: work.thunk(functions[name], row.backward) for name in row.contenders}
 
 
 def run(row: Row, seconds: float) -> dict[str, Any]:
@@ -121,20 +139,19 @@ def cells(result: dict[str, Any]) -> list[str]:
     first = [result["row"], result["x"], result["pass"]]
     if result["wrong"] is not None:
         return [*first, f"WRONG: {result['wrong']}", *[""] * (len(COLUMNS) - 4)]
-    eager, compiled, ours = (result["seconds"][name]["median"] for name in CONTENDERS)
+    medians = [result["seconds"].get(name, {}).get("median") for name in CONTENDERS]
     extra = [b for name in CONTENDERS if (b := result.get("extra_bytes", {}).get(name)) is not None]
     return [
         *first,
-        *(f"{t * 1e3:.3f}" if t < 0.01 else f"{t * 1e3:.1f}" for t in (eager, compiled, ours)),
-        f"**{eager / ours:.2f}x**",
-        f"{compiled / ours:.2f}x",
+        *("" if t is None else f"{t * 1e3:.3f}" if t < 0.01 else f"{t * 1e3:.1f}" for t in medians),
+        *("" if t is None else f"{t / medians[-1]:.2f}x" for t in medians[:-1]),
         " / ".join(f"{b / 2**20:.0f}" for b in extra),
     ]
 
 
 def line(cells: Iterable[str]) -> str:
     """A line of a markdown table, padded so that it reads as one in a terminal."""
-    widths = (24, 36, 7, 8, 10, 8, 12, 14, 16)
+    widths = (24, 42, 7, 8, 10, 8, 8, 12, 14, 11, 16)
     return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import inspect
 import os
 import platform
@@ -22,13 +23,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from . import __version__
 from .backends import instruction_set
-from .baselines import cluster_dpc_knn_eager, gather_tokens_eager, merge_tokens_eager
+from .baselines import (
+    TokenRecoveryEager,
+    attention_eager,
+    cluster_dpc_knn_eager,
+    gather_tokens_eager,
+    gathered_attention_eager,
+    merge_tokens_eager,
+)
+from .errors import fail
+from .nn import TokenRecovery
 from .ops.dpc_knn import dpc_knn
 from .ops.gather_tokens import gather_tokens
+from .ops.gathered_attention import gathered_attention
+from .ops.gathered_attention.api import packed_attention, unpack
+from .ops.invert_index import invert_index
 from .ops.merge_tokens import merge_tokens
+from .ops.recovery_attention import recovery_attention
 
 Thunk = Callable[[], Any]
 
@@ -48,6 +63,8 @@ class Workload:
     """What is wrong with (eager's result, ours), None if nothing; by default both are compared to float64."""
     grad_of: tuple[int, ...] = ()
     """Positions in `args` that gradients are taken of; () = the op has none."""
+    sdpa: Callable[..., Any] | None = None
+    """The call around PyTorch's own fused attention; None if it has no part in the op."""
 
     def thunk(self, function: Callable[..., Any], backward: bool, dtype: torch.dtype | None = None) -> Thunk:
         """The call without arguments: forward alone, or the gradients of one forward and backward pass."""
@@ -197,11 +214,140 @@ def merge_tokens_workload(
     return Workload(what, args, eager, ours, grad_of=(0, 2) if weighted else (0,))
 
 
+def gathered_attention_workload(
+    shape: Sequence[int],
+    clusters: int,
+    *,
+    heads: int = 8,
+    k: int | None = None,
+    local: bool = False,
+    inverted: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    backend: str | None = None,
+) -> Workload:
+    """Self-attention from the output of the qkv projection, [B, N, 3 * C], to [B, N, C].
+
+    Every token attends to all (`clusters` = N), to a set of `clusters` tokens per sample, or to `k` tokens of its own:
+    random ones, or `local` ones at most `k` away. `inverted`: with an index whose inverse is at hand.
+
+    SDPA takes no index: a set is gathered for it; in place of `k` tokens it attends to all, which masking would slow.
+    """
+    B, N, C = shape
+    D = _head_dim("gathered_attention", C, heads)
+    generator = torch.Generator().manual_seed(1)
+    batch = torch.arange(B, device=device)[:, None]
+    what = f"{_sizes(shape)}, H{heads} D{D}"
+
+    def parts(qkv: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = qkv.unflatten(-1, (3, heads, D))
+        if index is None or index.dim() == 3:
+            query, key, value = unpack(qkv)
+            return query, key, value
+        key, value = (t.transpose(1, 2) for t in qkv[:, :, 1:][batch, index].unbind(2))
+        return qkv[:, :, 0].transpose(1, 2), key, value
+
+    def merge(out: Tensor) -> Tensor:
+        return out.transpose(1, 2).reshape(B, N, C)
+
+    def fused(qkv: Tensor, index: Tensor | None = None) -> Tensor:
+        return merge(sdpa(*parts(qkv, index)))
+
+    def eager(qkv: Tensor, index: Tensor | None = None) -> Tensor:
+        if index is not None and index.dim() == 3:
+            query, key, value = parts(qkv)
+            # 2**26 numbers at a time: more than that would not fit small machines.
+            chunk = max(1, 2**26 // (index.shape[-1] * C))
+            pairs = zip(query.split(chunk, 2), index.split(chunk, 1), strict=True)
+            return merge(torch.cat([gathered_attention_eager(q, key, value, i) for q, i in pairs], 2))
+        return merge(attention_eager(*parts(qkv, index), D**-0.5))
+
+    def ours(qkv: Tensor, index: Tensor | None = None) -> Tensor:
+        if index is None and backend is None:
+            return merge(packed_attention(qkv.unflatten(-1, (3, heads, D)), D**-0.5))
+        query, key, value = parts(qkv)
+        out = gathered_attention(query, key, value, index if inverse is None else inverse, backend=backend)
+        assert isinstance(out, Tensor)
+        return merge(out)
+
+    args: tuple[Any, ...] = (_tokens((B, N, 3 * C), dtype, device),)
+    inverse = None
+    if k is not None:
+        index = torch.randint(-k if local else 0, k + 1 if local else N, (B, N, k), generator=generator)
+        index = ((index + torch.arange(N)[:, None]).clamp(0, N - 1) if local else index).to(device)
+        inverse = invert_index(index, N, dims=2) if inverted else None
+        args = (*args, index)
+        what += f", {k} {'local' if local else 'random'} keys per query" + (", inverted" if inverted else "")
+    elif clusters < N:
+        kept = torch.rand(B, N, generator=generator).argsort(1)[:, :clusters].sort(1).values
+        args = (*args, kept.to(device))
+        what += f", {clusters} keys"
+    return Workload(what, args, eager, ours, grad_of=(0,), sdpa=fused)
+
+
+def recovery_attention_workload(
+    shape: Sequence[int],
+    clusters: int,
+    *,
+    heads: int = 8,
+    core: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    backend: str | None = None,
+) -> Workload:
+    """HoT's recovery of [B, F, J, C] from `clusters` of F frames: the module, or with `core` its attention alone.
+
+    With `backend` too it is the attention alone: the module chooses for itself.
+    """
+    B, F, J, C = shape
+    D = _head_dim("recovery_attention", C, heads)
+    what = f"{_sizes((B, clusters, J, C))} -> {F}, H{heads}" + (", core" if core else "")
+    if core or backend is not None:
+        args = (_tokens((heads, F, D), dtype, device), _tokens((B, clusters, J, 2 * C), dtype, device))
+
+        def attend(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def call(query: Tensor, key_value: Tensor) -> Tensor:
+                key, value = key_value.unflatten(-1, (2, heads, D)).permute(3, 0, 2, 4, 1, 5).unbind(0)
+                return attention(query, key, value)
+
+            return call
+
+        eager = attend(functools.partial(attention_eager, scale=D**-0.5))
+        ours = attend(functools.partial(recovery_attention, backend=backend))
+        fused = attend(lambda query, key, value: sdpa(query.expand(B, J, -1, -1, -1), key, value))
+        return Workload(what, args, eager, ours, grad_of=(0, 1), sdpa=fused)
+
+    published, module = TokenRecoveryEager(C, F, heads, qkv_bias=True), TokenRecovery(C, F, heads, qkv_bias=True)
+    generator = torch.Generator().manual_seed(1)
+    names = [name for name, _ in module.named_parameters()]
+    # Linear layers' usual spread; the published initial x_token, zero, would leave every logit alike.
+    parameters = [(torch.randn(p.shape, generator=generator) * C**-0.5).to(device, dtype) for p in module.parameters()]
+
+    def functional(recovery: torch.nn.Module) -> Callable[..., Tensor]:
+        def call(x: Tensor, *values: Tensor) -> Tensor:
+            return torch.func.functional_call(recovery, dict(zip(names, values, strict=True)), (x,))
+
+        return call
+
+    args = (_tokens((B, clusters, J, C), dtype, device), *parameters)
+    return Workload(what, args, functional(published), functional(module), grad_of=tuple(range(len(args))))
+
+
+def _head_dim(op: str, C: int, heads: int) -> int:
+    if C % heads != 0:
+        fail(op, "heads", f"a divisor of C = {C}", heads)
+    return C // heads
+
+
 WORKLOADS: dict[str, Callable[..., Workload]] = {
     "dpc_knn": dpc_knn_workload,
     "gather_tokens": gather_tokens_workload,
     "merge_tokens": merge_tokens_workload,
+    "gathered_attention": gathered_attention_workload,
+    "recovery_attention": recovery_attention_workload,
 }
+_SHAPES = {"gather_tokens": ("B,N,C", "B,N,J,C"), "recovery_attention": ("B,F,J,C",)}
+"""What --shape may be, where it is not B,N,C."""
 
 
 # Measuring.
@@ -349,14 +495,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--op", choices=WORKLOADS, default="dpc_knn")
     parser.add_argument(
-        "--shape", type=_shape, required=True, metavar="B,N,C", help="of x; gather_tokens takes B,N,J,C too"
+        "--shape",
+        type=_shape,
+        required=True,
+        metavar="B,N,C",
+        help="of x; gather_tokens takes B,N,J,C too; recovery_attention: of what is recovered, B,F,J,C",
     )
     parser.add_argument(
-        "--clusters", type=_count, metavar="M", help="tokens kept, gathered or merged into; default N / 4"
+        "--clusters",
+        type=_count,
+        metavar="M",
+        help="tokens kept, gathered, merged into, attended to (N: all) or recovered from; default N / 4",
     )
     parser.add_argument(
-        "-k", type=_count, help="dpc_knn: neighbours per density, the token itself included (default 5)"
+        "-k",
+        type=_count,
+        help="dpc_knn: neighbours per density, itself included (default 5); gathered_attention: keys per query",
     )
+    parser.add_argument("--heads", type=_count, help="of attention (default 8)")
     parser.add_argument("--smooth", action="store_true", default=None, help="dpc_knn: a random walk instead of noise")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32")
     parser.add_argument("--device", type=_device, default="cpu", help="default cpu")
@@ -373,11 +529,12 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     build = WORKLOADS[args.op]
-    options = {name: getattr(args, name) for name in ("k", "smooth") if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in ("k", "heads", "smooth") if getattr(args, name) is not None}
     for name in options.keys() - inspect.signature(build).parameters.keys():
         parser.error(f"{args.op} has no option '{name}'")
-    if len(args.shape) < 3:
-        parser.error(f"--shape must be B,N,C, got {len(args.shape)} sizes")
+    shapes = _SHAPES.get(args.op, ("B,N,C",))
+    if len(args.shape) not in (shape.count(",") + 1 for shape in shapes):
+        parser.error(f"--shape must be {' or '.join(shapes)}, got {len(args.shape)} sizes")
     tokens = args.shape[1]
     clusters = args.clusters or max(1, tokens // 4)
     if clusters > tokens:
@@ -397,6 +554,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"WRONG: {wrong}")
             return 1
         functions = {"eager": work.eager, "ours": work.ours}
+        if work.sdpa is not None:
+            functions["sdpa"] = work.sdpa
         if args.compile:
             functions["compile"] = torch.compile(work.eager, dynamic=False)
         thunks = {name: work.thunk(function, args.backward) for name, function in functions.items()}

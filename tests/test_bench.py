@@ -5,13 +5,28 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hotkernels.bench import WORKLOADS, interleaved, machine, main, peak_memory
 
-SMALL = {"dpc_knn": (2, 40, 8), "gather_tokens": (2, 40, 3, 8), "merge_tokens": (2, 40, 8)}
+SMALL = {
+    "dpc_knn": (2, 40, 8),
+    "gather_tokens": (2, 40, 3, 8),
+    "merge_tokens": (2, 40, 8),
+    "gathered_attention": (2, 40, 64),
+    "recovery_attention": (2, 40, 3, 64),
+}
+ATTENTION = [
+    ("gathered_attention", 40, {}),
+    ("gathered_attention", 10, {}),
+    ("gathered_attention", 10, {"k": 5}),
+    ("gathered_attention", 10, {"k": 5, "local": True, "inverted": True, "heads": 4}),
+    ("recovery_attention", 10, {}),
+    ("recovery_attention", 10, {"core": True}),
+]
 
 
 @pytest.mark.parametrize("op", WORKLOADS)
@@ -23,8 +38,18 @@ def test_right_answers_pass(op: str, dtype: torch.dtype) -> None:
         assert work.check(backward=True) is None
 
 
+@pytest.mark.parametrize(("op", "keys", "options"), ATTENTION)
+def test_attention_is_checked_in_every_form(op: str, keys: int, options: dict[str, Any]) -> None:
+    work = WORKLOADS[op](SMALL[op], keys, **options)
+    assert work.check() is None
+    assert work.check(backward=True) is None
+    dense_instead = "k" in options  # SDPA has no keys per query
+    if work.sdpa is not None and not dense_instead:
+        assert dataclasses.replace(work, ours=work.sdpa).check(backward=True) is None
+
+
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("op", ["gather_tokens", "merge_tokens"])
+@pytest.mark.parametrize("op", WORKLOADS.keys() - {"dpc_knn"})
 def test_wrong_values_are_seen(op: str, backward: bool) -> None:
     work = WORKLOADS[op](SMALL[op], 10)
     worse = dataclasses.replace(work, ours=lambda x, *rest: work.ours(x * 1.001, *rest))
@@ -75,6 +100,11 @@ def test_command_prints_ratios(op: str, capsys: pytest.CaptureFixture[str]) -> N
     [
         (["--shape", "2,x"], "invalid shape value"),
         (["--shape", "2,40"], "--shape must be B,N,C"),
+        (["--op", "recovery_attention", "--shape", "2,40,8"], "--shape must be B,F,J,C, got 3 sizes"),
+        (
+            ["--op", "gathered_attention", "--shape", "2,40,8", "--heads", "3"],
+            "heads must be a divisor of C = 8, got 3",
+        ),
         (["--shape", "2,40,8", "--clusters", "41"], "--clusters must be in [1, N = 40], got 41"),
         (["--shape", "2,40,8", "--backend", "abacus"], "backend must be"),
         (["--shape", "2,40,8", "-k", "41"], "dpc_knn: k must be in"),

@@ -1,0 +1,53 @@
+"""gathered_attention from the qkv projection's output, as published models call it. _b<n>: batch cut to n."""
+
+import torch
+
+from bench.harness import At, at, rows
+
+DENSE = ("eager", "compile", "sdpa", "ours")
+NO_GATHER = ("sdpa", "ours")  # rows on which the eager gather would take many seconds and GB
+
+
+def dense(name: str, B: int, N: int, heads: int, D: int, dtype: torch.dtype = torch.float32) -> At:
+    """All tokens attend to all."""
+    return at(name, (B, N, heads * D), N, heads=heads, dtype=dtype, contenders=DENSE)
+
+
+test_dense = rows(
+    "gathered_attention",
+    dense("mixste_spatial", 486, 17, 8, 64),
+    dense("hot_mixste_kept", 34, 81, 8, 64),
+    dense("mixste_temporal", 34, 243, 8, 64),
+    dense("spatial_d32", 486, 17, 8, 32),
+    dense("kept_d32", 34, 81, 8, 32),
+    dense("temporal_d32", 34, 243, 8, 32),
+    dense("spatial_bf16", 486, 17, 8, 64, torch.bfloat16),
+    dense("kept_bf16", 34, 81, 8, 64, torch.bfloat16),
+    dense("temporal_bf16", 34, 243, 8, 64, torch.bfloat16),
+    dense("mhformer_channels", 17, 351, 9, 39),
+    backward=True,
+)
+test_set = rows(
+    "gathered_attention",
+    at("hot_set_243_to_81", (34, 243, 512), 81, contenders=DENSE),
+    backward=True,
+)
+test_per_query = rows(
+    "gathered_attention",
+    at("knn_n4096_k32", (1, 4096, 512), 4096, k=32, quick=False, memory=True, contenders=DENSE),
+    at("roitr_b1", (1, 10000, 128), 10000, heads=4, k=16, quick=False),
+    backward=True,
+)
+test_per_query_inverted = rows(
+    "gathered_attention",
+    at("knn_n4096_k32_inverted", (1, 4096, 512), 4096, k=32, inverted=True, quick=False, contenders=NO_GATHER),
+    backward=True,
+)
+test_per_query_and_dense = rows(
+    "gathered_attention",
+    *(
+        at(f"knn_n4096_k{k}_{where}", (1, 4096, 512), 4096, k=k, local=local, quick=False, contenders=NO_GATHER)
+        for k in (32, 64, 128, 256)
+        for where, local in (("random", False), ("local", True))
+    ),
+)
