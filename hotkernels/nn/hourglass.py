@@ -80,12 +80,16 @@ class TokenRecovery(nn.Module):
         """Recover x [B, M, J, C] to [B, L, J, C]."""
         if x.dim() != 4 or x.shape[-1] != self.x_token.shape[-1]:
             fail("TokenRecovery", "x", f"[B, M, J, C = {self.x_token.shape[-1]}]", list(x.shape))
-        attention, token = self.cross_attention, self.x_token
-        attended = attention.attend(token[0], x, x)  # [B, L, J, C]
-        dropping = attention.proj_drop.p > 0 and attention.proj_drop.training
-        if dropping or torch.is_autocast_enabled(x.device.type) or attended.dtype != token.dtype:
-            return token[:, :, None] + attention.proj_drop(attention.proj(attended))
-        # A linear layer copies its bias to the output and multiplies on top of it; here, the whole residual.
-        out = (token + attention.proj.bias)[:, :, None].expand(attended.shape).contiguous()
-        out.view(-1, x.shape[-1]).addmm_(attended.reshape(-1, x.shape[-1]), attention.proj.weight.t())
-        return out
+        return recover_tokens(x, self.x_token, self.cross_attention)
+
+
+def recover_tokens(x: Tensor, x_token: Tensor, attention: CrossAttention) -> Tensor:
+    """What `TokenRecovery` does to x [B, M, J, C], for a model that owns x_token [1, L, C] and the attention itself."""
+    attended = attention.attend(x_token[0], x, x)  # [B, L, J, C]
+    dropping = attention.proj_drop.p > 0 and attention.proj_drop.training
+    if dropping or torch.is_autocast_enabled(x.device.type) or attended.dtype != x_token.dtype:
+        return x_token[:, :, None] + attention.proj_drop(attention.proj(attended))
+    # A linear layer copies its bias to the output and multiplies on top of it; here, the whole residual.
+    out = (x_token + attention.proj.bias)[:, :, None].expand(attended.shape).contiguous()
+    out.view(-1, x.shape[-1]).addmm_(attended.reshape(-1, x.shape[-1]), attention.proj.weight.t())
+    return out

@@ -1,0 +1,156 @@
+"""What the pose transformers share: MLP, residual with stochastic depth, and the hourglass around the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import check_int, check_tensor, fail
+from ..nn import Attention, CrossAttention
+from ..nn.hourglass import recover_tokens
+from ..ops.gather_tokens import gather_tokens
+from .strategies import SELECT, Scene, Select, interpolate
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x)))."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+def layer_norm(dim: int) -> nn.LayerNorm:
+    """LayerNorm with the published epsilon."""
+    return nn.LayerNorm(dim, eps=1e-6)
+
+
+def add_residual(x: Tensor, branch: Tensor, along: int, drop_path: float = 0.0) -> Tensor:
+    """x + branch, both [B, F, J, C]; branch is a fresh result, and is overwritten.
+
+    With stochastic depth, a whole sequence along dim `along` is left out at once, as where sequences are rows; the
+    random numbers are those of timm's DropPath.
+    """
+    if drop_path > 0:
+        rows = list(x.shape)
+        rows[along] = rows[-1] = 1
+        return torch.addcmul(x, branch, branch.new_empty(rows).bernoulli_(1 - drop_path).div_(1 - drop_path))
+    return branch.add_(x) if branch.dtype == x.dtype else x + branch  # under autocast they differ
+
+
+class Hourglass(nn.Module):
+    """What HoT puts around the blocks of a pose transformer: pruning before some of them, recovery after the last.
+
+    Owns pos_embed_token, x_token and cross_attention, as published. See `HoTMixSTE` for the arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        frames: int,
+        n_joints: int,
+        in_channels: int,
+        channels: int,
+        depth: int,
+        first_layer: int,
+        token_num: int | Sequence[int],
+        layer_index: int | Sequence[int],
+        center: bool,
+        select: str | Select,
+        recover: str | None,
+        num_heads: int,
+        drop: float,
+        attn_drop: float,
+    ) -> None:
+        super().__init__()
+        self.frames, self.n_joints, self.in_channels = frames, n_joints, in_channels
+        self.token_num = _ints(token_num)
+        self.layer_index = _ints(layer_index)
+        self.center, self.recover = center, recover
+        op = type(self).__name__
+        if len(self.token_num) != len(self.layer_index) or not self.token_num:
+            fail(op, "layer_index", "one layer for each of token_num", f"{self.layer_index} for {self.token_num}")
+        tokens, layer = frames, first_layer - 1
+        for i, M in zip(self.layer_index, self.token_num, strict=True):
+            check_int(op, "token_num", M, 1, tokens)
+            check_int(op, "layer_index", i, layer + 1, depth - 1)
+            tokens, layer = M, i
+        if recover not in ("attention", "interpolation", None):
+            fail(op, "recover", "'attention', 'interpolation' or None", repr(recover))
+        if isinstance(select, str) and select not in SELECT:
+            fail(op, "select", "a function, " + " or ".join(map(repr, SELECT)), repr(select))
+        self.select = SELECT[select] if isinstance(select, str) else select
+
+        if recover == "attention":
+            embeddings = [nn.Parameter(torch.zeros(1, M, channels)) for M in self.token_num]
+            self.pos_embed_token = embeddings[0] if len(embeddings) == 1 else nn.ParameterList(embeddings)
+            self.x_token = nn.Parameter(torch.zeros(1, frames, channels))
+            self.cross_attention = CrossAttention(
+                channels, num_heads, qkv_bias=True, attn_drop=attn_drop, proj_drop=drop
+            )
+
+    def check_input(self, x: Tensor, index: Tensor | None) -> None:
+        """Check what forward is given."""
+        op = type(self).__name__
+        check_tensor(op, "x", x, "[B, F, J, C]", None, shape=(None, self.frames, self.n_joints, self.in_channels))
+        if index is not None:
+            if len(self.token_num) > 1:
+                fail(op, "index", "None where frames are pruned in several steps", list(index.shape))
+            check_tensor(op, "index", index, "[B, M]", (torch.int64,), shape=(len(x), self.token_num[0]))
+
+    def prune(
+        self, layer: int, x: Tensor, poses: Tensor, index: Tensor | None, given: Tensor | None,
+        norm: nn.Module, attention: Attention,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Prune x [B, F, J, C] before `layer`, if it is one of those.
+
+        Args:
+            layer: number of the block that comes next.
+            x: the tokens.
+            poses: the model's input.
+            index: the frames that x still has, None = all.
+            given: the frames to keep, None = choose.
+            norm, attention: the temporal attention that comes next, and the norm before it.
+
+        Returns:
+            The tokens and the frames that are left.
+        """
+        if layer not in self.layer_index:
+            return x, index
+        step = self.layer_index.index(layer)
+        chosen = given
+        if chosen is None:
+            keep = None
+            if self.center:
+                middle = torch.full((1, 1), (self.frames - 1) // 2, device=x.device)
+                keep = middle if index is None else (index == middle).int().argmax(1, keepdim=True)
+            here = poses if index is None else gather_tokens(poses, index)
+            chosen = self.select(x, self.token_num[step], Scene(here, keep, norm, attention))
+        pos: Any = None
+        if self.recover == "attention":
+            pos = self.pos_embed_token[step] if len(self.token_num) > 1 else self.pos_embed_token
+        return gather_tokens(x, chosen, pos), chosen if index is None else index.gather(1, chosen)
+
+    def recovered(self, x: Tensor) -> Tensor:
+        """The tokens of all frames, where attention recovers them; else those that are left."""
+        return recover_tokens(x, self.x_token, self.cross_attention) if self.recover == "attention" else x
+
+    def finished(self, poses: Tensor, index: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The poses of all frames, interpolated if need be; or those that are left, with their frames."""
+        if self.recover is None:
+            return poses, index
+        return interpolate(poses, index, self.frames) if self.recover == "interpolation" else poses
+
+
+def _ints(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
