@@ -41,19 +41,25 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& assignment, int64_t num_clusters,
-                                   const std::optional<Tensor>& weight, double eps) {
+// What sums are kept in.
+ScalarType compute_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& assignment, int64_t num_clusters,
+                                           const std::optional<Tensor>& weight, double eps, bool need_mean) {
   Inputs in(x, assignment, num_clusters, weight);
   MergeTokens& p = in.p;
   Tensor out = torch::stable::new_empty(x, {p.B, p.M, p.C});
-  Tensor total = torch::stable::new_empty(x, {p.B, p.M}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  Tensor total = torch::stable::new_empty(x, {p.B, p.M}, compute_type(p.dtype));
   p.eps = eps, p.out = out.mutable_data_ptr(), p.total = total.mutable_data_ptr();
+  const bool half = p.dtype == DType::f16 || p.dtype == DType::bf16;
+  const bool keep_mean = half && need_mean;
+  Tensor mean = torch::stable::new_empty(x, {keep_mean ? p.B : 0, p.M, p.C}, compute_type(p.dtype));
+  if (keep_mean) p.mean = mean.mutable_data_ptr();
 
   const Isa set = isa();
   const auto sum_weights = HK_CPU_DISPATCH(set, merge_tokens_total);
   const auto kernel = HK_CPU_DISPATCH(set, merge_tokens_fwd);
   parallel(p.B, [&](int64_t begin, int64_t end) { sum_weights(p, begin, end); });
-  const bool half = p.dtype == DType::f16 || p.dtype == DType::bf16;
   const int64_t chunks = (p.C + kChannels - 1) / kChannels;
   parallel(p.B * chunks, [&](int64_t begin, int64_t end) {
     Tensor scratch = torch::stable::new_empty(x, {half ? p.M * std::min(p.C, kChannels) : 0}, ScalarType::Float);
@@ -62,13 +68,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& assignment, in
       kernel(p, t / chunks, c, std::min(p.C, c + kChannels), scratch.mutable_data_ptr<float>());
     }
   });
-  return {out, total};
+  return {out, total, mean};
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& out, const Tensor& total, const Tensor& x,
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& mean, const Tensor& total, const Tensor& x,
                                     const Tensor& assignment, const std::optional<Tensor>& weight, bool need_weight) {
-  HK_CHECK(out.dim() == 3, kOp, "out", "[B, M, C]", shape_of(out));
-  Inputs in(x, assignment, out.size(1), weight);
+  HK_CHECK(mean.dim() == 3, kOp, "mean", "[B, M, C]", shape_of(mean));
+  Inputs in(x, assignment, mean.size(1), weight);
   MergeTokens& p = in.p;
   const auto check = [&](const Tensor& t, const char* arg, ScalarType type, bool rank3) {
     HK_CHECK(t.is_cpu() && t.scalar_type() == type && t.is_contiguous() && t.dim() == (rank3 ? 3 : 2) &&
@@ -77,12 +83,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& out, c
   };
   const Tensor grad = torch::stable::contiguous(grad_out);
   check(grad, "grad_out", x.scalar_type(), true);
-  check(out, "out", x.scalar_type(), true);
-  check(total, "total", p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float, false);
+  check(mean, "mean", compute_type(p.dtype), true);
+  check(total, "total", compute_type(p.dtype), false);
   Tensor grad_x = torch::stable::new_empty(x, {p.B, p.N, p.C});
   Tensor grad_weight = torch::stable::new_empty(x, {p.B, need_weight ? p.N : 0});
   p.grad_out = grad.const_data_ptr();
-  p.out = const_cast<void*>(out.const_data_ptr()), p.total = const_cast<void*>(total.const_data_ptr());
+  p.mean = const_cast<void*>(mean.const_data_ptr()), p.total = const_cast<void*>(total.const_data_ptr());
   p.grad_x = grad_x.mutable_data_ptr();
   p.grad_weight = need_weight ? grad_weight.mutable_data_ptr() : nullptr;
   const auto kernel = HK_CPU_DISPATCH(isa(), merge_tokens_bwd);

@@ -8,10 +8,10 @@ STABLE_TORCH_LIBRARY(hotkernels, m) {
   m.def("gather_tokens_fwd(Tensor x, Tensor index, Tensor? pos) -> Tensor");
   m.def("gather_tokens_bwd(Tensor grad_out, Tensor index, int num_tokens) -> Tensor");
   m.def(
-      "merge_tokens_fwd(Tensor x, Tensor assignment, int num_clusters, Tensor? weight, float eps) -> (Tensor out, Tensor "
-      "total)");
+      "merge_tokens_fwd(Tensor x, Tensor assignment, int num_clusters, Tensor? weight, float eps, bool need_mean) -> "
+      "(Tensor out, Tensor total, Tensor mean)");
   m.def(
-      "merge_tokens_bwd(Tensor grad_out, Tensor out, Tensor total, Tensor x, Tensor assignment, Tensor? weight, bool "
+      "merge_tokens_bwd(Tensor grad_out, Tensor mean, Tensor total, Tensor x, Tensor assignment, Tensor? weight, bool "
       "need_weight) -> (Tensor grad_x, Tensor grad_weight)");
   m.def("invert_index(Tensor index, int num_tokens) -> (Tensor start, Tensor slots)");
   m.def(

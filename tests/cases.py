@@ -213,10 +213,11 @@ def _merge_definition(
 
 def _merge_raw(args: Args) -> list[tuple[str, tuple]]:
     x, assignment, M, weight = args["x"], args["assignment"], args["num_clusters"], args["weight"]
-    out, total = torch.ops.hotkernels.merge_tokens_fwd(x, assignment, M, weight, 1e-6)
+    out, total, _ = torch.ops.hotkernels.merge_tokens_fwd(x, assignment, M, weight, 1e-6, False)
     return [
-        ("merge_tokens_fwd", (x, assignment, M, None, 1e-6)),
-        ("merge_tokens_fwd", (x, assignment, M, weight, 1e-6)),
+        ("merge_tokens_fwd", (x, assignment, M, None, 1e-6, False)),
+        ("merge_tokens_fwd", (x, assignment, M, weight, 1e-6, True)),
+        ("merge_tokens_fwd", (x.half(), assignment, M, weight.half(), 1e-6, True)),
         ("merge_tokens_bwd", (torch.randn_like(out), out, total, x, assignment, None, False)),
         ("merge_tokens_bwd", (torch.randn_like(out), out, total, x, assignment, weight, True)),
     ]

@@ -61,6 +61,22 @@ def test_half_types_are_summed_in_float32(backend: str) -> None:
         assert (out == big).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_weights_gradient_does_not_see_rounded_means(backend: str, dtype: torch.dtype) -> None:
+    """It is a small difference x - mean; with the mean rounded to a half type, it would be mostly rounding."""
+    x = (10 + torch.randn(2, 243, 64)).to(dtype)
+    weight = (0.1 + torch.rand(2, 243)).to(dtype)
+    assignment, grad_out = torch.randint(0, 81, (2, 243)), torch.randn(2, 81, 64).to(dtype)
+
+    def gradient(x: torch.Tensor, w: torch.Tensor, g: torch.Tensor, backend: str) -> torch.Tensor:
+        w.requires_grad_()
+        return torch.autograd.grad(merge_tokens(x, assignment, 81, w, backend=backend), w, g)[0].double()
+
+    exact = gradient(x.double(), weight.double(), grad_out.double(), "torch")
+    error = (gradient(x, weight, grad_out, backend) - exact).abs().max()
+    assert error <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
 def test_any_number_of_threads(backend: str, threads: None) -> None:
     x, weight = torch.randn(2, 351, 300, requires_grad=True), torch.rand(2, 351, requires_grad=True)
     assignment, grad_out = torch.randint(-1, 81, (2, 351)), torch.randn(2, 81, 300)
@@ -103,18 +119,18 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
     """Someone who calls torch.ops directly gets an error too, never a read out of bounds."""
     fwd, bwd = torch.ops.hotkernels.merge_tokens_fwd, torch.ops.hotkernels.merge_tokens_bwd
     x, assignment = torch.zeros(2, 9, 4), torch.zeros(2, 9, dtype=torch.int64)
-    out, total = fwd(x, assignment, 3, None, 1e-6)
+    out, total, _ = fwd(x, assignment, 3, None, 1e-6, False)
     for arg, call in {
-        "x": lambda: fwd(x[0], assignment, 3, None, 0.0),
-        "num_clusters": lambda: fwd(x, assignment, 0, None, 0.0),
-        "assignment": lambda: fwd(x, assignment + 3, 3, None, 0.0),
-        "assignment ": lambda: fwd(x, assignment[:1], 3, None, 0.0),
-        "assignment  ": lambda: fwd(x, assignment.int(), 3, None, 0.0),
-        "weight": lambda: fwd(x, assignment, 3, torch.ones(2, 8), 0.0),
-        "weight ": lambda: fwd(x, assignment, 3, torch.ones(2, 9).double(), 0.0),
+        "x": lambda: fwd(x[0], assignment, 3, None, 0.0, False),
+        "num_clusters": lambda: fwd(x, assignment, 0, None, 0.0, False),
+        "assignment": lambda: fwd(x, assignment + 3, 3, None, 0.0, False),
+        "assignment ": lambda: fwd(x, assignment[:1], 3, None, 0.0, False),
+        "assignment  ": lambda: fwd(x, assignment.int(), 3, None, 0.0, False),
+        "weight": lambda: fwd(x, assignment, 3, torch.ones(2, 8), 0.0, False),
+        "weight ": lambda: fwd(x, assignment, 3, torch.ones(2, 9).double(), 0.0, False),
         "grad_out": lambda: bwd(out[:, :2], out, total, x, assignment, None, False),
-        "out": lambda: bwd(out[..., :3], out[..., :3], total, x, assignment, None, False),
-        "out ": lambda: bwd(out, out[0], total, x, assignment, None, False),
+        "mean": lambda: bwd(out[..., :3], out[..., :3], total, x, assignment, None, False),
+        "mean ": lambda: bwd(out, out[0], total, x, assignment, None, False),
         "total": lambda: bwd(out, out, total[:1], x, assignment, None, False),
         "total ": lambda: bwd(out, out, total.double(), x, assignment, None, False),
     }.items():

@@ -45,7 +45,11 @@ void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t 
     }
     for (int64_t m = 0; m < p.M; ++m) {
       const Sum scale = total[m] == 0 ? Sum{0} : Sum{1} / total[m];  // 0 only for an empty cluster with eps = 0
-      for (int64_t c = 0; c < count; ++c) out[m * p.C + c] = E::put(sums[m * stride + c] * scale);
+      for (int64_t c = 0; c < count; ++c) {
+        const Sum mean = sums[m * stride + c] * scale;
+        if (!in_place && p.mean) static_cast<Sum*>(p.mean)[(b * p.M + m) * p.C + c_begin + c] = mean;
+        out[m * p.C + c] = E::put(mean);
+      }
     }
   });
 }
@@ -71,12 +75,12 @@ void merge_tokens_bwd(const MergeTokens& p, int64_t begin, int64_t end) {
       const T* __restrict grad = static_cast<const T*>(p.grad_out) + m * p.C;
       for (int64_t c = 0; c < p.C; ++c) grad_x[c] = E::put(E::get(grad[c]) * (w * scale));
       if (!grad_weight) continue;
-      // d out / d w = (x - out) / total
+      // d out / d w = (x - out) / total, with out as it was before rounding
       const T* __restrict x = static_cast<const T*>(p.x) + b * p.x_stride_b + n % p.N * p.x_stride_n;
-      const T* __restrict out = static_cast<const T*>(p.out) + m * p.C;
+      const Sum* __restrict mean = static_cast<const Sum*>(p.mean) + m * p.C;
       Sum sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < p.C; ++c) sum += E::get(grad[c]) * (E::get(x[c]) - E::get(out[c]));
+      for (int64_t c = 0; c < p.C; ++c) sum += E::get(grad[c]) * (E::get(x[c]) - mean[c]);
       grad_weight[n] = E::put(sum * scale);
     }
   });

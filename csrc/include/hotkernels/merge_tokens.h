@@ -13,10 +13,11 @@ struct MergeTokens {
   double eps;
   DType dtype;
   void* out;                  // [B, M, C] contiguous, of x's type
+  void* mean;                 // the same before rounding, float32 (float64 if x is); null if not wanted, or if x is that
   void* total;                // [B, M] sum_i w_i + eps: float64 if x is, else float32
 
   // Backward only.
-  const void* grad_out;       // [B, M, C] contiguous
+  const void* grad_out;       // [B, M, C] contiguous; mean is read, total too
   void* grad_x;               // [B, N, C] contiguous
   void* grad_weight;          // [B, N] contiguous, or null
 };

@@ -69,7 +69,7 @@ def dpc_knn(
 
     Args:
         x: [B, N, C] float32, float16 or bfloat16 (float64 on the torch backend), any strides. A token with NaN or inf,
-            or with a norm over 4.6e18, behaves as masked.
+            or with a norm over 1e14, behaves as masked.
         num_clusters: M, tokens to keep, in [1, N].
         k: neighbours per density, the token itself included, in [1, N]. If fewer are valid, those.
         mask: [B, N] bool, True = valid. Others are nobody's neighbour, never chosen, and assigned to -1.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A token counts only if its squared norm is at most this (float32's largest / 16): then no distance overflows.
-NORM_LIMIT = float.fromhex("0x1.fffffep+123")
+# A token counts only if its squared norm is at most this: then no sum of its squared distances overflows in float32.
+NORM_LIMIT = 2.0**93
 _ROWS_AT_ONCE = 1 << 22  # distances held at a time: rows are done in blocks, N x N never exists
 
 

@@ -24,8 +24,11 @@ class MergeTokens(torch.autograd.Function):
         ctx: Any, x: Tensor, assignment: Tensor, num_clusters: int, weight: Tensor | None, eps: float
     ) -> Tensor:
         """Sum and divide."""
-        out, total = torch.ops.hotkernels.merge_tokens_fwd(x, assignment, num_clusters, weight, eps)
-        ctx.save_for_backward(out, total, x, assignment, weight)
+        need_weight = ctx.needs_input_grad[3]
+        out, total, mean = torch.ops.hotkernels.merge_tokens_fwd(x, assignment, num_clusters, weight, eps, need_weight)
+        # In half types, out is rounded: too coarse for the small difference x - out that is a weight's gradient.
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        ctx.save_for_backward(mean if half and need_weight else out, total, x, assignment, weight)
         return out
 
     @staticmethod
@@ -33,7 +36,9 @@ class MergeTokens(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         """Give each token its cluster's gradient, scaled."""
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        grad_x, grad_weight = torch.ops.hotkernels.merge_tokens_bwd(grad_out, *ctx.saved_tensors, need_weight)
+        mean, *saved = ctx.saved_tensors
+        mean = mean.to(saved[0].dtype)  # of a half type only where it is not read
+        grad_x, grad_weight = torch.ops.hotkernels.merge_tokens_bwd(grad_out, mean, *saved, need_weight)
         return grad_x if need_x else None, None, None, grad_weight if need_weight else None, None
 
 
@@ -96,23 +101,25 @@ def merge_tokens(
         check_index(_OP, "assignment", assignment, num_clusters)
         return merge_tokens_reference(x, assignment, num_clusters, weight, eps)
     if not wants_grad(x, weight):
-        return torch.ops.hotkernels.merge_tokens_fwd(x, assignment, num_clusters, weight, eps)[0]
+        return torch.ops.hotkernels.merge_tokens_fwd(x, assignment, num_clusters, weight, eps, False)[0]
     return MergeTokens.apply(x, assignment, num_clusters, weight, eps)
 
 
 @fake("merge_tokens_fwd")
 def _merge_tokens_fwd_fake(
-    x: Tensor, assignment: Tensor, num_clusters: int, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    total = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x: Tensor, assignment: Tensor, num_clusters: int, weight: Tensor | None, eps: float, need_mean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     B, _, C = x.shape
-    return x.new_empty(B, num_clusters, C), x.new_empty(B, num_clusters, dtype=total)
+    kept = B if need_mean and x.dtype in (torch.float16, torch.bfloat16) else 0
+    total, mean = x.new_empty(B, num_clusters, dtype=compute), x.new_empty(kept, num_clusters, C, dtype=compute)
+    return x.new_empty(B, num_clusters, C), total, mean
 
 
 @fake("merge_tokens_bwd")
 def _merge_tokens_bwd_fake(
     grad_out: Tensor,
-    out: Tensor,
+    mean: Tensor,
     total: Tensor,
     x: Tensor,
     assignment: Tensor,
