@@ -152,6 +152,22 @@ void run(const Attention& p, int64_t items, int64_t grain, int64_t scratch_bytes
   });
 }
 
+// Every entry that start and slots list for a token is one of its slots: what the kernels then read is in bounds.
+void check_inverse(const Tensor& index, const Tensor& start, const Tensor& slots, int64_t Nk, int64_t entries, const char* op) {
+  const int64_t *tokens = index.const_data_ptr<int64_t>(), *of = slots.const_data_ptr<int64_t>();
+  const int64_t* begin = start.const_data_ptr<int64_t>();
+  for (int64_t row = 0, rows = index.numel() / entries; row < rows; ++row) {
+    for (int64_t n = 0; n < Nk; ++n) {
+      bool good = begin[n] >= 0 && begin[n + 1] <= entries;
+      for (int64_t e = begin[n]; good && e < begin[n + 1]; ++e) {
+        good = of[e] >= 0 && of[e] < entries && tokens[of[e]] == n;
+      }
+      HK_CHECK(good, op, "start and slots", "the inverse of this index", "others for token " << n);
+    }
+    tokens += entries, of += entries, begin += Nk + 1;
+  }
+}
+
 // The sum over the first dim, in order.
 Tensor sum_parts(const Tensor& parts, const std::vector<int64_t>& shape) {
   Tensor sum = torch::stable::new_empty(parts, shape);
@@ -228,9 +244,10 @@ AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_
       HK_CHECK(start->size(d) == args.index->size(d) && slots->size(d) == args.index->size(d), op, "start and slots",
                "as invert_index returned them for this index", shape_of(*start));
     }
+    check_inverse(*args.index, *start, *slots, p.Nk, entries, op);
     p.start = start->const_data_ptr<int64_t>(), p.slots = slots->const_data_ptr<int64_t>();
     const bool j = !set && problem.batch_dims == 2, h = n == problem.batch_dims + 2;
-    p.start_stride_b = stride_of(*start, 0), p.slots_stride_b = stride_of(*slots, 0) ;
+    p.start_stride_b = stride_of(*start, 0), p.slots_stride_b = stride_of(*slots, 0);
     if (start->size(0) == 1) p.slots_stride_b = 0;
     p.start_stride_j = j ? stride_of(*start, 1) : 0, p.slots_stride_j = j && start->size(1) > 1 ? slots->stride(1) : 0;
     p.start_stride_h = h ? stride_of(*start, n - 2) : 0;
@@ -243,8 +260,8 @@ AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_
   const bool sum_bias = need_bias && args.bias && !p.index_per_query && args.bias->size(0) == 1 &&
                         (problem.batch_dims == 1 || args.bias->size(1) == 1);
   const auto zeros = [&](std::vector<int64_t> shape, ScalarType type) { return torch::stable::new_zeros(like, shape, type); };
-  const Tensor none = zeros({0}, compute);
-  AttentionGrads grads{none, none, none, none, none};
+  const auto none = [&] { return zeros({0}, compute); };  // a tensor each: outputs of an operator share no memory
+  AttentionGrads grads{none(), none(), none(), none(), none()};
   if (packed) {
     p.grad_query = problem.packed_view(*packed, 0);
     p.grad_key = problem.packed_view(*packed, 1), p.grad_value = problem.packed_view(*packed, 2);

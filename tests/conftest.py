@@ -11,7 +11,7 @@ import torch
 
 from hotkernels import backends
 
-pytest.register_assert_rewrite("cases", "dpc_knn_steps")
+pytest.register_assert_rewrite("attention_cases", "cases", "dpc_knn_steps")
 
 # A backend, or one with a forced instruction set: cpp-avx2.
 BACKENDS = ("torch", "cpp-base", "cpp-avx2", "cpp-avx512")

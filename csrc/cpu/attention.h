@@ -261,10 +261,15 @@ struct Core {
       const vec minus = most == splat(static_cast<T>(-INFINITY)) ? vec{} : most;
       const vec factor = vexp(before - minus);
       vec total = load(sum + e * lanes) * factor;
-      for (int64_t key = 0; key < count_keys; ++key) {
-        const vec weight = vexp(load(column + key * Q) - minus);
-        total += weight;
-        store(column + key * Q, weight);
+      for (int64_t first = 0; first < count_keys; first += 32) {  // a long sum of short ones: its error reaches every weight
+        const int64_t last = count_keys - first < 32 ? count_keys : first + 32;
+        vec part{};
+        for (int64_t key = first; key < last; ++key) {
+          const vec weight = vexp(load(column + key * Q) - minus);
+          part += weight;
+          store(column + key * Q, weight);
+        }
+        total += part;
       }
       store(top + e * lanes, most);
       store(sum + e * lanes, total);
@@ -283,6 +288,8 @@ struct Core {
     take_keys(b, j, h);
     const int64_t row0 = ((b * p.J + j) * p.H + h) * p.Nq;
     const S *grad = at(p.grad_out, b, j, h), *query = at(p.query, b, j, h), *out = at(p.out, b, j, h);
+    // Half types round out; where all keys are at hand, grad_out . out is taken from the probabilities instead.
+    const bool from_weights = sizeof(S) != sizeof(T) && keys <= kKeys;
     fill(grad_key_rows, keys * Dp, T{0});
     fill(grad_value_rows, keys * Dp, T{0});
     for (int64_t block = 0; block < blocks; ++block) {
@@ -296,7 +303,9 @@ struct Core {
         pack_row<E>(grad + (q0 + i) * p.grad_out.stride_n, p.D, T{1}, grad_rows + i * Dp);
         const S* out_row = out + (q0 + i) * p.out.stride_n;
         T dot = 0;
-        for (int64_t d = 0; d < p.D; ++d) dot += grad_rows[i * Dp + d] * E::get(out_row[d]);
+        if (!from_weights) {
+          for (int64_t d = 0; d < p.D; ++d) dot += grad_rows[i * Dp + d] * E::get(out_row[d]);
+        }
         delta[i] = dot - (p.grad_lse ? static_cast<const T*>(p.grad_lse)[row0 + q0 + i] : T{0});
         lse[i] = static_cast<const T*>(p.lse)[row0 + q0 + i];
       }
@@ -305,13 +314,18 @@ struct Core {
         score(b, j, h, q0, count, k0, k1, columns);
         multiply<false>(v + k0 * value_stride, value_stride, grad_columns, Q, n, vectors, p.D, grad_scores, Q, false);
         for (int64_t e = 0; e < vectors; ++e) {
-          const vec log_sum = load(lse + e * lanes), shift = load(delta + e * lanes);
+          const vec log_sum = load(lse + e * lanes);
+          vec shift = load(delta + e * lanes);
           const vec none = splat(static_cast<T>(-INFINITY));
           for (int64_t key = 0; key < n; ++key) {
             T *s = scores + key * Q + e * lanes, *g = grad_scores + key * Q + e * lanes;
             const vec weight = log_sum == none ? vec{} : vexp(load(s) - log_sum);
             store(s, weight);
-            store(g, weight * (load(g) - shift));
+            if (from_weights) shift += weight * load(g); else store(g, weight * (load(g) - shift));
+          }
+          for (int64_t key = 0; from_weights && key < n; ++key) {
+            T *s = scores + key * Q + e * lanes, *g = grad_scores + key * Q + e * lanes;
+            store(g, load(s) * (load(g) - shift));
           }
         }
         multiply<false>(scores, Q, grad_rows, Dp, n, Dp / lanes, count, grad_value_rows + k0 * Dp, Dp, true);

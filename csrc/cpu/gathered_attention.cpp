@@ -170,9 +170,9 @@ struct Each {
       if (log_sum == static_cast<T>(-INFINITY)) fill(logits, keys, T{0}); else exponentials(log_sum);
       pack_row<E>(at(p.grad_out, b, j, h, i), p.D, T{1}, row2);
       dots(p.value, b, j, h, row2, other);
-      const S* out = at(p.out, b, j, h, i);
+      // grad_out . out, from the probabilities: out may have been rounded to a half type.
       T delta = 0;
-      for (int64_t d = 0; d < p.D; ++d) delta += row2[d] * E::get(out[d]);
+      for (int64_t key = 0; key < keys; ++key) delta += logits[key] * other[key];
       if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[at_row];
       fill(probabilities, p.S, T{0});
       fill(grad_logits, p.S, T{0});

@@ -123,8 +123,9 @@ def check_heads(op: str, query: Tensor, key: Tensor, value: Tensor, query_dims: 
         fail(op, "query", f"[*batch, H = {H}, Nq, D = {D}] as key", list(query.shape))
     if not 1 <= D <= MAX_HEAD_DIM:
         fail(op, "query", f"of a head dim in [1, {MAX_HEAD_DIM}]", D)
-    if query.shape[-2] < 1 or Nk < 1:
-        fail(op, "query" if query.shape[-2] < 1 else "key", "of at least one token", list(query.shape))
+    for arg, t in (("query", query), ("key", key)):
+        if t.shape[-2] < 1:
+            fail(op, arg, "of at least one token", list(t.shape))
 
 
 def check_scale(op: str, scale: float | None, D: int) -> float:
@@ -140,6 +141,8 @@ def check_scale(op: str, scale: float | None, D: int) -> float:
 
 def choose_attention(op: str, query: Tensor, dropout_p: float, backend: str | None) -> str:
     """The backend of an attention call: dropout is honoured by the torch backend only."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        fail(op, "dropout_p", "a float", type(dropout_p).__name__, TypeError)
     if not 0.0 <= dropout_p < 1.0:
         fail(op, "dropout_p", "in [0, 1)", dropout_p)
     if dropout_p > 0.0:
