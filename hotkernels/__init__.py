@@ -8,11 +8,14 @@ from .ops.gathered_attention import gathered_attention
 from .ops.invert_index import InvertedIndex, invert_index
 from .ops.merge_tokens import merge_tokens
 from .ops.recovery_attention import recovery_attention
+from .swap import SwapReport, Twin, register_twin, swap, swapped, unswap
 
 __version__ = "0.1.0"
 __all__ = [
     "DensityPeaks",
     "InvertedIndex",
+    "SwapReport",
+    "Twin",
     "checked",
     "dpc_knn",
     "explain",
@@ -21,4 +24,8 @@ __all__ = [
     "invert_index",
     "merge_tokens",
     "recovery_attention",
+    "register_twin",
+    "swap",
+    "swapped",
+    "unswap",
 ]

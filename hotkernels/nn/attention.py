@@ -54,13 +54,17 @@ class Attention(nn.Module):
         Returns:
             Same shape as x, contiguous.
         """
+        return self.proj_drop(self.proj(self.attend(x, along)))
+
+    def attend(self, x: Tensor, along: int = -2) -> Tensor:
+        """Everything before `proj`; arguments and the result's shape as `forward`."""
         if x.dim() < 3 or along not in (-2, -3) or (along == -3 and x.dim() != 4):
             fail("Attention", "x", "[..., N, C] with along = -2, or [B, F, J, C] with along = -3", list(x.shape))
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [..., N, 3, H, D], or [B, F, J, 3, H, D]
         if along == -2:
             qkv = qkv.flatten(0, -5)
-        out = packed_attention(qkv, self.scale, _dropout(self.attn_drop))
-        return self.proj_drop(self.proj(_merge_heads(out).reshape(x.shape)))
+        out = packed_attention(qkv, self.scale, dropout_p(self.attn_drop))
+        return _merge_heads(out).reshape(x.shape)
 
 
 class CrossAttention(nn.Module):
@@ -115,10 +119,12 @@ class CrossAttention(nn.Module):
         query, key, value = (
             _split_heads(t, self.num_heads) for t in (self.linear_q(x_1), *self._keys_and_values(x_2, x_3))
         )
-        return _merge_heads(recovery_attention(query, key, value, scale=self.scale, dropout_p=_dropout(self.attn_drop)))
+        return _merge_heads(
+            recovery_attention(query, key, value, scale=self.scale, dropout_p=dropout_p(self.attn_drop))
+        )
 
     def _keys_and_values(self, x_2: Tensor, x_3: Tensor) -> tuple[Tensor, Tensor]:
-        if x_2 is not x_3:
+        if x_2 is not x_3 or not (_is_bare(self.linear_k) and _is_bare(self.linear_v)):
             return self.linear_k(x_2), self.linear_v(x_3)
         weight = torch.cat([self.linear_k.weight, self.linear_v.weight])
         bias = None if self.linear_k.bias is None else torch.cat([self.linear_k.bias, self.linear_v.bias])
@@ -131,8 +137,15 @@ def _check_dim(dim: int, num_heads: int) -> None:
         fail("Attention", "dim", f"a multiple of num_heads = {num_heads}", dim)
 
 
-def _dropout(module: nn.Dropout) -> float:
-    return module.p if module.training else 0.0
+def _is_bare(linear: nn.Linear) -> bool:
+    """Whether a layer is its weight and bias alone: no hooks (weight_norm is one), no class derived from Linear."""
+    hooks = (linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks)
+    return type(linear) is nn.Linear and not any(hooks)
+
+
+def dropout_p(module: nn.Module) -> float:
+    """The probability with which a Dropout, or an Identity in its place, drops in its present mode."""
+    return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -1,0 +1,297 @@
+"""swap, unswap, swapped: the fused operators in a live model, with a report of what was replaced and what was left."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import fail
+from . import probe
+from .classes import Calls, hidden_name, is_swapped, subclass
+from .functions import find_calls
+from .twins import Twin, find_twin
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap` did to a model; prints as a table, in which paths that differ in numbers share a line.
+
+    Attributes:
+        replaced: (path, kind) of every module with a fused forward.
+        functions: (path, what calls what) of every module that calls our function instead of its file's.
+        left: (path, reason) of what looks like one of them and was left alone.
+    """
+
+    replaced: list[tuple[str, str]] = field(default_factory=list)
+    functions: list[tuple[str, str]] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = []
+        for title in ("replaced", "functions", "left"):
+            counts: dict[tuple[str, str], int] = {}
+            for path, what in getattr(self, title):
+                row = re.sub(r"\d+", "*", path) or "(the model)", what
+                counts[row] = counts.get(row, 0) + 1
+            names = [f"{path} ({n})" if n > 1 else path for (path, _), n in counts.items()]
+            width = max((len(name) for name in names), default=0)
+            rows = [f"  {name:<{width}}  {what}" for name, (_, what) in zip(names, counts, strict=True)]
+            lines += [title, *rows] if rows else []
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A module and what its class becomes."""
+
+    module: nn.Module
+    twin: type[Twin] | None
+    calls: Calls
+
+
+def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
+    """Let a published model run on the fused operators, in place: same parameters, same outputs, same state_dict.
+
+    Every module whose structure is a known one (whatever its file or name), and whose output on random input is that of
+    the fused form, gets a fused forward: the attention of timm's ViT, MixSTE, MHFormer, MotionBERT, MotionAGFormer and
+    TCFormer, and HoT's cross-attention. Where its methods call the file's own `cluster_dpc_knn`,
+    `cluster_dpc_knn_center` or `merge_tokens`, and that function answers as a published one, this model calls ours;
+    other models of the file do not. `register_twin` adds forms. Swap before DDP or `torch.compile`, or after.
+
+    Args:
+        model: any module; what is in it already swapped stays so.
+        example_inputs: what to call the model with, a tensor, a tuple of arguments or a dict of named ones, to compare
+            its outputs before and after. Both runs are in evaluation, without gradients, from the same random state,
+            which is put back; hooks fire. Rounding alone changes which of two tied tokens a clustering chooses, so the
+            second run is given the choices of the first.
+
+    Returns:
+        A SwapReport: what was replaced, and what was left alone and why.
+
+    Raises:
+        TypeError, ValueError: ``swap: model must be ...`` where nothing matches or the outputs differ beyond rounding,
+            ``swap: example_inputs must be ...`` where the model cannot run on them. The model is then as it was.
+
+    Numerics: as the operators; the random numbers drawn are those of the original, but for the order of dropout on
+        the probabilities. Probes run in the model's own dtypes and devices, with random parameters, and compare to the
+        root of the dtype's epsilon.
+
+    Cost: no memory; milliseconds per form and size of attention.
+
+    Example::
+
+        >>> import torch, hotkernels
+        >>> from hotkernels.baselines import AttentionEager  # as timm publishes it
+        >>> model = torch.nn.Sequential(AttentionEager(64), torch.nn.ReLU(), AttentionEager(64))
+        >>> print(hotkernels.swap(model, example_inputs=torch.randn(2, 10, 64)))
+        replaced
+          * (2)  attention
+        >>> hotkernels.unswap(model)
+    """
+    changes, report = _plan(model)
+    if not changes:
+        found = "; ".join(sorted({reason for _, reason in report.left}))
+        fail(
+            "swap",
+            "model",
+            "one with a module that swap knows",
+            type(model).__name__ + (f" ({found})" if found else ""),
+        )
+    expected: Any = None
+    tape: list[Any] = []
+    if example_inputs is not None:
+        args, kwargs = _arguments(example_inputs)
+        with _stand_ins(changes, lambda theirs, ours: _recorder(theirs, tape), fused=False):
+            try:
+                expected = _run(model, args, kwargs)
+            except Exception as error:  # a model may raise anything
+                fail("swap", "example_inputs", "what the model takes", f"{type(error).__name__}: {error}")
+        with _stand_ins(changes, lambda theirs, ours: _player(ours, tape), fused=True):
+            got = _run(model, args, kwargs)
+        if not probe.same(expected, got):
+            fail("swap", "model", "one whose swapped outputs are the same", "a difference beyond rounding")
+    _set_classes([(c.module, subclass(type(c.module), c.twin, c.calls)) for c in changes])
+    return report
+
+
+def unswap(model: nn.Module) -> None:
+    """Undo `swap`: every swapped module in the model gets its own class back.
+
+    Args:
+        model: a model with swapped modules.
+
+    Raises:
+        ValueError: ``unswap: model must be one with swapped modules, got ...``.
+
+    Example::
+
+        >>> import torch, hotkernels
+        >>> from hotkernels.baselines import AttentionEager
+        >>> model = AttentionEager(64)
+        >>> report = hotkernels.swap(model)
+        >>> hotkernels.unswap(model)
+        >>> type(model) is AttentionEager
+        True
+    """
+    _check_module("unswap", model)
+    modules: list[Any] = [module for module in model.modules() if is_swapped(module)]
+    if not modules:
+        fail("unswap", "model", "one with swapped modules", f"{type(model).__name__} without any")
+    _set_classes([(module, type(module)._hotkernels_original) for module in modules])
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, *, example_inputs: Any = None) -> Iterator[SwapReport]:
+    """`swap` for the length of a `with` block; what was swapped before it stays swapped.
+
+    Args:
+        model, example_inputs: as `swap`, whose report the block gets.
+
+    Example::
+
+        >>> import torch, hotkernels
+        >>> from hotkernels.baselines import AttentionEager
+        >>> model, x = AttentionEager(64), torch.randn(2, 10, 64)
+        >>> with hotkernels.swapped(model) as report:
+        ...     y = model(x)
+        >>> torch.allclose(y, model(x), atol=1e-6)
+        True
+    """
+    before = [(module, type(module)) for module in model.modules()] if isinstance(model, nn.Module) else []
+    report = swap(model, example_inputs=example_inputs)
+    try:
+        yield report
+    finally:
+        _set_classes(before)
+
+
+def _check_module(op: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        fail(op, "model", "a torch.nn.Module", type(model).__name__, TypeError)
+
+
+def _plan(model: nn.Module) -> tuple[list[_Change], SwapReport]:
+    """What to change, and the report of it. Nothing is changed yet."""
+    _check_module("swap", model)
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    changes, report = [], SwapReport()
+    verdicts: dict[Any, str | None] = {}
+    called: dict[type, tuple[Calls, list[tuple[str, str]]]] = {}
+    for module, names in paths.items():
+        path, cls = ", ".join(names), type(module)
+        if is_swapped(module):
+            report.left.append((path, "swapped already"))
+            continue
+        twin = find_twin(module, verdicts)
+        if isinstance(twin, str):
+            report.left.append((path, twin))
+            twin = None
+        if cls not in called:
+            called[cls] = find_calls(cls)
+        calls, refused = called[cls]
+        if twin is not None:
+            report.replaced.append((path, twin.kind))
+            calls = tuple(call for call in calls if call[0] != "forward")
+        for method, renames in calls:
+            for name, ours in renames:
+                report.functions.append((path, f"{method}: {name} is {ours.__module__}.{ours.__name__}"))
+        report.left.extend((path, f"{method}: {why}") for method, why in refused)
+        if twin is not None or calls:
+            changes.append(_Change(module, twin, calls))
+    return changes, report
+
+
+def _set_classes(classes: Sequence[tuple[Any, type[nn.Module]]]) -> None:
+    """Give these modules these classes, all of them or none."""
+    before = [(module, type(module)) for module, _ in classes]
+    try:
+        for module, cls in classes:
+            module.__class__ = cls
+    except TypeError:  # raised by a class of another memory layout
+        _set_classes(before)
+        raise
+
+
+@contextlib.contextmanager
+def _stand_ins(
+    changes: list[_Change], stand_in: Callable[[Any, Any], Callable[..., Any]], fused: bool
+) -> Iterator[None]:
+    """The changes with `stand_in(theirs, ours)` for every clustering function, and with fused forwards or without."""
+    classes: list[tuple[nn.Module, type[nn.Module]]] = []
+    installed: list[tuple[dict[str, Any], str]] = []
+    for change in changes:
+        original, calls = type(change.module), []
+        for method, renames in change.calls:
+            names = getattr(original, method).__globals__
+            stand_ins = []
+            for name, ours in renames:
+                if name.startswith("cluster"):
+                    function = stand_in(names[name], ours)
+                    function.__name__ = f"stand_in_{name}"
+                    stand_ins.append((name, function))
+                    installed.append((names, hidden_name(function)))
+                elif fused:
+                    stand_ins.append((name, ours))
+            calls.append((method, tuple(stand_ins)))
+        classes.append((change.module, subclass(original, change.twin if fused else None, tuple(calls))))
+    before = [(change.module, type(change.module)) for change in changes]
+    try:
+        _set_classes(classes)
+        yield
+    finally:
+        _set_classes(before)
+        for names, name in installed:
+            names.pop(name, None)
+
+
+def _recorder(theirs: Callable[..., Any], tape: list[Any]) -> Callable[..., Any]:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        tape.append(theirs(*args, **kwargs))
+        return tape[-1]
+
+    return recorded
+
+
+def _player(ours: Callable[..., Any], tape: list[Any]) -> Callable[..., Any]:
+    def played(*args: Any, **kwargs: Any) -> Any:
+        ours(*args, **kwargs)  # draws its random numbers
+        return tape.pop(0)
+
+    return played
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    fail("swap", "example_inputs", "a tensor, a tuple or a dict", type(example_inputs).__name__, TypeError)
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The model's outputs in evaluation, leaving flags, buffers, inputs and random state as they were."""
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+    try:
+        with torch.random.fork_rng(list(devices)), torch.no_grad():
+            model.eval()
+            return model(*args, **kwargs)
+    finally:
+        for module, training in flags:
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

@@ -1,0 +1,86 @@
+"""Whether two modules or functions do the same: run both on small random inputs, leaving no trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+def same(expected: Any, got: Any) -> bool:
+    """Whether two results agree to rounding: floats to the root of their epsilon, relative to the largest value."""
+    wants, spec = pytree.tree_flatten(expected)
+    haves, other = pytree.tree_flatten(got)
+    return spec == other and all(_same_leaf(w, h) for w, h in zip(wants, haves, strict=True))
+
+
+def _same_leaf(want: Any, have: Any) -> bool:
+    if not isinstance(want, Tensor) or not isinstance(have, Tensor):
+        return type(want) is type(have) and bool(want == have)
+    if want.shape != have.shape or want.dtype != have.dtype:
+        return False
+    if not want.is_floating_point():
+        return torch.equal(want, have)
+    largest = want.nan_to_num(0, 0, 0).abs().max().item() if want.numel() else 0.0
+    return torch.allclose(have, want, rtol=0, atol=torch.finfo(want.dtype).eps ** 0.5 * largest, equal_nan=True)
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device) -> Iterator[None]:
+    """No gradients, no autocast, and random numbers from a seed; the generators are put back."""
+    accelerator = device.type not in ("cpu", "meta")
+    with (
+        torch.random.fork_rng([device] if accelerator else [], device_type=device.type if accelerator else "cuda"),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        torch.default_generator.manual_seed(0)
+        if accelerator:
+            getattr(torch, device.type).manual_seed(0)
+        yield
+
+
+def replica(module: nn.Module) -> nn.Module:
+    """The same module tree without hooks, with random parameters and without dropout.
+
+    Random, since what is initialised to zero (a projection, a relative bias) would hide what it does.
+    """
+    twins: dict[int, nn.Module] = {}
+
+    def copy(source: nn.Module) -> nn.Module:
+        if id(source) not in twins:
+            twin = twins[id(source)] = object.__new__(type(source))
+            vars(twin).update(vars(source))
+            vars(twin).update({name: OrderedDict() for name in vars(source) if name.endswith("_hooks")})
+            vars(twin).update(
+                _parameters={name: p if p is None else _random_like(p) for name, p in source._parameters.items()},
+                _buffers={name: b if b is None else b.clone() for name, b in source._buffers.items()},
+                _modules={name: m if m is None else copy(m) for name, m in source._modules.items()},
+            )
+            if isinstance(twin, nn.Dropout):
+                twin.p = 0.0
+        return twins[id(source)]
+
+    return copy(module)
+
+
+def _random_like(parameter: Tensor) -> Tensor:
+    fan_in = parameter[0].numel() if parameter.dim() > 1 and len(parameter) else 1
+    return torch.randn_like(parameter) * fan_in**-0.5 if parameter.is_floating_point() else parameter
+
+
+def fingerprint(module: nn.Module) -> tuple[Any, ...]:
+    """What a probe's verdict depends on: equal for modules that differ in the values of parameters alone."""
+    plain = [(k, repr(v)) for k, v in vars(module).items() if not k.startswith("_") and k != "training"]
+    tensors = [
+        (k, t.shape, t.dtype, t.device)
+        for k, t in (*module._parameters.items(), *module._buffers.items())
+        if t is not None
+    ]
+    children = [(name, fingerprint(child)) for name, child in module.named_children()]
+    return type(module), *plain, *tensors, *children

@@ -1,0 +1,347 @@
+"""The published forms of attention that swap knows, each with its fused forward, and the registry for users' own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import fail
+from ..nn.attention import Attention, CrossAttention, dropout_p
+from ..ops.gathered_attention import gathered_attention
+from ..ops.gathered_attention.api import MAX_HEAD_DIM
+from . import probe
+from .classes import subclass
+
+
+class Twin:
+    """The fused forward for one form of module; it runs with the module's own parameters and attributes as `self`.
+
+    Derive from it and register the class with `hotkernels.register_twin`. There, `super().forward` is the module's own,
+    for the calls that yours does not serve.
+    """
+
+    kind: ClassVar[str]
+    forward: Callable[..., Any]
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool | str:
+        """Whether `module` has this form. A string: it looks like it, and why it is left alone."""
+        raise NotImplementedError
+
+    @classmethod
+    def examples(cls, module: nn.Module) -> list[tuple[Any, ...]]:
+        """Small random inputs of the module's dtype and device; on them both forwards are compared."""
+        raise NotImplementedError
+
+
+T = TypeVar("T", bound=type[Twin])
+_ALONG = {"spatial": -2, "temporal": -3}  # mode -> the dim of [B, T, J, C] that attends
+TWINS: list[type[Twin]] = []
+
+
+def register_twin(twin: T) -> T:
+    """Make `hotkernels.swap` know one more form of module; decorates a class derived from `hotkernels.Twin`.
+
+    The class has a name for reports (`kind`) and says which modules it fits, on which inputs to compare, and what the
+    fused forward is. It is asked before those registered earlier. A module whose output differs is left alone.
+
+    Args:
+        twin: the class.
+
+    Returns:
+        twin.
+
+    Raises:
+        TypeError: ``register_twin: twin must be a subclass of hotkernels.Twin, got ...``.
+
+    Example::
+
+        >>> import torch, hotkernels
+        >>> class MyAttention(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.to_qkv = torch.nn.Linear(32, 96)
+        ...     def forward(self: Any, x):  # [B, N, C], 4 heads
+        ...         q, k, v = self.to_qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        ...         return ((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        >>> @hotkernels.register_twin
+        ... class FusedMyAttention(hotkernels.Twin):
+        ...     kind = "my attention"
+        ...     fits = staticmethod(lambda module: isinstance(module, MyAttention))
+        ...     examples = staticmethod(lambda module: [(torch.randn(2, 5, 32),)])
+        ...     def forward(self: Any, x):
+        ...         q, k, v = self.to_qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        ...         return hotkernels.gathered_attention(q, k, v).transpose(1, 2).flatten(2)
+        >>> print(hotkernels.swap(torch.nn.Sequential(MyAttention(), MyAttention())))
+        replaced
+          * (2)  my attention
+    """
+    if not (isinstance(twin, type) and issubclass(twin, Twin)):
+        fail("register_twin", "twin", "a subclass of hotkernels.Twin", repr(twin), TypeError)
+    TWINS.insert(0, twin)
+    return twin
+
+
+def find_twin(module: nn.Module, verdicts: dict[Any, str | None]) -> type[Twin] | str | None:
+    """The twin that serves a module, why a module that looks like attention is left alone, or None for any other.
+
+    `verdicts` holds what probes of modules like this one have said.
+    """
+    reasons: list[str] = []
+    for twin in TWINS:
+        fits = twin.fits(module)
+        if isinstance(fits, str):
+            reasons.append(fits)
+        elif fits:
+            key = (twin, probe.fingerprint(module))
+            if key not in verdicts:
+                verdicts[key] = _difference(module, twin)
+            if verdicts[key] is None:
+                return twin
+            reasons.append(str(verdicts[key]))
+    if reasons:
+        return reasons[0]
+    linears = sum(isinstance(child, nn.Linear) for child in module.children())
+    if isinstance(module, nn.MultiheadAttention) or (linears > 1 and "attention" in type(module).__name__.lower()):
+        return "a form of attention that swap does not know"
+    return None
+
+
+def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
+    """What a module does that its twin does not, in evaluation and in training without dropout; None if nothing."""
+    original = type(module)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        return "on the meta device nothing can be compared"
+    with probe.seeded(device):
+        copy = probe.replica(module)
+        for args in twin.examples(module):
+            for training in (False, True):
+                copy.train(training)
+                copy.__class__ = original
+                state = torch.get_rng_state()
+                try:
+                    expected = copy.forward(*args)
+                except Exception as error:  # an unknown module may raise anything
+                    return f"its forward fails on plain input ({type(error).__name__})"
+                if not torch.equal(state, torch.get_rng_state()):
+                    return "its forward draws random numbers"
+                try:
+                    copy.__class__ = subclass(original, twin)
+                except TypeError as error:
+                    return f"its class cannot be derived from ({error})"
+                if not probe.same(expected, copy.forward(*args)):
+                    return f"its output differs from {twin.kind}" + (" in training" if training else "")
+    return None
+
+
+def _obstacle(module: Any, takes: int, **linears: int) -> str | None:
+    """What in its structure keeps a module from being plain attention; None if nothing does.
+
+    Args:
+        module: with the children that `linears` names.
+        takes: arguments of its forward; any further must be off, None or False, by default.
+        linears: name -> how many times C it makes of C channels.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is scripted"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    more = [p.name for p in parameters[takes:] if p.default is not None and p.default is not False]
+    if more or len(parameters) < takes:
+        return f"its forward takes {', '.join(p.name for p in parameters)}"
+    if getattr(module, "sr_ratio", 1) != 1:
+        return f"it reduces its keys first (sr_ratio = {module.sr_ratio})"
+    own = [name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
+    if own:
+        return f"it has {own[0]}"
+    known = (*linears, "proj", "attn_drop", "proj_drop")
+    for name, child in module.named_children():
+        if name not in known and not isinstance(child, nn.Identity):
+            return f"it has {name}, a {type(child).__name__}"
+    for name in known:
+        child, kinds = getattr(module, name, None), (nn.Dropout, nn.Identity) if "drop" in name else (nn.Linear,)
+        if not isinstance(child, kinds):
+            return f"{name} is {'missing' if child is None else 'a ' + type(child).__name__}"
+    if any(value for name, value in vars(module.attn_drop).items() if name.endswith("_hooks")):
+        return "attn_drop has hooks, which see the probabilities"
+    heads, scale = getattr(module, "num_heads", None), getattr(module, "scale", None)
+    if not isinstance(heads, int) or not isinstance(scale, (int, float)):
+        return f"num_heads and scale are {heads} and {scale}"
+    C = module.proj.in_features
+    for name, times in linears.items():
+        linear = getattr(module, name)
+        if (linear.in_features, linear.out_features) != (C, times * C):
+            return f"{name} makes {linear.out_features} channels of {linear.in_features} where proj takes {C}"
+    if C % heads != 0 or C // heads > MAX_HEAD_DIM:
+        return f"{heads} heads of {C} channels: a head has at most {MAX_HEAD_DIM}"
+    return None
+
+
+def _has(module: nn.Module, *children: str) -> bool:
+    return all(name in module._modules for name in (*children, "proj"))
+
+
+def _arguments(module: nn.Module) -> int:
+    return len(inspect.signature(type(module).forward).parameters) - 1
+
+
+def _project(module: Any, attended: Tensor) -> Tensor:
+    return module.proj_drop(module.proj(attended))
+
+
+def _off(*values: Any) -> bool:
+    return all(value is None or value is False for value in values)
+
+
+def _tokens(linear: Any, *shape: int) -> Tensor:
+    """Random input [*shape, C] of a linear layer."""
+    weight = linear.weight
+    return torch.randn(*shape, linear.in_features, dtype=weight.dtype, device=weight.device)
+
+
+@register_twin
+class _Attention(Twin):
+    """timm's ViT, MixSTE, MHFormer: forward(x [B, N, C])."""
+
+    kind = "attention"
+
+    @classmethod
+    def fits(cls, module: Any) -> bool | str:
+        return _has(module, "qkv") and (_obstacle(module, 1, qkv=3) or True)
+
+    @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.qkv, 2, 5),)]
+
+    def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
+        if not _off(*more, *named.values()):
+            return super().forward(x, *more, **named)
+        return _project(self, Attention.attend(self, x))
+
+
+@register_twin
+class _FramesAttention(Twin):
+    """MotionAGFormer: forward(x [B, T, J, C]), over frames or joints as `mode` says."""
+
+    kind = "attention over frames or joints"
+
+    @classmethod
+    def fits(cls, module: Any) -> bool | str:
+        return _has(module, "qkv") and getattr(module, "mode", None) in _ALONG and (_obstacle(module, 1, qkv=3) or True)
+
+    @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.qkv, 2, 5, 3),)]
+
+    def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
+        if self.mode not in _ALONG or not _off(*more, *named.values()):
+            return super().forward(x, *more, **named)
+        return _project(self, Attention.attend(self, x, _ALONG[self.mode]))
+
+
+@register_twin
+class _SequenceAttention(Twin):
+    """MotionBERT: forward(x [B * T, J, C], seqlen = T), over frames or joints as `mode` says."""
+
+    kind = "attention over frames or joints"
+
+    @classmethod
+    def fits(cls, module: Any) -> bool | str:
+        if not _has(module, "qkv") or getattr(module, "mode", None) not in _ALONG:
+            return False
+        if "seqlen" not in inspect.signature(type(module).forward).parameters:
+            return False
+        return _obstacle(module, 2, qkv=3) or True
+
+    @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.qkv, 6, 5), 3), (_tokens(module.qkv, 2, 5),)]
+
+    def forward(self: Any, x: Tensor, seqlen: int = 1, *more: Any, **named: Any) -> Any:
+        if self.mode not in _ALONG or not _off(*more, *named.values()):
+            return super().forward(x, seqlen, *more, **named)
+        if self.mode == "spatial":
+            return _project(self, Attention.attend(self, x))
+        return _project(self, Attention.attend(self, x.unflatten(0, (-1, seqlen)), along=-3).flatten(0, 1))
+
+
+@register_twin
+class _CrossAttention(Twin):
+    """HoT and MHFormer: forward(x_1 [B, L, C], x_2 [B, M, C], x_3 [B, M, C])."""
+
+    kind = "cross-attention"
+    _keys_and_values = CrossAttention._keys_and_values
+
+    @classmethod
+    def fits(cls, module: Any) -> bool | str:
+        if not _has(module, "linear_q", "linear_k", "linear_v"):
+            return False
+        return _obstacle(module, 3, linear_q=1, linear_k=1, linear_v=1) or True
+
+    @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        x = _tokens(module.linear_q, 3, 5)
+        return [(x, _tokens(module.linear_q, 3, 5), _tokens(module.linear_q, 3, 5)), (x[:1].expand(3, -1, -1), x, x)]
+
+    def forward(self: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor, *more: Any, **named: Any) -> Any:
+        if not _off(*more, *named.values()):
+            return super().forward(x_1, x_2, x_3, *more, **named)
+        return _project(self, CrossAttention.attend(self, x_1, x_2, x_3))
+
+
+@register_twin
+class _TokenAttention(Twin):
+    """TCFormer's dynamic tokens: forward(q_dict, kv_dict), whose token_score is added to the logits of its keys."""
+
+    kind = "attention over tokens with scores"
+
+    @classmethod
+    def fits(cls, module: Any) -> bool | str:
+        return _has(module, "q", "kv") and _arguments(module) == 2 and (_obstacle(module, 2, q=1, kv=2) or True)
+
+    @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        query, keys = {"x": _tokens(module.q, 2, 5)}, {"x": _tokens(module.q, 2, 7)}
+        return [(query, keys), (query, {**keys, "token_score": torch.randn_like(keys["x"][..., :1])})]
+
+    def forward(self, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Tensor:
+        return _attend(self, q_dict["x"], kv_dict["x"], kv_dict.get("token_score"))
+
+
+@register_twin
+class _GridAttention(Twin):
+    """PVT's and TCFormer's tokens on a grid: forward(x [B, H * W, C], H, W)."""
+
+    kind = "attention over a grid"
+
+    @classmethod
+    def fits(cls, module: Any) -> bool | str:
+        return _has(module, "q", "kv") and _arguments(module) == 3 and (_obstacle(module, 3, q=1, kv=2) or True)
+
+    @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.q, 2, 6), 2, 3)]
+
+    def forward(self: Any, x: Tensor, H: int, W: int) -> Tensor:
+        return _attend(self, x, x, None)
+
+
+def _attend(module: Any, x: Tensor, keys: Tensor, score: Tensor | None) -> Tensor:
+    """Attention of x [B, N, C] to keys [B, M, C], with the projections q and kv and a score [B, M, 1] per key."""
+    query = module.q(x).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+    key, value = module.kv(keys).unflatten(-1, (2, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    out: Any = gathered_attention(
+        query,
+        key,
+        value,
+        key_bias=None if score is None else score.squeeze(-1),
+        scale=module.scale,
+        dropout_p=dropout_p(module.attn_drop),
+    )
+    return _project(module, out.transpose(1, 2).flatten(2))
