@@ -6,7 +6,7 @@ import importlib
 import sys
 
 COMMANDS = {
-    "demo": "keep 81 of 243 frames of a motion, bring the others back, and compare with the published code",
+    "demo": "keep 81 of 243 frames of a motion, attend, bring the others back, and compare with published code",
     "doctor": "versions, instruction sets, which extension loaded, which backend serves each op",
     "bench": "measure the ops on this machine, at shapes from published models or your own",
 }

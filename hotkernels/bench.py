@@ -237,7 +237,7 @@ def gathered_attention_workload(
     D = _head_dim("gathered_attention", C, heads)
     generator = torch.Generator().manual_seed(1)
     batch = torch.arange(B, device=device)[:, None]
-    what = f"{_sizes(shape)}, H{heads} D{D}"
+    what = f"{_sizes(shape)} H{heads} D{D}"
 
     def parts(qkv: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         qkv = qkv.unflatten(-1, (3, heads, D))
@@ -277,7 +277,7 @@ def gathered_attention_workload(
         index = ((index + torch.arange(N)[:, None]).clamp(0, N - 1) if local else index).to(device)
         inverse = invert_index(index, N, dims=2) if inverted else None
         args = (*args, index)
-        what += f", {k} {'local' if local else 'random'} keys per query" + (", inverted" if inverted else "")
+        what += f", k {k} {'local' if local else 'random'}" + (", inverted" if inverted else "")
     elif clusters < N:
         kept = torch.rand(B, N, generator=generator).argsort(1)[:, :clusters].sort(1).values
         args = (*args, kept.to(device))
@@ -301,7 +301,7 @@ def recovery_attention_workload(
     """
     B, F, J, C = shape
     D = _head_dim("recovery_attention", C, heads)
-    what = f"{_sizes((B, clusters, J, C))} -> {F}, H{heads}" + (", core" if core else "")
+    what = f"{_sizes((B, clusters, J, C))} -> {F} H{heads}" + (", core" if core else "")
     if core or backend is not None:
         args = (_tokens((heads, F, D), dtype, device), _tokens((B, clusters, J, 2 * C), dtype, device))
 
@@ -365,10 +365,12 @@ class Timing:
     rounds: int
 
 
-def interleaved(contenders: dict[str, Thunk], seconds: float = 1.0, least: int = 5) -> dict[str, Timing]:
+def interleaved(
+    contenders: dict[str, Thunk], seconds: float = 1.0, least: int = 5, tick: Callable[[], None] | None = None
+) -> dict[str, Timing]:
     """Time contenders in turns, each for about `seconds` and at least `least` rounds; short calls run in a row.
 
-    Every contender is called twice before its time counts.
+    Every contender is called twice before its time counts. `tick` is called after every round.
     """
     once = {}
     for name, thunk in contenders.items():
@@ -380,6 +382,8 @@ def interleaved(contenders: dict[str, Thunk], seconds: float = 1.0, least: int =
     for _ in range(rounds):
         for name, thunk in contenders.items():
             samples[name].append(_timed(thunk, repeats[name]))
+        if tick is not None:
+            tick()
     timings = {}
     for name, times in samples.items():
         lower, _, upper = statistics.quantiles(times, n=4)

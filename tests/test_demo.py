@@ -1,5 +1,6 @@
 """The demo: the generated motion, keypoint files good and bad, and the whole run at small sizes."""
 
+import importlib.util
 import io
 import json
 import pickle
@@ -10,20 +11,15 @@ import pytest
 import torch
 
 from hotkernels import demo
+from hotkernels.demo import frames, hourglass, measure
 from hotkernels.motion import JOINTS, PARENTS, generate_motion, load_keypoints, looks_like_pixels, normalise
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/cmu_01_01_17joints.npz"
-SMALL = ["--seconds", "3", "--frames", "60", "--keep", "20", "--channels", "32", "--rounds", "1"]
+SMALL = ["--seconds", "3", "--frames", "60", "--keep", "20", "--channels", "32", "--rounds", "2"]
 
 
 def poses(T=12, seed=0):
     return np.random.default_rng(seed).uniform(-1, 1, (T, 17, 2))
-
-
-@pytest.fixture
-def without_memory(monkeypatch):
-    """Spawning two processes takes seconds: one test does it."""
-    monkeypatch.setattr(demo, "measure_memory", lambda *call: None)
 
 
 # ---- The generated motion
@@ -160,6 +156,7 @@ def test_every_bad_file_gets_one_sentence(tmp_path, capsys):
         (["-k", "244"], "demo: -k must be in [1, --frames = 243], got 244"),
         (["--channels", "12"], "demo: --channels must be a multiple of 8, got 12"),
         (["--seconds", "nan"], "demo: --seconds must be in [0.1, 3600], got nan"),
+        (["--rounds", "1"], "demo: --rounds must be at least 2, got 1"),
         (["--seed", "-1"], "demo: --seed must be in [0, 9223372036854775807], got -1"),
     ],
 )
@@ -182,7 +179,7 @@ def test_poses_without_a_height(tmp_path, capsys):
     assert "demo: --keypoints must be poses with a height, got joints that all" in capsys.readouterr().err
 
 
-def test_somebody_who_does_not_move(tmp_path, without_memory):
+def test_somebody_who_does_not_move(tmp_path):
     np.savez(tmp_path / "a.npz", keypoints_2d=np.repeat(poses(1), 90, 0))
     assert demo.main(["--keypoints", str(tmp_path / "a.npz"), "--out", str(tmp_path), *SMALL]) == 0
     choices = json.loads((tmp_path / "demo.json").read_text())["choices"]
@@ -205,15 +202,15 @@ def test_pixels_and_normalised():
 # ---- The pieces
 
 
-@pytest.mark.parametrize(("frames", "window", "starts"), [(9, 9, [0]), (10, 4, [0, 4, 6]), (12, 4, [0, 4, 8])])
-def test_windows_cover_everything(frames, window, starts):
-    assert demo.window_starts(frames, window) == starts
-    assert {f for s in starts for f in range(s, s + window)} == set(range(frames))
+@pytest.mark.parametrize(("length", "window", "starts"), [(9, 9, [0]), (10, 4, [0, 4, 6]), (12, 4, [0, 4, 8])])
+def test_windows_cover_everything(length, window, starts):
+    assert frames.window_starts(length, window) == starts
+    assert {f for s in starts for f in range(s, s + window)} == set(range(length))
 
 
 def test_bringing_back_is_linear_and_clamped():
     xy = np.arange(10.0)[:, None, None] * np.ones((1, 17, 2))
-    back = demo.interpolate(xy, np.array([2, 5, 8]), 10)
+    back = frames.interpolate(xy, np.array([2, 5, 8]), 10)
     np.testing.assert_allclose(back[2:9], xy[2:9], atol=1e-12)
     assert (back[:2] == 2).all()
     assert (back[9:] == 8).all()
@@ -222,9 +219,9 @@ def test_bringing_back_is_linear_and_clamped():
 def test_bringing_back_overlapping_windows():
     xy = poses(10)
     everything = [torch.arange(4)] * 3
-    np.testing.assert_array_equal(demo.bring_back(xy, everything, [0, 4, 6], 4), xy)
+    np.testing.assert_array_equal(frames.bring_back(xy, everything, [0, 4, 6], 4), xy)
     nothing = [torch.arange(4), torch.arange(0), torch.arange(4)]
-    back = demo.bring_back(xy, nothing, [0, 4, 6], 4)
+    back = frames.bring_back(xy, nothing, [0, 4, 6], 4)
     assert np.isnan(back[4:8]).all()
     np.testing.assert_array_equal(back[8:], xy[8:])
 
@@ -232,17 +229,17 @@ def test_bringing_back_overlapping_windows():
 def test_uniform_and_random_choices_keep_to_valid_frames():
     valid = torch.ones(20, dtype=torch.bool)
     valid[[0, 7, 8]] = False
-    for kept in (demo.spread(valid, 6), demo.draw(valid, 6, torch.Generator())):
+    for kept in (frames.spread(valid, 6), frames.draw(valid, 6, torch.Generator())):
         assert len(set(kept.tolist())) == 6
         assert valid[kept].all()
         assert (kept.diff() > 0).all()
-    assert demo.spread(valid, 6)[[0, -1]].tolist() == [1, 19]
-    assert len(demo.spread(valid, 19)) == 17
+    assert frames.spread(valid, 6)[[0, -1]].tolist() == [1, 19]
+    assert len(frames.spread(valid, 19)) == 17
 
 
 def test_embedding_is_seeded_and_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
-    one, same, other = (demo.FrameEmbedding(16, seed)(torch.ones(2, 17, 2)) for seed in (0, 0, 1))
+    one, same, other = (frames.FrameEmbedding(16, seed)(torch.ones(2, 17, 2)) for seed in (0, 0, 1))
     assert torch.equal(state, torch.get_rng_state())
     assert one.shape == (2, 17, 16)
     assert torch.equal(one, same)
@@ -256,7 +253,7 @@ class Terminal(io.StringIO):
 
 def test_progress_shows_on_a_slow_terminal_only():
     for stream, waited, shown in ((Terminal(), 3, True), (Terminal(), 0, False), (io.StringIO(), 3, False)):
-        bar = demo.Progress(4, stream)
+        bar = measure.Progress(4, stream)
         bar.start -= waited
         bar.tick()
         assert ("25 %" in stream.getvalue()) == shown
@@ -264,13 +261,52 @@ def test_progress_shows_on_a_slow_terminal_only():
         assert stream.getvalue().endswith("\r") == shown
 
 
+# ---- The hourglass
+
+
+def hourglass_input(seed=0):
+    x = torch.randn(2, 30, 17, 32, generator=torch.Generator().manual_seed(seed))
+    return x, torch.stack([torch.arange(0, 30, 3), torch.arange(10)])
+
+
+def test_hourglasses_share_their_weights_and_answers():
+    x, index = hourglass_input()
+    eager, ours = hourglass.build(32, 30, 10, 2, seed=0)
+    eager.load_state_dict(ours.state_dict(), strict=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x, index), eager(x, index))
+        # Joints attend within a frame, frames within a joint: each stage is its own proof.
+        kept = eager.prune(x, index)
+        attended = eager.attend(kept)
+        torch.testing.assert_close(ours.prune(x, index), kept)
+        torch.testing.assert_close(ours.attend(kept), attended)
+        torch.testing.assert_close(ours.recover(attended), eager.recover(attended))
+        assert (ours(x, index) - ours(x, index.flip(0))).abs().max() > 0.01
+        assert (ours(x, index) - ours(x.roll(1, 0), index)).abs().max() > 0.01
+
+
+def test_the_comparison_sees_a_difference(monkeypatch):
+    x, index = hourglass_input()
+    same = hourglass.compare(x, index, 2, 0, 2, lambda: None)
+    assert same.difference < 1e-5
+    assert max(same.float64_error.eager, same.float64_error.hotkernels) < 1e-5
+    assert list(same.times_ms) == ["prune", "attend", "recover", "whole"]
+    assert same.times_ms["whole"].hotkernels > same.times_ms["recover"].hotkernels
+    recover = hourglass.Hourglass.recover
+    monkeypatch.setattr(hourglass.Hourglass, "recover", lambda self, x: recover(self, 1.1 * x))
+    monkeypatch.setattr(hourglass.HourglassEager, "recover", recover)
+    worse = hourglass.compare(x, index, 2, 0, 2, lambda: None)
+    assert worse.difference > 1e-3
+    assert worse.float64_error.hotkernels > 1e-3 > worse.float64_error.eager
+
+
 # ---- The whole run
 
 
-def test_demo_end_to_end(tmp_path, capsys, without_memory):
+def test_demo_end_to_end(tmp_path, capsys):
     assert demo.main([*SMALL, "--out", str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    for word in ("3 windows of 60 frames", "20 kept", "uniform", "random", "1 thread", "coverage", "not measured"):
+    for word in ("3 windows of 60 frames", "20 kept", "uniform", "random", "1 thread", "coverage", "hourglass"):
         assert word in told
     saved = json.loads((tmp_path / "demo.json").read_text())
     assert set(saved["choices"]) == {"eager", "hotkernels", "uniform", "random"}
@@ -279,24 +315,23 @@ def test_demo_end_to_end(tmp_path, capsys, without_memory):
     assert ours["score"] > 0.9 * eager["score"]
     assert ours["score"] > saved["choices"]["uniform"]["score"]
     assert saved["identical"] > 0.7
+    assert ours["best"] >= eager["best"] - 0.1
+    assert saved["hourglass"]["shape"] == [2, 60, 17, 32]
+    assert saved["hourglass"]["difference"] < 1e-5
+    if importlib.util.find_spec("matplotlib"):  # the picture needs the extra "plot"
+        assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_demo_draws(tmp_path, without_memory):
-    pytest.importorskip("matplotlib", reason="the picture needs the extra 'plot'")
-    assert demo.main([*SMALL, "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_demo_without_matplotlib(tmp_path, capsys, monkeypatch, without_memory):
+def test_demo_without_matplotlib(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    monkeypatch.delitem(__import__("sys").modules, "hotkernels.picture", raising=False)
+    monkeypatch.delitem(__import__("sys").modules, "hotkernels.demo.picture", raising=False)
     assert demo.main([*SMALL, "--out", str(tmp_path)]) == 0
     assert "no picture: " in capsys.readouterr().out
     assert not (tmp_path / "demo.png").exists()
     assert (tmp_path / "demo.json").exists()
 
 
-def test_demo_with_missing_frames_and_few_of_them(tmp_path, capsys, without_memory):
+def test_demo_with_missing_frames_and_few_of_them(tmp_path, capsys):
     xy = generate_motion(1, seconds=1).keypoints_2d
     xy[10:14] = np.nan
     xy[30, 5] = np.nan
@@ -308,7 +343,17 @@ def test_demo_with_missing_frames_and_few_of_them(tmp_path, capsys, without_memo
     assert "assumed: see --width" in told
     saved = json.loads((tmp_path / "demo.json").read_text())
     assert saved["missing_frames"] == 5
+    assert saved["skeleton_height"] == pytest.approx(np.nanmedian(np.ptp(xy[..., 1], axis=1)))
     assert all(np.isfinite(list(choice.values())).all() for choice in saved["choices"].values())
+
+
+def test_demo_with_fewer_whole_frames_than_are_kept(tmp_path, capsys):
+    xy = generate_motion(1, seconds=1.2).keypoints_2d
+    xy[15:] = np.nan
+    np.savez(tmp_path / "a.npz", keypoints_2d=xy)
+    assert demo.main(["--keypoints", str(tmp_path / "a.npz"), "--out", str(tmp_path), *SMALL]) == 0
+    assert "hourglass: not run" in capsys.readouterr().out
+    assert json.loads((tmp_path / "demo.json").read_text())["hourglass"] is None
 
 
 @pytest.mark.parametrize("who", ["eager", "hotkernels"])
@@ -316,24 +361,15 @@ def test_no_missing_frame_is_kept(who):
     x = torch.randn(2, 30, 8)
     valid = torch.ones(2, 30, dtype=torch.bool)
     valid[0, 5:28] = False
-    for kept, there in zip(demo._CHOOSERS[who](x, valid, 10, 2, torch.rand(2, 30) * 1e-6), valid, strict=True):
+    for kept, there in zip(frames.CHOOSERS[who](x, valid, 10, 2, torch.rand(2, 30) * 1e-6), valid, strict=True):
         assert there[kept].all()
         assert (kept.diff() > 0).all()
 
 
-def test_memory_sees_the_matrix_that_eager_needs():
-    B, N = 4, 512
-    memory = demo.measure_memory(torch.randn(B, N, 16), torch.ones(B, N, dtype=torch.bool), 64, 2, torch.rand(B, N))
-    if memory is None:
-        pytest.skip("this system has no /proc/self/clear_refs")
-    assert memory.eager_mib > 2 * B * N * N * 4 / 2**20
-    assert memory.hotkernels_mib < memory.eager_mib / 2
-
-
-def test_demo_on_a_captured_motion(tmp_path, capsys, without_memory):
+def test_demo_on_a_captured_motion(tmp_path, capsys):
     if not REAL.exists():
         pytest.skip(f"{REAL.name} is not beside this checkout")
-    argv = ["--keypoints", str(REAL), "--out", str(tmp_path), "--channels", "64", "--rounds", "1"]
+    argv = ["--keypoints", str(REAL), "--out", str(tmp_path), "--channels", "64", "--rounds", "2"]
     assert demo.main(argv) == 0
     assert "image of 1000 x 1000 (from the file)" in capsys.readouterr().out
     saved = json.loads((tmp_path / "demo.json").read_text())
@@ -341,3 +377,5 @@ def test_demo_on_a_captured_motion(tmp_path, capsys, without_memory):
     ours, eager = saved["choices"]["hotkernels"], saved["choices"]["eager"]
     assert ours["score"] > 0.99 * eager["score"]
     assert ours["coverage"] < 1.02 * eager["coverage"]
+    assert ours["best"] >= eager["best"]
+    assert saved["hourglass"]["difference"] < 1e-5

@@ -11,10 +11,11 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .motion import PARENTS, Array
+from ..motion import PARENTS, Array
+from .frames import Prepared, interpolate
 
 if TYPE_CHECKING:
-    from .demo import Prepared, Result
+    from .report import Result
 
 _INK, _FAINT, _OURS, _UNIFORM = "#22252b", "#8a8f98", "#c8432b", "#3b6fb6"
 _WIDTH, _POSES = 14.0, 3.0  # inches of the time line, and of the row of poses above it
@@ -31,8 +32,6 @@ def draw_choice(
     path: Path, r: Result, p: Prepared, chosen: dict[str, list[Tensor]], score: Tensor, fps: float | None
 ) -> None:
     """Draw the busiest window of a run into a file."""
-    from .demo import interpolate
-
     which = busiest_window(p)
     first, F = p.starts[which], p.x.shape[1]
     xy = p.xy[first : first + F]
