@@ -1,0 +1,529 @@
+"""What is particular to gathered_attention: lse, empty rows, reading in place, equal bits, dropout, raw operators."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import KINDS, attend, index_of, random_slots
+from cases import upcast
+from torch import Tensor
+from torch.autograd.gradcheck import gradcheck
+from torch.nn import functional as F  # noqa: N812
+
+from hotkernels import gathered_attention, invert_index
+from hotkernels.autograd import GatheredAttention
+from hotkernels.ops.gathered_attention.api import PackedAttention, packed_attention, unpack
+
+each_kind = pytest.mark.parametrize("kind", KINDS)
+only_cpp = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+on_every_cpp = pytest.mark.parametrize("backend", ["cpp-base", "cpp-avx2", "cpp-avx512"], indirect=True)
+
+
+def heads(*batch: int, H: int = 2, Nq: int = 17, Nk: int = 9, D: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (torch.randn(*batch, H, N, D) for N in (Nq, Nk, Nk))
+    return query, key, value
+
+
+def gradients(call: Callable[..., Any], *args: Tensor) -> tuple[Tensor, ...]:
+    """The output or outputs of a call, and the gradients of its arguments under random ones of the output."""
+    args = tuple(t.detach().requires_grad_() for t in args)
+    out = call(*args)
+    outs = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(0)
+    grad_outs = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outs]
+    return (*(o.detach() for o in outs), *torch.autograd.grad(outs, args, grad_outs))
+
+
+def assert_equal(ours: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> None:
+    for a, b in zip(ours, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_close(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], atol: float = 1e-5) -> None:
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=atol)
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("D", [8, 39, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_as_accurate_as_sdpa(backend: str, D: int, dtype: torch.dtype) -> None:
+    args = [t.to(dtype) for t in heads(2, Nq=117, Nk=81, D=D)]
+    ours = gradients(lambda *a: gathered_attention(*a, backend=backend), *args)
+    theirs = gradients(F.scaled_dot_product_attention, *args)
+    truth = gradients(lambda *a: attend(*a)[0], *upcast(args))
+    for i, (a, b, exact) in enumerate(zip(ours, theirs, truth, strict=True)):
+        allowed = (b.double() - exact).abs().max() * (2 if i == 0 else 3)
+        assert (a.double() - exact).abs().max() <= allowed
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_log_sum_exp_and_its_gradient(backend: str, kind: str, dtype: torch.dtype) -> None:
+    """With gradients of the output and of lse at once, then of lse alone."""
+    args = [t.to(dtype) for t in (*heads(2, Nq=63, Nk=39), torch.randn(2, 39))]
+    index = index_of(kind, (2,), 2, 63, 39, 13)
+
+    def ours(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
+        return gathered_attention(query, key, value, index, key_bias=key_bias, return_lse=True, backend=backend)
+
+    def truth(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(query, key, value, index, key_bias=key_bias)
+
+    out, lse, *grads = gradients(ours, *args)
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    half = dtype == torch.bfloat16
+    exact = gradients(truth, *upcast(args))
+    assert_close((lse,), exact[1:2])
+    assert_close((out, *grads), (exact[0], *exact[2:]), atol=0.05 if half else 2e-5)
+    query, key, value, key_bias = args
+    alone = gradients(lambda q, k, b: ours(q, k, value, b)[1], query, key, key_bias)
+    exact = gradients(lambda q, k, b: truth(q, k, value.double(), b)[1], *upcast([query, key, key_bias]))
+    assert_close(alone, exact, atol=0.05 if half else 2e-5)
+    assert alone[1].any()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (17, 1), (2, 1, 1), (2, 1, 17, 1), (1, 1, 1, 1), (2, 2, 1, 1)])
+@pytest.mark.parametrize("kind", ["dense", "set", "query", "head"])
+def test_a_bias_of_the_whole_row_changes_nothing(backend: str, kind: str, shape: tuple[int, ...]) -> None:
+    query, key, value = heads(2)
+    index, bias = index_of(kind, (2,), 2, 17, 9, 5), torch.randn(shape)
+    out, grad = gradients(lambda b: gathered_attention(query, key, value, index, bias=b, backend=backend), bias)
+    torch.testing.assert_close(out, gathered_attention(query, key, value, index, backend=backend))
+    assert grad.shape == shape
+    torch.testing.assert_close(grad, torch.zeros(shape), rtol=0, atol=2e-5)
+
+
+@each_kind
+def test_one_key_is_its_value(backend: str, kind: str) -> None:
+    query, key, value = heads(2, Nk=1)
+    index = None if kind == "dense" else index_of(kind, (2,), 2, 17, 1, 1, absent=0.0)
+    out, grad_query, grad_key, grad_value = gradients(
+        lambda *a: gathered_attention(*a, index, backend=backend), query, key, value
+    )
+    assert torch.equal(out, value.expand_as(out))
+    assert_close((grad_query, grad_key), (torch.zeros_like(query), torch.zeros_like(key)), atol=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    assert_close((grad_value,), (torch.randn(out.shape, generator=generator).sum(-2, keepdim=True),))
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_with_nothing_to_attend_to(backend: str, kind: str, dtype: torch.dtype) -> None:
+    """Of absent slots, of masked keys and of both: 0, lse -inf, no gradient; other rows do not notice."""
+    args = [t.to(dtype) for t in (*heads(3, Nq=63, Nk=40), torch.randn(3, 40))]
+    index = index_of(kind, (3,), 2, 63, 40, 20, absent=0.0)
+    args[3][0] = -torch.inf
+    if kind == "set":
+        index[1] = -1
+    elif index is not None:
+        index[1, ..., ::2, :] = -1
+    empty = torch.zeros(3, 63, dtype=torch.bool)
+    empty[0] = True
+    if kind != "dense":
+        empty[1, :: 1 if kind == "set" else 2] = True
+
+    def call(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
+        return gathered_attention(query, key, value, index, key_bias=key_bias, return_lse=True, backend=backend)
+
+    out, lse, grad_query, *grads = gradients(call, *args)
+    empty = empty[:, None].expand(-1, 2, -1)
+    assert not out[empty].any()
+    assert (lse[empty] == -torch.inf).all()
+    assert not grad_query[empty].any()
+    for grad in grads:
+        assert not grad[0].any()
+        assert grad.isfinite().all()
+    assert out[~empty].any(-1).all()
+    assert lse[~empty].isfinite().all()
+    exact = gradients(lambda *a: attend(*a[:3], index, key_bias=a[3])[0], *upcast(args))
+    only_out = gradients(lambda *a: call(*a)[0], *args)
+    assert_close(only_out, exact, atol=0.05 if dtype == torch.float16 else 2e-5)
+
+
+@each_kind
+def test_large_logits(backend: str, kind: str) -> None:
+    """Far beyond what exp can take."""
+    query, key, value = heads(2, Nq=63, Nk=1000)
+    query = query * 300
+    index = index_of(kind, (2,), 2, 63, 1000, 700)
+    ours = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
+    exact = gradients(lambda *a: attend(*a, index)[0], *upcast([query, key, value]))
+    for a, c in zip(ours, exact, strict=True):  # logits near 1000 are known to 6e-5, and so is what follows from them
+        assert a.isfinite().all()
+        assert (a.double() - c).abs().max() <= 3e-3 * c.abs().max()
+
+
+@pytest.mark.parametrize("rising", [True, False])
+@each_kind
+def test_running_maximum(backend: str, kind: str, rising: bool) -> None:
+    """1000 keys whose logits rise (every block of keys brings a new maximum) or fall by 60 from first to last."""
+    query, key, value = torch.ones(1, 1, 49, 8), torch.randn(1, 1, 1000, 8), torch.randn(1, 1, 1000, 8)
+    key = key * 0.1 + torch.linspace(0, 60, 1000)[:, None] * 8**-0.5 * (1 if rising else -1)
+    index = None if kind == "dense" else torch.arange(1000).expand(*index_of(kind, (1,), 1, 49, 9, 1).shape[:-1], -1)
+    ours = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
+    exact = gradients(lambda *a: attend(*a, index)[0], *upcast([query, key, value]))
+    assert_close(ours, exact, atol=2e-5)
+
+
+@each_kind
+def test_what_is_not_a_number_stays_where_it_is(backend: str, kind: str) -> None:
+    """A query that is NaN spoils its own row; a key or value outside the index, or under -1, nothing at all."""
+    query, key, value = heads(2, Nq=63, Nk=40)
+    index = index_of(kind, (2,), 2, 63, 39, 20)  # never the last key
+    clean, *clean_grads = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
+    if index is not None:
+        for poison in (torch.nan, torch.inf):
+            k, v = key.clone(), value.clone()
+            k[:, :, 39], v[:, :, 39] = poison, poison
+            out, *grads = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, k, v)
+            assert_equal((out, *grads), (clean, *clean_grads))
+    spoilt = query.clone()
+    spoilt[1, 0, 50, 3] = torch.nan
+    out = gathered_attention(spoilt, key, value, index, backend=backend)
+    assert out[1, 0, 50].isnan().all()
+    out[1, 0, 50] = clean[1, 0, 50]
+    assert_equal((out,), (clean,))
+
+
+@each_kind
+def test_scale(backend: str, kind: str) -> None:
+    args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)
+    for scale in (0.0, 1, -0.3, 2.5):
+        ours = gradients(lambda *a, s=scale: gathered_attention(*a, index, scale=s, backend=backend), *args)
+        assert_close(ours, gradients(lambda *a, s=scale: attend(*a, index, scale=s)[0], *upcast(args)), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dense", "set", "query", "head"])
+@pytest.mark.parametrize("batch", [(2,), (1, 2)])
+def test_gradcheck(backend: str, kind: str, batch: tuple[int, ...]) -> None:
+    """Every argument, against differences, through the output and through lse."""
+    slots = {"dense": 5}.get(kind, 4)
+    args = [t.double().requires_grad_() for t in heads(*batch, Nq=3, Nk=5, D=3)]
+    args += [torch.randn(2, 3, slots).double().requires_grad_(), torch.randn(*batch, 5).double().requires_grad_()]
+    index = index_of(kind, batch, 2, 3, 5, slots)
+
+    def call(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = gathered_attention(
+            query, key, value, index, bias=bias, key_bias=key_bias, return_lse=True, backend=backend
+        )
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+    assert gradcheck(call, args, nondet_tol=0.0)
+
+
+# ---- layouts and sizes -----------------------------------------------------------------------------------------------
+
+
+@only_cpp
+@each_kind
+def test_heads_are_merged_by_a_view(backend: str, kind: str) -> None:
+    for batch in ((2,), (2, 3)):
+        query, key, value = heads(*batch)
+        out = gathered_attention(query, key, value, index_of(kind, batch, 2, 17, 9, 5), backend=backend)
+        merged = out.transpose(-3, -2).flatten(-2)
+        assert merged.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+        merged = merged if len(batch) == 1 else merged.transpose(1, 2)
+        assert merged.is_contiguous()  # [B, N, C], and [B, N, J, C]
+
+
+@only_cpp
+@pytest.mark.parametrize("kind", ["dense", "set", "query"])
+def test_views_are_read_in_place(backend: str, kind: str) -> None:
+    """The call allocates its answer and little else, not copies of its arguments."""
+    qkv = torch.randn(16, 243, 3, 4, 32).permute(2, 0, 3, 1, 4)
+    frames = torch.randn(3, 4, 243, 4, 4 * 32).unflatten(-1, (4, 32)).permute(0, 1, 3, 4, 2, 5)
+    for query, key, value in (qkv, frames):
+        index = index_of(kind, query.shape[:-3], 4, 243, 243, 9)
+        gathered_attention(query, key, value, index, backend=backend)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            out = gathered_attention(query, key, value, index, backend=backend)
+        asked = sum(max(e.self_cpu_memory_usage, 0) for e in profile.events() if e.name == "aten::empty")
+        copies = [e.name for e in profile.events() if e.name in ("aten::copy_", "aten::clone", "aten::contiguous")]
+        small = 0 if index is None else index.numel() * 8
+        assert asked <= 1.6 * out.numel() * 4 + small + 500_000
+        assert "aten::clone" not in copies
+
+
+@pytest.mark.parametrize("count", [70_000, 300_000])
+@pytest.mark.parametrize("kind", ["dense", "set", "query"])
+def test_many_sequences(backend: str, kind: str, count: int) -> None:
+    query, key, value = heads(count, H=1, Nq=2, Nk=2, D=8)
+    index = index_of(kind, (count,), 1, 2, 2, 2)
+    ours = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
+    some = torch.cat([torch.arange(9), torch.arange(count - 9, count), torch.randint(count, (99,))])
+    parts = gradients(
+        lambda *a: attend(*a, None if index is None else index[some])[0],
+        *upcast([query[some], key[some], value[some]]),
+    )
+    assert_close((ours[0][some],), (parts[0],))
+    grad_out = torch.randn(ours[0].shape, generator=torch.Generator().manual_seed(0))[some].double()
+    leaves = [t[some].double().requires_grad_() for t in (query, key, value)]
+    out = attend(*leaves, None if index is None else index[some])[0]
+    assert_close(tuple(g[some] for g in ours[1:]), torch.autograd.grad(out, leaves, grad_out))
+
+
+# ---- the same bits every time ----------------------------------------------------------------------------------------
+
+
+@on_every_cpp
+@each_kind
+def test_same_bits_for_any_threads_and_batch(backend: str, kind: str, threads: None) -> None:
+    """A sample's answer and gradients depend on nothing but the sample; the sums over the batch on no thread count."""
+    args = (*heads(5, 3, Nq=63, Nk=39), torch.randn(2, 63, 39 if kind == "dense" else 9), torch.randn(5, 3, 39))
+    index = index_of(kind, (5, 3), 2, 63, 39, 9)
+
+    def call(some: slice) -> Callable[..., Any]:
+        return lambda q, k, v, bias, key_bias: gathered_attention(
+            q,
+            k,
+            v,
+            None if index is None else index[some],
+            bias=bias,
+            key_bias=key_bias,
+            return_lse=True,
+            backend=backend,
+        )
+
+    answers = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        answers.append(gradients(call(slice(None)), *args))
+    assert_equal(answers[1], answers[0])
+    assert_equal(answers[2], answers[0])
+    some = slice(3, 4)
+    out, lse = call(some)(*(t[some] for t in args[:3]), args[3], args[4][some])
+    assert_equal((out, lse), tuple(t[some] for t in answers[0][:2]))
+
+
+@each_kind
+def test_an_inverted_index_changes_no_bit(backend: str, kind: str) -> None:
+    for batch in ((2,), (2, 3)):
+        args, index = heads(*batch), index_of(kind, batch, 2, 17, 9, 5)
+        if index is None:
+            continue
+        inverted = invert_index(index, 9, dims=1 if kind == "set" else 2)
+        plain = gradients(lambda *a, i=index: gathered_attention(*a, i, backend=backend), *args)
+        assert_equal(gradients(lambda *a, i=inverted: gathered_attention(*a, i, backend=backend), *args), plain)
+        assert_equal(gradients(lambda *a, i=index: gathered_attention(*a, i.int(), backend=backend), *args), plain)
+
+
+@only_cpp
+def test_an_inverse_of_something_else_is_refused(backend: str) -> None:
+    args = [t.requires_grad_() for t in heads(2)]
+    index, other = random_slots((2, 5), 9, 0.0), random_slots((2, 5), 9, 0.0)
+    right = invert_index(index, 9)
+    for wrong in (
+        right._replace(slots=right.slots + 1),
+        right._replace(slots=right.slots - 9),
+        right._replace(start=right.start + 1),
+        right._replace(start=right.start - 1),
+        right._replace(start=right.start[:, :-1].contiguous()),
+        right._replace(slots=right.slots.int()),
+        right._replace(slots=right.slots[:1]),
+        right._replace(index=other),
+        right._replace(index=torch.full_like(other, -1)),
+        invert_index(torch.cat([index, index], -1), 9)._replace(index=index),
+    ):
+        out = gathered_attention(*args, wrong, backend=backend)
+        with pytest.raises(ValueError, match=r"^gathered_attention: start and slots must be .+, got .+"):
+            out.sum().backward()
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_is_seeded_unbiased_and_on_the_torch_backend() -> None:
+    args, index = [t.expand(4000, -1, -1, -1) for t in heads(1, Nq=5)], random_slots((1, 7), 9)
+
+    def draw(seed: int, p: float = 0.3, backend: str | None = None) -> Tensor:
+        torch.manual_seed(seed)
+        return gathered_attention(*args, index, dropout_p=p, backend=backend)
+
+    assert torch.equal(draw(1), draw(1, backend="torch"))
+    assert not torch.equal(draw(1), draw(2))
+    exact = gathered_attention(*args, index)[0]
+    assert (draw(1).mean(0) - exact).abs().mean() < 0.02
+    with pytest.raises(ValueError, match=r"^gathered_attention: backend must be .+, got 'cpp' \(it has no dropout"):
+        draw(1, backend="cpp")
+    assert torch.equal(draw(1, 0.0, "torch"), draw(2, 0.0, "torch"))
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [1, 5, 6])
+def test_a_wrong_index_is_told_what_each_rank_means(backend: str, dims: int) -> None:
+    with pytest.raises(
+        ValueError, match=r"\[B, M\] \(one set of keys per sample\).+\(per query\).+\(per head and query\)"
+    ):
+        gathered_attention(*heads(1), torch.zeros([1] * dims, dtype=torch.int64), backend=backend)
+
+
+@pytest.mark.parametrize("wrong", [9, -2, 1 << 40])
+@pytest.mark.parametrize("kind", ["set", "query", "head"])
+def test_nothing_is_read_before_the_index_is_checked(backend: str, kind: str, wrong: int) -> None:
+    """One wrong entry anywhere is an error, with the value in it."""
+    args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)
+    index.view(-1)[-1] = wrong
+    with pytest.raises(ValueError, match=rf"^gathered_attention: index must be -1 or in \[0, 9\), got {wrong}$"):
+        gathered_attention(*args, index, backend=backend)
+
+
+# ---- raw operators ---------------------------------------------------------------------------------------------------
+
+
+@only_cpp
+@each_kind
+def test_the_function_to_build_on(backend: str, kind: str) -> None:
+    args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)
+    out, lse = GatheredAttention.apply(*args, index, None, None, None, None, 0.25)
+    assert_equal((out, lse), gathered_attention(*args, index, scale=0.25, return_lse=True, backend=backend))
+
+
+def _shapes(draw: random.Random) -> dict[str, Any]:
+    """Arguments of a raw call that fit together, then some of them changed."""
+    batch = [draw.choice([0, 1, 2]) for _ in range(draw.choice([1, 1, 2]))]
+    H, Nq, Nk, D, S = draw.choice([1, 2]), draw.choice([1, 3]), draw.choice([1, 4]), draw.choice([1, 5, 8]), 3
+    dtype = draw.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    kind = draw.choice(KINDS)
+    B = batch[0]
+    sizes = {"dense": None, "set": [B, S], "query": [*batch, Nq, S], "head": [*batch, H, Nq, S]}[kind]
+    slots = Nk if kind == "dense" else S
+    args: dict[str, Any] = {
+        "query": torch.randn(*batch, H, Nq, D).to(dtype),
+        "key": torch.randn(*batch, H, Nk, D).to(dtype),
+        "value": torch.randn(*batch, H, Nk, D).to(dtype),
+        "index": None if sizes is None else torch.randint(-1, Nk, sizes),
+        "bias": draw.choice([None, torch.randn(*batch, H, Nq, slots).to(compute)]),
+        "key_bias": draw.choice([None, torch.randn(*batch, Nk).to(compute)]),
+    }
+    out = torch.randn(*batch, H, Nq, D).to(dtype)
+    args["grad_out"], args["out"] = torch.randn_like(out), out
+    args["lse"] = torch.randn(*batch, H, Nq).to(compute)
+    args["grad_lse"] = draw.choice([None, torch.randn(*batch, H, Nq).to(compute)])
+    args["start"] = args["slots"] = None
+    if sizes is not None:
+        rows = args["index"] if kind == "set" else args["index"].flatten(-2)
+        args["start"], args["slots"] = torch.ops.hotkernels.invert_index(rows, Nk)
+    for _ in range(draw.choice([0, 1, 1, 2])):
+        name = draw.choice([name for name, value in args.items() if value is not None])
+        args[name] = _changed(draw, args[name])
+    return args
+
+
+def _changed(draw: random.Random, t: Tensor) -> Tensor | None:
+    dim = draw.randrange(t.dim()) if t.dim() else 0
+    changes: list[Callable[[], Tensor | None]] = [
+        lambda: None,
+        lambda: t[None],
+        lambda: t.to(draw.choice([torch.float32, torch.float16, torch.int64, torch.int32, torch.bool])),
+        lambda: t.to("meta"),
+        lambda: t.new_empty(0),
+        lambda: t.new_zeros(()),
+    ]
+    if t.dim():
+        changes += [
+            lambda: t.select(dim, 0) if t.shape[dim] else t,
+            lambda: t.narrow(dim, 0, max(t.shape[dim] - 1, 0)),
+            lambda: torch.cat([t, t], dim),
+            lambda: t.transpose(0, -1),
+            lambda: t.narrow(dim, 0, min(1, t.shape[dim])),
+            lambda: torch.stack([t, t], -1)[..., 0],
+        ]
+    if not t.is_floating_point():
+        changes += [lambda: t + 1, lambda: t - 1, lambda: t + (1 << 40), lambda: torch.full_like(t, 1 << 62)]
+    return draw.choice(changes)()
+
+
+@only_cpp
+def test_raw_operators_never_read_what_is_not_theirs(backend: str) -> None:
+    """Wrong shapes, dtypes, strides and indices: an exception, or the answer that the definition gives."""
+    draw = random.Random(0)
+    ops = torch.ops.hotkernels
+    refusals = (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        IndexError,
+        AttributeError,
+    )  # the last two of fake kernels, on meta
+    answered = refused = 0
+    for _ in range(2500):
+        a = _shapes(draw)
+        q, k, v, index, bias, key_bias = (a[n] for n in ("query", "key", "value", "index", "bias", "key_bias"))
+        try:
+            out, lse = ops.gathered_attention_fwd(q, k, v, index, bias, key_bias, 0.3)
+        except refusals:
+            refused += 1
+        else:
+            if not any(t is not None and t.is_meta for t in (q, k, v, index, bias, key_bias)):
+                exact = attend(*upcast([q, k, v]), index, bias=upcast(bias), key_bias=upcast(key_bias), scale=0.3)
+                half = out.element_size() == 2
+                torch.testing.assert_close(out.double(), exact[0], rtol=1e-5, atol=0.03 if half else 1e-5)
+                torch.testing.assert_close(lse.double(), exact[1], rtol=1e-5, atol=1e-4)
+                answered += 1
+        gradient_of = (a["grad_out"], a["grad_lse"], q, k, v, a["out"], a["lse"])
+        needs = draw.random() < 0.5, draw.random() < 0.5
+        for call in (
+            lambda g=gradient_of, i=index, a=a, needs=needs: ops.gathered_attention_bwd(
+                *g, i, a["start"], a["slots"], a["bias"], a["key_bias"], 0.3, *needs
+            ),
+            lambda g=gradient_of: ops.gathered_attention_packed_bwd(g[0], *g[2:], 0.3),
+        ):
+            try:
+                call()
+                answered += 1
+            except refusals:
+                refused += 1
+    assert answered > 500
+    assert refused > 500
+
+
+# ---- packed ----------------------------------------------------------------------------------------------------------
+
+
+@on_every_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 17, 3, 2, 16), (2, 63, 3, 2, 39), (2, 63, 5, 3, 2, 8), (0, 5, 3, 1, 8)])
+def test_one_projection_in_one_piece(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """packed_attention gives the bits of gathered_attention on the three views, and one gradient."""
+    qkv = torch.randn(shape).to(dtype)
+    out, grad = gradients(lambda x: packed_attention(x, 0.3), qkv)
+    plain, *grads = gradients(lambda *a: gathered_attention(*a, scale=0.3, backend=backend), *unpack(qkv))
+    assert_equal((out,), (plain,))
+    assert_equal(unpack(grad), tuple(grads))
+    assert grad.is_contiguous()
+    assert_equal((PackedAttention.apply(qkv, 0.3),), (out,))
+
+
+def test_packed_dropout_is_on_the_torch_backend() -> None:
+    qkv = torch.randn(2, 9, 3, 2, 8)
+    torch.manual_seed(3)
+    out = packed_attention(qkv, 0.3, 0.4)
+    torch.manual_seed(3)
+    assert torch.equal(out, gathered_attention(*unpack(qkv), scale=0.3, dropout_p=0.4))
+    assert not torch.equal(out, packed_attention(qkv, 0.3))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@only_cpp
+@pytest.mark.parametrize("kind", ["dense", "set", "query"])
+def test_no_matrix_of_logits_is_kept(backend: str, kind: str) -> None:
+    """What forward saves for backward grows with Nq + Nk, not with Nq * Nk."""
+    saved: list[Tensor] = []
+    args = [t.requires_grad_() for t in heads(1, H=1, Nq=1000, Nk=1000, D=8)]
+    index = index_of(kind, (1,), 1, 1000, 1000, 5)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        gathered_attention(*args, index, backend=backend)
+    assert saved
+    assert sum(t.numel() for t in saved) < 40_000

@@ -1,0 +1,296 @@
+"""The drop-in modules against the published ones: parameters, answers, gradients, dropout, autocast, compilation."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hotkernels import gather_tokens
+from hotkernels.baselines import AttentionEager, CrossAttentionEager, TokenRecoveryEager
+from hotkernels.nn import Attention, CrossAttention, TokenPruning, TokenRecovery
+
+OPTIONS: list[dict[str, Any]] = [{}, {"qkv_bias": True}, {"qkv_bias": True, "qk_scale": 0.4}, {"num_heads": 2}]
+each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
+
+
+def pair(ours: type[nn.Module], eager: type[nn.Module], *args: int, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """Our module and the published one with the same parameters, none of them zero."""
+    a, b = ours(*args, **options), eager(*args, **options)
+    for parameter in b.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    a.load_state_dict(b.state_dict(), strict=True)
+    b.load_state_dict(a.state_dict(), strict=True)
+    assert [(n, p.shape) for n, p in a.named_parameters()] == [(n, p.shape) for n, p in b.named_parameters()]
+    return a, b
+
+
+def answers(module: nn.Module, call: Any, inputs: list[Tensor]) -> list[Tensor]:
+    """The output, and the gradients of the inputs and of every parameter."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = call(module, *inputs)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [*inputs, *module.parameters()], grad_out)]
+
+
+def assert_as_published(
+    ours: nn.Module, eager: nn.Module, call: Any, inputs: list[Tensor], published: Any = None
+) -> None:
+    """Error against float64: at most 2x the published module's (forward), 3x (gradients), beside some roundings."""
+    published = published or call
+    mine, low = answers(ours, call, inputs), answers(eager, published, inputs)
+    exact = answers(copy.deepcopy(eager).double(), published, [x.double() for x in inputs])
+    for i, (a, b, c) in enumerate(zip(mine, low, exact, strict=True)):
+        assert a.shape == c.shape
+        assert a.dtype == b.dtype
+        error, allowed = (a.double() - c).abs().max(), (b.double() - c).abs().max()
+        floor = 8 * torch.finfo(torch.float32).eps * max(c.abs().max(), 1.0)
+        assert error <= (2 if i == 0 else 3) * allowed + floor, (i, error, allowed)
+
+
+@each_option
+@pytest.mark.parametrize("shape", [(3, 17, 32), (2, 243, 64), (1, 1, 32)])
+def test_attention(options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    ours, eager = pair(Attention, AttentionEager, shape[-1], **options)
+    assert_as_published(ours, eager, lambda m, x: m(x), [torch.randn(shape)])
+
+
+@each_option
+def test_attention_along_joints_and_along_frames(options: dict[str, Any]) -> None:
+    ours, eager = pair(Attention, AttentionEager, 32, **options)
+    x = torch.randn(2, 27, 5, 32)
+    assert_as_published(ours, eager, lambda m, x: m(x), [x], lambda m, x: m(x.flatten(0, 1)).view(x.shape))
+    assert_as_published(
+        ours,
+        eager,
+        lambda m, x: m(x, along=-3),
+        [x],
+        lambda m, x: m(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 5)).transpose(1, 2),
+    )
+    assert ours(x, along=-3).is_contiguous()
+    assert ours(x[:0]).shape == (0, 27, 5, 32)
+
+
+@each_option
+@pytest.mark.parametrize("same", [True, False])
+def test_cross_attention(options: dict[str, Any], same: bool) -> None:
+    ours, eager = pair(CrossAttention, CrossAttentionEager, 32, **options)
+    x_1, x_2, x_3 = torch.randn(3, 27, 32), torch.randn(3, 9, 32), torch.randn(3, 9, 32)
+    if same:
+        assert_as_published(ours, eager, lambda m, q, x: m(q, x, x), [x_1, x_2])
+    else:
+        assert_as_published(ours, eager, lambda m, q, x, y: m(q, x, y), [x_1, x_2, x_3])
+
+
+@each_option
+def test_a_query_that_is_the_same_for_the_whole_batch(options: dict[str, Any]) -> None:
+    """Expanded, repeated or of batch 1: the same answer and gradients."""
+    ours, eager = pair(CrossAttention, CrossAttentionEager, 32, **options)
+    token, x = torch.randn(1, 27, 32), torch.randn(3, 9, 32)
+
+    def repeated(m: nn.Module, token: Tensor, x: Tensor) -> Tensor:
+        return m(token.repeat(3, 1, 1), x, x)
+
+    assert_as_published(ours, eager, lambda m, t, x: m(t.expand(3, -1, -1), x, x), [token, x], repeated)
+    assert_as_published(ours, eager, lambda m, t, x: m(t, x, x), [token, x], repeated)
+    assert_as_published(ours, eager, repeated, [token, x])
+
+
+@each_option
+@pytest.mark.parametrize(("B", "M", "J", "L"), [(2, 9, 5, 27), (1, 81, 3, 243), (1, 1, 1, 1), (3, 13, 17, 39)])
+def test_token_recovery(options: dict[str, Any], B: int, M: int, J: int, L: int) -> None:
+    ours, eager = pair(TokenRecovery, TokenRecoveryEager, 32, L, **options)
+    x = torch.randn(B, M, J, 32)
+    assert_as_published(ours, eager, lambda m, x: m(x), [x])
+    assert_as_published(ours, eager, lambda m, x: m(x), [torch.randn(B, J, M, 32).transpose(1, 2)])
+    out = ours(x)
+    assert out.shape == (B, L, J, 32)
+    assert out.is_contiguous()
+    assert ours(x[:0]).shape == (0, L, J, 32)
+
+
+# ---- half types ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("ours", "eager", "args", "shape"),
+    [
+        (Attention, AttentionEager, (32,), (3, 17, 32)),
+        (TokenRecovery, TokenRecoveryEager, (32, 27), (2, 9, 5, 32)),
+    ],
+)
+def test_autocast(ours: Any, eager: Any, args: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The dtype of the published module, and values as near to the truth; gradients arrive in float32."""
+    a, b = pair(ours, eager, *args, qkv_bias=True)
+    x = torch.randn(shape)
+
+    def call(m: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=x.dtype == torch.float32):
+            return m(x)
+
+    mine, low = answers(a, call, [x]), answers(b, call, [x])
+    exact = answers(copy.deepcopy(b).double(), call, [x.double()])
+    for one, other, truth in zip(mine, low, exact, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - truth).norm() <= 2 * (other - truth).norm() + 1e-6 * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_modules_in_half(dtype: torch.dtype) -> None:
+    for ours, eager, args, shape in (
+        (Attention, AttentionEager, (32,), (3, 17, 32)),
+        (TokenRecovery, TokenRecoveryEager, (32, 27), (2, 9, 5, 32)),
+    ):
+        a, b = pair(ours, eager, *args, qkv_bias=True)
+        a, b, x = a.to(dtype), b.to(dtype), torch.randn(shape).to(dtype)
+        out, low, truth = a(x), b(x), copy.deepcopy(b).double()(x.double())
+        assert out.dtype == dtype
+        assert (out - truth).norm() <= 2 * (low - truth).norm()
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["attn_drop", "proj_drop"])
+def test_dropout_in_training_and_not_in_evaluation(which: str) -> None:
+    for ours, eager, args, shape in (
+        (Attention, AttentionEager, (16,), (2, 5, 16)),
+        (TokenRecovery, TokenRecoveryEager, (16, 7), (2, 3, 2, 16)),
+    ):
+        a, b = pair(ours, eager, *args, **{which: 0.4})
+        x = torch.randn(shape)
+        plain = a.eval()(x)
+        torch.testing.assert_close(plain, b.eval()(x))
+        a.train()
+        assert not torch.equal(a(x), a(x))
+        torch.manual_seed(1)
+        one = a(x)
+        torch.manual_seed(1)
+        assert torch.equal(a(x), one)
+        with torch.no_grad():
+            mean = torch.stack([a(x) for _ in range(1500)]).mean(0)
+        assert (mean - plain).abs().mean() < 0.05 * plain.abs().mean()
+        a.eval()
+        assert torch.equal(a(x), plain)
+
+
+# ---- pruning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_token_pruning(center: bool) -> None:
+    """Frames in temporal order, the centre among them when asked; a given index is used as it is."""
+    module = TokenPruning(8, 9, center=center)
+    nn.init.normal_(module.pos_embed_token)
+    assert module.pos_embed_token.shape == (1, 9, 8)
+    x = torch.randn(4, 27, 5, 8, requires_grad=True)
+    pruned, index = module(x)
+    assert index.shape == (4, 9)
+    assert (index.diff() > 0).all()
+    if center:
+        assert (index == 13).any(-1).all()
+    expected = gather_tokens(x, index) + module.pos_embed_token[:, :, None]
+    torch.testing.assert_close(pruned, expected, rtol=0, atol=0)
+    grad_out = torch.randn_like(pruned)
+    grads = torch.autograd.grad(pruned, (x, module.pos_embed_token), grad_out)
+    for a, b in zip(grads, torch.autograd.grad(expected, (x, module.pos_embed_token), grad_out), strict=True):
+        torch.testing.assert_close(a, b)
+    assert (grads[0].flatten(2).any(-1).sum(-1) == 9).all()
+    flipped, again = module(x.flip(-1), index)
+    assert torch.equal(again, index)
+    torch.testing.assert_close(flipped, gather_tokens(x.flip(-1), index) + module.pos_embed_token[:, :, None])
+
+
+def test_the_choice_is_the_same_every_time() -> None:
+    x = torch.randn(2, 27, 5, 8)
+    index = TokenPruning(8, 9)(x)[1]
+    assert torch.equal(TokenPruning(8, 9)(x)[1], index)
+    assert torch.equal(TokenPruning(8, 9)(x[1:])[1], index[1:])
+
+
+# ---- the whole hourglass ---------------------------------------------------------------------------------------------
+
+
+class Hourglass(nn.Module):
+    """Prune, attend over the kept frames of each joint, recover."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prune = TokenPruning(16, 9, center=True)
+        self.attend = Attention(16, num_heads=2, qkv_bias=True)
+        self.recover = TokenRecovery(16, 27, num_heads=2, qkv_bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.prune(x)
+        return self.recover(x + self.attend(x, along=-3))
+
+
+def hourglass() -> Hourglass:
+    module = Hourglass()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return module
+
+
+def test_copies() -> None:
+    module, x = hourglass(), torch.randn(2, 27, 5, 16)
+    out = module(x)
+    assert torch.equal(copy.deepcopy(module)(x), out)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), out)
+
+
+def test_compiles_without_graph_breaks() -> None:
+    module, x = hourglass(), torch.randn(2, 27, 5, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for ours, plain in zip(
+        answers(module, lambda m, x: compiled(x), [x]), answers(module, lambda m, x: m(x), [x]), strict=True
+    ):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_exports() -> None:
+    module, x = hourglass().eval(), torch.randn(2, 27, 5, 16)
+    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), module(x))
+
+
+def test_training_reduces_a_loss() -> None:
+    module, x = hourglass(), torch.randn(2, 27, 5, 16)
+    optimizer = torch.optim.Adam(module.parameters(), 0.01)
+    losses = []
+    for _ in range(30):
+        loss = (module(x) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Attention(30), r"^Attention: dim must be a multiple of num_heads = 8, got 30$"),
+        (lambda: CrossAttention(30), r"^\w+: dim must be a multiple of num_heads = 8, got 30$"),
+        (lambda: Attention(16)(torch.zeros(5, 16)), r"^Attention: x must be \[.+, got \[5, 16\]$"),
+        (lambda: Attention(16)(torch.zeros(2, 5, 16), along=-3), r"^Attention: x must be \[.+, got \[2, 5, 16\]$"),
+        (lambda: Attention(16)(torch.zeros(2, 5, 3, 16), along=0), r"^Attention: \w+ must be .+, got .+$"),
+        (lambda: TokenPruning(16, 3)(torch.zeros(2, 5, 16)), r"^TokenPruning: x must be \[.+, got \[2, 5, 16\]$"),
+        (lambda: TokenRecovery(16, 9)(torch.zeros(2, 5, 16)), r"^TokenRecovery: x must be \[.+, got \[2, 5, 16\]$"),
+        (lambda: TokenRecovery(16, 9)(torch.zeros(2, 5, 3, 8)), r"^TokenRecovery: x must be \[.+, got \[2, 5, 3, 8\]$"),
+    ],
+)
+def test_wrong_arguments(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

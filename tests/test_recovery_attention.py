@@ -1,0 +1,135 @@
+"""What is particular to recovery_attention: a query that the whole batch shares, masks, dropout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import attend
+from test_gathered_attention import assert_close, assert_equal, gradients, heads, on_every_cpp, only_cpp
+
+from hotkernels import gathered_attention, recovery_attention
+from hotkernels.autograd import RecoveryAttention
+
+
+@on_every_cpp
+def test_the_gradient_of_a_shared_query_has_the_same_bits_for_any_threads(backend: str, threads: None) -> None:
+    query, key, value = heads(40, Nq=63, Nk=39)
+    answers = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        answers.append(gradients(lambda *a: recovery_attention(*a, backend=backend), query[0], key, value))
+    assert_equal(answers[1], answers[0])
+    assert_equal(answers[2], answers[0])
+    out, _, *grads = answers[0]
+    own, _, *own_grads = gradients(
+        lambda *a: recovery_attention(*a, backend=backend), query[:1].expand_as(query), key, value
+    )
+    assert_equal((own, *own_grads), (out, *grads))
+
+
+def test_the_gradient_of_a_shared_query_is_the_sum_over_the_batch(backend: str) -> None:
+    """With more sequences than the kernels sum in one go, and one or two batch dims."""
+    for batch in ((1,), (40,), (3, 17)):
+        query, key, value = heads(*batch, Nq=63, Nk=9)
+        query = query.flatten(0, -4)[0]
+        ours = gradients(lambda *a: recovery_attention(*a, backend=backend), query, key, value)
+        exact = gradients(
+            lambda q, k, v: attend(q.expand(*k.shape[:-2], *q.shape[-2:]), k, v)[0],
+            *(t.double() for t in (query, key, value)),
+        )
+        assert_close(ours, exact, atol=1e-4)
+
+
+def test_a_sample_depends_on_nothing_but_itself(backend: str) -> None:
+    query, key, value = heads(7, Nq=63, Nk=39)
+    out = recovery_attention(query[0], key, value, backend=backend)
+    some = recovery_attention(query[0], key[5:6], value[5:6], backend=backend)
+    if backend == "torch":
+        torch.testing.assert_close(some, out[5:6])
+    else:
+        assert torch.equal(some, out[5:6])
+        assert torch.equal(out, gathered_attention(query[:1], key, value, backend=backend))
+
+
+def test_masked_keys(backend: str) -> None:
+    """As if they were not there; with none left 0, and no gradient."""
+    query, key, value = heads(3, Nq=63, Nk=40)
+    mask = torch.rand(3, 40) < 0.5
+    mask[0] = False
+    out, grad_query, grad_key, grad_value = gradients(
+        lambda *a: recovery_attention(*a, key_mask=mask, backend=backend), query, key, value
+    )
+    assert not out[0].any()
+    for grad in (grad_query, grad_key, grad_value):
+        assert not grad[0].any()
+        assert grad.isfinite().all()
+    for grad in (grad_key, grad_value):
+        assert not grad.movedim(2, 1)[~mask].any()
+        assert grad.movedim(2, 1)[mask].any(-1).all()
+    for b in (1, 2):
+        keep = mask[b].nonzero()[:, 0]
+        alone = recovery_attention(query[0 + b], key[b : b + 1, :, keep], value[b : b + 1, :, keep], backend=backend)
+        torch.testing.assert_close(out[b], alone[0])
+
+
+def test_many_sequences(backend: str) -> None:
+    query, key, value = heads(70_000, H=1, Nq=2, Nk=2, D=8)
+    out, *grads = gradients(lambda *a: recovery_attention(*a, backend=backend), query[0], key, value)
+    exact, *exact_grads = gradients(
+        lambda q, k, v: attend(q.expand(len(k), -1, -1, -1), k, v)[0], *(t.double() for t in (query[0], key, value))
+    )
+    assert_close((out, *grads[1:]), (exact, *exact_grads[1:]))
+    torch.testing.assert_close(grads[0].double(), exact_grads[0], rtol=1e-4, atol=1e-3)
+
+
+@only_cpp
+def test_heads_are_merged_by_a_view(backend: str) -> None:
+    for batch in ((2,), (2, 3)):
+        query, key, value = heads(*batch)
+        merged = recovery_attention(query.flatten(0, -4)[0], key, value, backend=backend).transpose(-3, -2).flatten(-2)
+        assert (merged if len(batch) == 1 else merged.transpose(1, 2)).is_contiguous()
+
+
+def test_dropout_is_seeded_and_on_the_torch_backend() -> None:
+    query, key, value = heads(1, Nq=5)
+    key, value = key.expand(4000, -1, -1, -1), value.expand(4000, -1, -1, -1)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(recovery_attention(query[0], key, value, dropout_p=0.3))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[1], draws[2])
+    exact = recovery_attention(query[0], key, value)[0]
+    assert (draws[0].mean(0) - exact).abs().mean() < 0.02
+    with pytest.raises(ValueError, match=r"^recovery_attention: backend must be .+, got 'cpp' \(it has no dropout"):
+        recovery_attention(query[0], key, value, dropout_p=0.3, backend="cpp")
+
+
+@only_cpp
+def test_the_function_to_build_on(backend: str) -> None:
+    query, key, value = heads(2)
+    ours = RecoveryAttention.apply(query[0], key, value, None, 0.25)
+    assert torch.equal(ours, recovery_attention(query[0], key, value, scale=0.25, backend=backend))
+
+
+@only_cpp
+def test_raw_operators_check_for_themselves(backend: str) -> None:
+    query, key, value = heads(2)
+    ops = torch.ops.hotkernels
+    out, lse = ops.recovery_attention_fwd(query, key, value, None, 0.3)
+    for wrong in (
+        query[:, :1],
+        query[..., :8],
+        query[:, :, :0],
+        query.half(),
+        query[0, 0],
+        query.expand(2, 2, 2, 17, 16),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            ops.recovery_attention_fwd(wrong, key, value, None, 0.3)
+    for bias in (torch.zeros(2, 8), torch.zeros(9), torch.zeros(2, 9).double(), torch.zeros(3, 9)):
+        with pytest.raises((ValueError, RuntimeError)):
+            ops.recovery_attention_fwd(query, key, value, bias, 0.3)
+    for grad, o, s in ((out[:1], out, lse), (out, out[:, :, 1:], lse), (out, out, lse[:1]), (out.half(), out, lse)):
+        with pytest.raises((ValueError, RuntimeError)):
+            ops.recovery_attention_bwd(grad, query, key, value, o, s, None, 0.3)
