@@ -291,7 +291,6 @@ def test_the_comparison_sees_a_difference(monkeypatch):
     assert same.difference < 1e-5
     assert max(same.float64_error.eager, same.float64_error.hotkernels) < 1e-5
     assert list(same.times_ms) == ["prune", "attend", "recover", "whole"]
-    assert same.times_ms["whole"].hotkernels > same.times_ms["recover"].hotkernels
     recover = hourglass.Hourglass.recover
     monkeypatch.setattr(hourglass.Hourglass, "recover", lambda self, x: recover(self, 1.1 * x))
     monkeypatch.setattr(hourglass.HourglassEager, "recover", recover)
