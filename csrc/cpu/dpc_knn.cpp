@@ -210,26 +210,32 @@ inline vf squared_distance(float norm_i, vf norm_j, vf dot) {
 
 // ---- 2a. few tokens: all distances in cache -------------------------------------------------------------------------
 
-void dense_distances(const DpcKnn& p, Sample& s) {
+// Tiles on and above the diagonal, a panel of columns at a time; what a panel computes, it also writes as mirror image.
+void dense_distances(const DpcKnn& p, Sample& s, const Runner& runner) {
   const int64_t side = round_up(s.n, P);
-  tile_dots(s.panels, 0, s.n, s.panels, 0, s.n, p.C, true, s.dense, side);
-  for (int64_t i0 = 0; i0 < s.n; i0 += W) {
-    for (int64_t j = i0; j < s.n; j += W) {
-      vf block[W];
+  s.each_part(runner, [&](int64_t q) {
+    for (int64_t first = q * P; first < s.n; first += s.parts * P) {
+      const int64_t stop = std::min(s.n, first + P);
+      tile_dots(s.panels, 0, stop, s.panels, first, stop, p.C, true, s.dense + first, side);
+      for (int64_t j = first; j < stop; j += W) {
+        for (int64_t i0 = 0; i0 <= j; i0 += W) {
+          vf block[W];
 #pragma GCC unroll 16
-      for (int l = 0; l < W; ++l) {
-        block[l] = squared_distance(s.norm[i0 + l], load(s.norm + j), load(s.dense + (i0 + l) * side + j));
-        store(s.dense + (i0 + l) * side + j, block[l]);
-      }
-      if (j == i0) {  // the rest of this block on the diagonal is its own mirror image
-        for (int64_t l = 0; l < W; ++l) s.dense[(i0 + l) * side + i0 + l] = 0;
-        continue;
-      }
-      transpose<float>(block);
+          for (int l = 0; l < W; ++l) {
+            block[l] = squared_distance(s.norm[i0 + l], load(s.norm + j), load(s.dense + (i0 + l) * side + j));
+            store(s.dense + (i0 + l) * side + j, block[l]);
+          }
+          if (j == i0) {  // the rest of this block on the diagonal is its own mirror image
+            for (int64_t l = 0; l < W; ++l) s.dense[(i0 + l) * side + i0 + l] = 0;
+            continue;
+          }
+          transpose<float>(block);
 #pragma GCC unroll 16
-      for (int l = 0; l < W; ++l) store(s.dense + (j + l) * side + i0, block[l]);
+          for (int l = 0; l < W; ++l) store(s.dense + (j + l) * side + i0, block[l]);
+        }
+      }
     }
-  }
+  });
 }
 
 // r of W tokens at once: the matrix is symmetric, so lane l reads down column j + l.
@@ -253,37 +259,46 @@ inline void dense_density(const Sample& s, int64_t j, int64_t side, float denomi
   store(s.r + j, sum / denominator);
 }
 
-void dense_densities(const DpcKnn& p, Sample& s) {
-  const int64_t side = round_up(s.n, P), k = std::min(p.k, s.n);
-  const float denominator = static_cast<float>(k) * static_cast<float>(p.C);
-  for (int64_t j = 0; j < s.n; j += W) {
-    switch (k) {
-      case 1: dense_density<1>(s, j, side, denominator); break;
-      case 2: dense_density<2>(s, j, side, denominator); break;
-      case 3: dense_density<3>(s, j, side, denominator); break;
-      case 4: dense_density<4>(s, j, side, denominator); break;
-      case 5: dense_density<5>(s, j, side, denominator); break;
-      case 6: dense_density<6>(s, j, side, denominator); break;
-      case 7: dense_density<7>(s, j, side, denominator); break;
-      case 8: dense_density<8>(s, j, side, denominator); break;
-      default:  // candidates' memory is free until step 5
-        for (int64_t i = j; i < std::min(j + W, s.n); ++i) {
-          float* row = reinterpret_cast<float*>(s.candidates);
-          std::copy(s.dense + i * side, s.dense + i * side + s.n, row);
-          std::partial_sort(row, row + k, row + s.n);
-          float sum = 0;
-          for (int64_t e = 0; e < k; ++e) sum += row[e];
-          s.r[i] = sum / denominator;
-        }
-    }
-  }
+// Calls body(part, j) for every W tokens j .. j + W - 1, shared among the parts.
+template <class Body>
+void dense_columns(Sample& s, const Runner& runner, const Body& body) {
+  s.each_part(runner, [&](int64_t q) {
+    for (int64_t j = q * W; j < s.n; j += s.parts * W) body(s.part[q], j);
+  });
 }
 
-// delta2 of every token: the nearest of smaller rank. Returns the largest squared distance.
-float dense_delta(Sample& s) {
+void dense_densities(const DpcKnn& p, Sample& s, const Runner& runner) {
+  const int64_t side = round_up(s.n, P), k = std::min(p.k, s.n);
+  const float denominator = static_cast<float>(k) * static_cast<float>(p.C);
+  dense_columns(s, runner, [&](Part& part, int64_t j) {
+    switch (k) {
+      case 1: return dense_density<1>(s, j, side, denominator);
+      case 2: return dense_density<2>(s, j, side, denominator);
+      case 3: return dense_density<3>(s, j, side, denominator);
+      case 4: return dense_density<4>(s, j, side, denominator);
+      case 5: return dense_density<5>(s, j, side, denominator);
+      case 6: return dense_density<6>(s, j, side, denominator);
+      case 7: return dense_density<7>(s, j, side, denominator);
+      case 8: return dense_density<8>(s, j, side, denominator);
+      default: break;
+    }
+    static_assert(W * kChannelBlock >= kDense);
+    float* row = part.rows;  // done with since step 1
+    for (int64_t i = j; i < std::min(j + W, s.n); ++i) {
+      std::copy(s.dense + i * side, s.dense + i * side + s.n, row);
+      std::partial_sort(row, row + k, row + s.n);
+      float sum = 0;
+      for (int64_t e = 0; e < k; ++e) sum += row[e];
+      s.r[i] = sum / denominator;
+    }
+  });
+}
+
+// delta2 of every token: the nearest of smaller rank; and each part's largest squared distance.
+void dense_delta(Sample& s, const Runner& runner) {
   const int64_t side = round_up(s.n, P);
-  float farthest = 0;
-  for (int64_t j = 0; j < s.n; j += W) {
+  for (int64_t q = 0; q < s.parts; ++q) s.part[q].farthest = 0;
+  dense_columns(s, runner, [&](Part& part, int64_t j) {
     const vi rank = load(s.rank + j);
     vf nearest = splat(kInf), far{};
     for (int64_t i = 0; i < s.n; ++i) {
@@ -292,14 +307,13 @@ float dense_delta(Sample& s) {
       far = vmax(far, d);
     }
     store(s.delta2 + j, nearest);
-    for (int64_t l = 0; l < std::min<int64_t>(W, s.n - j); ++l) farthest = std::max(farthest, far[l]);
-  }
-  return farthest;
+    for (int64_t l = 0; l < std::min<int64_t>(W, s.n - j); ++l) part.farthest = std::max(part.farthest, far[l]);
+  });
 }
 
-void dense_assign(Sample& s) {
+void dense_assign(Sample& s, const Runner& runner) {
   const int64_t side = round_up(s.n, P);
-  for (int64_t j = 0; j < s.n; j += W) {
+  dense_columns(s, runner, [&](Part&, int64_t j) {
     vf best = splat(kInf);
     vi where = splat(int32_t{0});
     for (int64_t m = 0; m < s.kept_count; ++m) {
@@ -308,7 +322,7 @@ void dense_assign(Sample& s) {
       best = vmin(best, d);
     }
     for (int64_t l = 0; l < std::min<int64_t>(W, s.n - j); ++l) s.nearest[j + l] = where[l];
-  }
+  });
 }
 
 // ---- 2b. many tokens: neighbour lists ---------------------------------------------------------------------------------
@@ -566,19 +580,15 @@ void dpc_knn_fwd(const DpcKnn& p, int64_t b, void* scratch, const Runner& runner
   pack(p, b, s, runner);
   const bool dense = s.n <= kDense;
   if (dense) {
-    dense_distances(p, s);
-    dense_densities(p, s);
+    dense_distances(p, s, runner);
+    dense_densities(p, s, runner);
   } else {
     find_neighbours(p, s, runner);
   }
   rank_by_density(p, b, s);
   float farthest = 0;
-  if (dense) {
-    farthest = dense_delta(s);
-  } else {
-    list_delta(p, s, runner);
-    for (int64_t q = 0; q < s.parts; ++q) farthest = std::max(farthest, s.part[q].farthest);
-  }
+  if (dense) dense_delta(s, runner); else list_delta(p, s, runner);
+  for (int64_t q = 0; q < s.parts; ++q) farthest = std::max(farthest, s.part[q].farthest);
   if (s.n > 0) s.delta2[s.order[0].token] = farthest;
   select(p, b, s);
 
@@ -598,7 +608,7 @@ void dpc_knn_fwd(const DpcKnn& p, int64_t b, void* scratch, const Runner& runner
   int64_t* assignment = p.assignment + b * p.N;
   std::fill(assignment, assignment + p.N, -1);
   if (s.kept_count == 0) return;
-  if (dense) dense_assign(s); else list_assign(p, s, runner);
+  if (dense) dense_assign(s, runner); else list_assign(p, s, runner);
   for (int64_t i = 0; i < s.n; ++i) assignment[s.position[i]] = s.slot[i] >= 0 ? s.slot[i] : s.nearest[i];
 }
 
