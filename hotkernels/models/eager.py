@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..baselines import AttentionEager, CrossAttentionEager, cluster_dpc_knn_eager
-from .layers import Mlp, layer_norm
+from .layers import layer_norm
 
 
 def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -63,6 +63,20 @@ def _recovered(x: Tensor, x_token: Tensor, cross_attention: nn.Module) -> Tensor
 def _frames_first(x: Tensor, F: int) -> Tensor:
     """[B * F, J, C] -> [B * J, F, C]."""
     return x.unflatten(0, (-1, F)).transpose(1, 2).flatten(0, 1)
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x)))."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class MixSTEBlock(nn.Module):

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from ..errors import check_int, check_tensor, fail
 from ..nn import Attention, CrossAttention
 from ..nn.hourglass import recover_tokens
+from ..nn.linear import linear
 from ..ops.gather_tokens import gather_tokens
 from .strategies import SELECT, Scene, Select, interpolate
+
+_TILE = 1024  # tokens: of 256 to 2048, the fastest for MLPs 512 -> 1024 -> 512 on a core with 2 MB of L2
 
 
 class Mlp(nn.Module):
@@ -21,13 +24,12 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return self.drop(linear(self.fc2, self.drop(linear(self.fc1, x, gelu=True))))
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -46,6 +48,44 @@ def add_residual(x: Tensor, branch: Tensor, along: int, drop_path: float = 0.0) 
         rows[along] = rows[-1] = 1
         return torch.addcmul(x, branch, branch.new_empty(rows).bernoulli_(1 - drop_path).div_(1 - drop_path))
     return branch.add_(x) if branch.dtype == x.dtype else x + branch  # under autocast they differ
+
+
+def transformer_block(
+    x: Tensor, norm1: nn.Module, attention: Attention, norm2: nn.Module, mlp: nn.Module,
+    along: int, rows: int, drop_path: float,
+) -> Tensor:  # fmt: skip
+    """A pre-norm block on x [B, F, J, C], attending along -2, the joints, or -3, the frames.
+
+    In evaluation on a CPU, all but the attention between frames runs on some frames at a time: what lies between the
+    layers then stays in the cache (10 % of a block's time at 512 channels).
+
+    Args:
+        x: tokens.
+        norm1, attention, norm2, mlp: the parts.
+        along: the dim of attention.
+        rows: the dim along which stochastic depth leaves out all at once.
+        drop_path: its probability; 0 in evaluation.
+    """
+
+    def rest(x: Tensor, attended: Tensor) -> Tensor:
+        x = add_residual(x, attention.proj_drop(linear(attention.proj, attended)), rows, drop_path)
+        return add_residual(x, mlp(norm2(x)), rows, drop_path)
+
+    B, F, J, C = x.shape
+    if norm1.training or torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return rest(x, attention.attend(norm1(x), along))
+    if along == -2:
+        done = [rest(tile, attention.attend(norm1(tile))) for tile in _tiles(x)]
+    else:
+        attended = attention.attend(norm1(x), along)
+        done = [rest(*tile) for tile in zip(_tiles(x), _tiles(attended), strict=True)]
+    return torch.cat(done, 1).view(B, F, J, C)
+
+
+def _tiles(x: Tensor) -> tuple[Tensor, ...]:
+    """[B, F, J, C] as [1, some frames, J, C] each."""
+    B, F, J, C = x.shape
+    return x.reshape(1, B * F, J, C).split(max(1, _TILE // J), 1)
 
 
 class Hourglass(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Attention
-from .layers import Hourglass, Mlp, add_residual, layer_norm
+from .layers import Hourglass, Mlp, layer_norm, transformer_block
 from .strategies import Select
 
 
@@ -29,8 +29,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, F, J, C] -> [B, F, J, C]."""
         drop_path = self.drop_path if self.training else 0.0
-        x = add_residual(x, self.attn(self.norm1(x), self.along), self.along, drop_path)
-        return add_residual(x, self.mlp(self.norm2(x)), self.along, drop_path)
+        return transformer_block(x, self.norm1, self.attn, self.norm2, self.mlp, self.along, self.along, drop_path)
 
 
 class HoTMixSTE(Hourglass):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Attention
-from .layers import Hourglass, Mlp, add_residual, layer_norm
+from .layers import Hourglass, Mlp, layer_norm, transformer_block
 from .strategies import Select
 
 _ALONG = {"s": -2, "t": -3}
@@ -37,8 +37,7 @@ class Block(nn.Module):
         for which in self.order:
             norm1, attn, norm2, mlp = (getattr(self, f"{name}_{which}") for name in ("norm1", "attn", "norm2", "mlp"))
             # MotionBERT's rows are frames throughout: those are what stochastic depth leaves out.
-            x = add_residual(x, attn(norm1(x), _ALONG[which]), -2, drop_path)
-            x = add_residual(x, mlp(norm2(x)), -2, drop_path)
+            x = transformer_block(x, norm1, attn, norm2, mlp, _ALONG[which], -2, drop_path)
         return x
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from ..errors import fail
 from ..ops.gathered_attention.api import packed_attention
 from ..ops.recovery_attention import recovery_attention
+from .linear import is_bare, linear, multiply
 
 
 class Attention(nn.Module):
@@ -54,13 +54,13 @@ class Attention(nn.Module):
         Returns:
             Same shape as x, contiguous.
         """
-        return self.proj_drop(self.proj(self.attend(x, along)))
+        return self.proj_drop(linear(self.proj, self.attend(x, along)))
 
     def attend(self, x: Tensor, along: int = -2) -> Tensor:
         """Everything before `proj`; arguments and the result's shape as `forward`."""
         if x.dim() < 3 or along not in (-2, -3) or (along == -3 and x.dim() != 4):
             fail("Attention", "x", "[..., N, C] with along = -2, or [B, F, J, C] with along = -3", list(x.shape))
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [..., N, 3, H, D], or [B, F, J, 3, H, D]
+        qkv = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1))  # [..., N, 3, H, D], or [B, F, J, 3, H, D]
         if along == -2:
             qkv = qkv.flatten(0, -5)
         out = packed_attention(qkv, self.scale, dropout_p(self.attn_drop))
@@ -101,7 +101,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tensor:
         """Let x_1 [B, L, C] attend to keys from x_2 and values from x_3, both [B, M, C]; returns [B, L, C]."""
-        return self.proj_drop(self.proj(self.attend(x_1, x_2, x_3)))
+        return self.proj_drop(linear(self.proj, self.attend(x_1, x_2, x_3)))
 
     def attend(self, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tensor:
         """Everything before `proj`.
@@ -117,30 +117,24 @@ class CrossAttention(nn.Module):
             x_1 = x_1[0]
         # [B, L, (J,) C] -> [B, (J,) H, L, D], a view
         query, key, value = (
-            _split_heads(t, self.num_heads) for t in (self.linear_q(x_1), *self._keys_and_values(x_2, x_3))
+            _split_heads(t, self.num_heads) for t in (linear(self.linear_q, x_1), *self._keys_and_values(x_2, x_3))
         )
         return _merge_heads(
             recovery_attention(query, key, value, scale=self.scale, dropout_p=dropout_p(self.attn_drop))
         )
 
     def _keys_and_values(self, x_2: Tensor, x_3: Tensor) -> tuple[Tensor, Tensor]:
-        if x_2 is not x_3 or not (_is_bare(self.linear_k) and _is_bare(self.linear_v)):
-            return self.linear_k(x_2), self.linear_v(x_3)
+        if x_2 is not x_3 or not (is_bare(self.linear_k) and is_bare(self.linear_v)):
+            return linear(self.linear_k, x_2), linear(self.linear_v, x_3)
         weight = torch.cat([self.linear_k.weight, self.linear_v.weight])
         bias = None if self.linear_k.bias is None else torch.cat([self.linear_k.bias, self.linear_v.bias])
-        key, value = F.linear(x_2, weight, bias).chunk(2, -1)
+        key, value = multiply(x_2, weight, bias).chunk(2, -1)
         return key, value
 
 
 def _check_dim(dim: int, num_heads: int) -> None:
     if dim % num_heads != 0:
         fail("Attention", "dim", f"a multiple of num_heads = {num_heads}", dim)
-
-
-def _is_bare(linear: nn.Linear) -> bool:
-    """Whether a layer is its weight and bias alone: no hooks (weight_norm is one), no class derived from Linear."""
-    hooks = (linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks)
-    return type(linear) is nn.Linear and not any(hooks)
 
 
 def dropout_p(module: nn.Module) -> float:

@@ -9,6 +9,7 @@ from ..errors import check_tensor, fail
 from ..ops.dpc_knn import dpc_knn
 from ..ops.gather_tokens import gather_tokens
 from .attention import CrossAttention
+from .linear import linear
 
 
 class TokenPruning(nn.Module):
@@ -54,7 +55,7 @@ class TokenRecovery(nn.Module):
     """Token Recovering Attention: learned tokens, one per frame, attend to the kept frames of each joint.
 
     Equivalent to ``x_token + cross_attention(x_token, x, x)`` for every joint, on [B, M, J, C] as it is: no rearrange
-    copy, x_token projected once, and the residual added by the output projection's matrix product.
+    copy, x_token projected once, and the residual added in place.
 
     Args:
         dim: channels C.
@@ -86,10 +87,6 @@ class TokenRecovery(nn.Module):
 def recover_tokens(x: Tensor, x_token: Tensor, attention: CrossAttention) -> Tensor:
     """What `TokenRecovery` does to x [B, M, J, C], for a model that owns x_token [1, L, C] and the attention itself."""
     attended = attention.attend(x_token[0], x, x)  # [B, L, J, C]
-    dropping = attention.proj_drop.p > 0 and attention.proj_drop.training
-    if dropping or torch.is_autocast_enabled(x.device.type) or attended.dtype != x_token.dtype:
-        return x_token[:, :, None] + attention.proj_drop(attention.proj(attended))
-    # A linear layer copies its bias to the output and multiplies on top of it; here, the whole residual.
-    out = (x_token + attention.proj.bias)[:, :, None].expand(attended.shape).contiguous()
-    out.view(-1, x.shape[-1]).addmm_(attended.reshape(-1, x.shape[-1]), attention.proj.weight.t())
-    return out
+    out = attention.proj_drop(linear(attention.proj, attended))
+    residual = x_token[:, :, None]
+    return out.add_(residual) if out.dtype == residual.dtype else residual + out  # under autocast they differ
