@@ -99,11 +99,12 @@ class MixSTE(nn.Module):
         heads: int = 4,
         center: bool = False,
         drop_path: float = 0.1,
+        k: int = 2,
         **drops: float,
     ) -> None:
         super().__init__()
         self.center = (frames - 1) // 2 if center else None
-        self.token_num, self.layer_index = token_num, layer_index
+        self.token_num, self.layer_index, self.k = token_num, layer_index, k
         self.pool = nn.AdaptiveAvgPool1d(1)
         self.Spatial_patch_to_embedding = nn.Linear(2, dim)
         self.Spatial_pos_embed = nn.Parameter(torch.randn(1, joints, dim) * 0.1)
@@ -124,9 +125,9 @@ class MixSTE(nn.Module):
         if index is None:
             pooled = pool_joints(self.pool, x)
             if self.center is None:
-                index, _ = cluster_dpc_knn(pooled, self.token_num, 2)
+                index, _ = cluster_dpc_knn(pooled, self.token_num, self.k)
             else:
-                index, _ = cluster_dpc_knn_center(pooled, self.token_num - 1, 2, self.center)
+                index, _ = cluster_dpc_knn_center(pooled, self.token_num - 1, self.k, self.center)
                 index = torch.cat([index, torch.full((b, 1), self.center, device=x.device)], -1)
             index, _ = torch.sort(index)
         return x[torch.arange(b, device=x.device).unsqueeze(-1), index], index
@@ -206,9 +207,9 @@ class DualBlock(nn.Module):
 class MotionBERT(nn.Module):
     """HoT on MotionBERT's DSTformer: two streams that a learned softmax mixes."""
 
-    def __init__(self, frames: int = 27, token_num: int = 9, dim: int = 32, depth: int = 2, heads: int = 4) -> None:
+    def __init__(self, frames: int = 27, token_num: int = 9, dim: int = 32, depth: int = 2, heads: int = 4, k: int = 2):
         super().__init__()
-        self.token_num, self.layer_index = token_num, 1
+        self.token_num, self.layer_index, self.k = token_num, 1, k
         self.pool = nn.AdaptiveAvgPool1d(1)
         self.pos_embed_token = nn.Parameter(torch.randn(1, token_num, dim) * 0.1)
         self.joints_embed = nn.Linear(3, dim)
@@ -227,7 +228,7 @@ class MotionBERT(nn.Module):
         for i, (block_st, block_ts) in enumerate(zip(self.blocks_st, self.blocks_ts, strict=True)):
             if i == self.layer_index:
                 x = x.reshape(b, f, n, -1)
-                index, _ = cluster_dpc_knn(pool_joints(self.pool, x), self.token_num, 2)
+                index, _ = cluster_dpc_knn(pool_joints(self.pool, x), self.token_num, self.k)
                 x = x[torch.arange(b, device=x.device).unsqueeze(-1), torch.sort(index)[0]]
                 f = x.shape[1]
                 x = x.transpose(1, 2).reshape(b * n, f, -1)
@@ -303,9 +304,9 @@ class MotionAGFormerLayer(nn.Module):
 class MotionAGFormer(nn.Module):
     """HoT on MotionAGFormer: [b, t, j, c] throughout."""
 
-    def __init__(self, frames: int = 27, token_num: int = 9, dim: int = 32, depth: int = 2, heads: int = 4) -> None:
+    def __init__(self, frames: int = 27, token_num: int = 9, dim: int = 32, depth: int = 2, heads: int = 4, k: int = 2):
         super().__init__()
-        self.token_num, self.layer_index = token_num, 1
+        self.token_num, self.layer_index, self.k = token_num, 1, k
         self.pool = nn.AdaptiveAvgPool1d(1)
         self.pos_embed_token = nn.Parameter(torch.randn(1, token_num, dim) * 0.1)
         self.joints_embed = nn.Linear(3, dim)
@@ -320,7 +321,7 @@ class MotionAGFormer(nn.Module):
         x = self.joints_embed(x)
         for i, layer in enumerate(self.layers):
             if i == self.layer_index:
-                index, _ = cluster_dpc_knn(pool_joints(self.pool, x), self.token_num, 2)
+                index, _ = cluster_dpc_knn(pool_joints(self.pool, x), self.token_num, self.k)
                 x = x[torch.arange(b, device=x.device).unsqueeze(-1), torch.sort(index)[0]]
                 x = x + self.pos_embed_token[:, :, None]
             x = layer(x)
@@ -359,9 +360,11 @@ class HypothesisBlock(nn.Module):
 class MHFormer(nn.Module):
     """TPC on MHFormer: attention over joints with frames as channels (27 of 9 heads), then three hypotheses pruned."""
 
-    def __init__(self, frames: int = 27, token_num: int = 9, dim: int = 32, joints: int = 4, heads: int = 4) -> None:
+    def __init__(
+        self, frames: int = 27, token_num: int = 9, dim: int = 32, joints: int = 4, heads: int = 4, k: int = 2
+    ):
         super().__init__()
-        self.center, self.token_num = (frames - 1) // 2, token_num
+        self.center, self.token_num, self.k = (frames - 1) // 2, token_num, k
         for i in (1, 2, 3):
             self.add_module(f"encoder_{i}", Block(frames, 9))
             self.add_module(f"embedding_{i}", nn.Conv1d(2 * joints, dim, 1))
@@ -380,7 +383,7 @@ class MHFormer(nn.Module):
         for i, block in enumerate(self.SHR_blocks):
             if i == 1:
                 if index is None:
-                    index, _ = cluster_dpc_knn_center(torch.cat(hypotheses, 2), self.token_num - 1, 2, self.center)
+                    index, _ = cluster_dpc_knn_center(torch.cat(hypotheses, 2), self.token_num - 1, self.k, self.center)
                     index = torch.cat([index, torch.full((b, 1), self.center, device=x.device)], -1).sort()[0]
                 hypotheses = [h[torch.arange(b, device=x.device)[:, None], index] for h in hypotheses]
             hypotheses = block(*hypotheses)

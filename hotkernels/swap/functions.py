@@ -72,11 +72,11 @@ FORMS: dict[str, list[Form]] = {
 def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
     """What the methods of a class call that can be replaced, and what cannot: (method, why not)."""
     calls, left = [], []
-    for method, function in _methods(cls).items():
+    for method, function in _methods(cls):
         renames = []
         for name in FORMS:
             target = function.__globals__.get(name)
-            if not isinstance(target, FunctionType) or target.__module__.startswith("hotkernels."):
+            if not isinstance(target, FunctionType) or target.__module__.startswith("hotkernels.compat."):
                 continue
             uses = {use for code in codes(function.__code__) if name in code.co_names for use in _uses(code, name)}
             if not uses:
@@ -85,7 +85,7 @@ def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
             if isinstance(form, str):
                 left.append((method, f"{name}: {form}"))
             elif getattr(cls, method) is not function:
-                left.append((method, f"{name}: called by a method that a class derived from it overrides"))
+                left.append((method, f"{name}: called in a method that a derived class overrides"))
             else:
                 renames.append((name, form))
         if renames:
@@ -93,15 +93,15 @@ def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
     return tuple(calls), left
 
 
-def _methods(cls: type) -> dict[str, FunctionType]:
-    """The methods of a class and its bases, up to those of torch."""
-    methods: dict[str, FunctionType] = {}
-    for base in cls.__mro__:
-        if not base.__module__.startswith("torch."):
-            for name, attribute in vars(base).items():
-                if isinstance(attribute, FunctionType):
-                    methods.setdefault(name, attribute)
-    return methods
+def _methods(cls: type) -> list[tuple[str, FunctionType]]:
+    """The methods of a class and of its bases, up to those of torch."""
+    return [
+        (name, attribute)
+        for base in cls.__mro__
+        if not base.__module__.startswith("torch.")
+        for name, attribute in vars(base).items()
+        if isinstance(attribute, FunctionType)
+    ]
 
 
 def _uses(code: Any, name: str) -> set[str]:

@@ -9,25 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 
 def same(expected: Any, got: Any) -> bool:
     """Whether two results agree to rounding: floats to the root of their epsilon, relative to the largest value."""
-    wants, spec = pytree.tree_flatten(expected)
-    haves, other = pytree.tree_flatten(got)
-    return spec == other and all(_same_leaf(w, h) for w, h in zip(wants, haves, strict=True))
-
-
-def _same_leaf(want: Any, have: Any) -> bool:
-    if not isinstance(want, Tensor) or not isinstance(have, Tensor):
-        return type(want) is type(have) and bool(want == have)
-    if want.shape != have.shape or want.dtype != have.dtype:
+    if isinstance(expected, Tensor) and isinstance(got, Tensor):
+        return _same_tensor(expected, got)
+    if type(expected) is not type(got):
         return False
-    if not want.is_floating_point():
-        return torch.equal(want, have)
-    largest = want.nan_to_num(0, 0, 0).abs().max().item() if want.numel() else 0.0
-    return torch.allclose(have, want, rtol=0, atol=torch.finfo(want.dtype).eps ** 0.5 * largest, equal_nan=True)
+    if isinstance(expected, dict):
+        return expected.keys() == got.keys() and all(same(expected[key], got[key]) for key in expected)
+    if isinstance(expected, (list, tuple)):
+        return len(expected) == len(got) and all(map(same, expected, got))
+    return same(vars(expected), vars(got)) if hasattr(expected, "__dict__") else bool(expected == got)
+
+
+def _same_tensor(expected: Tensor, got: Tensor) -> bool:
+    if expected.shape != got.shape or expected.dtype != got.dtype:
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(expected, got)
+    largest = expected.nan_to_num(0, 0, 0).abs().max().item() if expected.numel() else 0.0
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * largest
+    return torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
 @contextlib.contextmanager

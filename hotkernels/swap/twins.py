@@ -147,6 +147,8 @@ def _obstacle(module: Any, takes: int, **linears: int) -> str | None:
         takes: arguments of its forward; any further must be off, None or False, by default.
         linears: name -> how many times C it makes of C channels.
     """
+    if isinstance(module, (Attention, CrossAttention)):
+        return "it is fused as it is"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted"
     if "forward" in vars(module):
@@ -167,7 +169,7 @@ def _obstacle(module: Any, takes: int, **linears: int) -> str | None:
     for name in known:
         child, kinds = getattr(module, name, None), (nn.Dropout, nn.Identity) if "drop" in name else (nn.Linear,)
         if not isinstance(child, kinds):
-            return f"{name} is {'missing' if child is None else 'a ' + type(child).__name__}"
+            return f"{name} is {torch.typename(child)}"
     if any(value for name, value in vars(module.attn_drop).items() if name.endswith("_hooks")):
         return "attn_drop has hooks, which see the probabilities"
     heads, scale = getattr(module, "num_heads", None), getattr(module, "scale", None)

@@ -1,0 +1,647 @@
+"""hotkernels.swap on published models: same answers, gradients and random numbers; what it leaves alone; what stays."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import published
+import pytest
+import torch
+from published import AttentionEager, CrossAttentionEager, MixSTE, SeqlenAttention, VisionAttention, ViT
+from published_tcformer import GridAttention, TCFormer
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import hotkernels
+
+# Five neighbours where published models take two: then no densities tie, which rounding would order differently.
+MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "HoT-MixSTE": (lambda **o: MixSTE(k=5, **o), (2, 27, 5, 2)),
+    "TPC-MixSTE": (lambda **o: MixSTE(center=True, k=5, **o), (2, 27, 5, 2)),
+    "HoT-MotionBERT": (lambda: published.MotionBERT(k=5), (2, 27, 5, 3)),
+    "HoT-MotionAGFormer": (lambda: published.MotionAGFormer(k=5), (2, 27, 5, 3)),
+    "TPC-MHFormer": (lambda: published.MHFormer(k=5), (2, 27, 4, 2)),
+    "TCFormer": (TCFormer, (2, 3, 32, 32)),
+    "ViT": (ViT, (2, 3, 16, 16)),
+}
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+def made(name: str) -> tuple[nn.Module, Tensor]:
+    make, shape = MODELS[name]
+    return make(), torch.randn(shape)
+
+
+def answer(model: nn.Module, x: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The model's output from a seed, and the random state that it leaves."""
+    torch.manual_seed(seed)
+    out = model(x)
+    return out[0] if isinstance(out, tuple) else out, torch.get_rng_state()
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    out, _ = answer(model, x)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    grads = torch.autograd.grad((out * weight).sum(), list(model.parameters()), allow_unused=True)
+    names = [name for name, _ in model.named_parameters()]
+    return {"": out.detach(), **{n: g for n, g in zip(names, grads, strict=True) if g is not None}}
+
+
+def swapped_modules(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if type(module).__name__.startswith("Fused")}
+
+
+@each_model
+def test_outputs_and_gradients(name: str) -> None:
+    """Our error against float64 is at most 2x the plain model's (3x for gradients), beside some roundings."""
+    model, x = made(name)
+    model.eval()
+    plain = gradients(model, x)
+    exact = gradients(copy.deepcopy(model).double(), x.double())
+    hotkernels.swap(model)
+    ours = gradients(model, x)
+    assert ours.keys() == plain.keys()
+    for key, want in exact.items():
+        error, allowed = (ours[key] - want).abs().max(), (plain[key] - want).abs().max()
+        floor = 16 * torch.finfo(torch.float32).eps * max(want.abs().max(), 1.0)
+        assert error <= (3 if key else 2) * allowed + floor, (key, error, allowed)
+
+
+@each_model
+def test_training_draws_the_same_random_numbers(name: str) -> None:
+    """DropPath, dropout of projections and the noise of the clustering: none of it moves."""
+    model, x = made(name)
+    expected, state = answer(copy.deepcopy(model).train(), x)
+    hotkernels.swap(model)
+    out, left = answer(model.train(), x)
+    assert torch.equal(left, state)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+REPORTS = {
+    "HoT-MixSTE": {"STEblocks.0.attn", "TTEblocks.2.attn", "cross_attention", ""},
+    "TPC-MixSTE": {"STEblocks.0.attn", "TTEblocks.2.attn", ""},
+    "HoT-MotionBERT": {"blocks_st.0.attn_s", "blocks_ts.1.attn_t", "cross_attention", ""},
+    "HoT-MotionAGFormer": {"layers.0.att_spatial.mixer", "layers.1.att_temporal.mixer", "cross_attention", ""},
+    "TPC-MHFormer": {"encoder_1.attn", "SHR_blocks.0.attn_3", "CHI_blocks.0.attn_1", ""},
+    "TCFormer": {"block1.1.attn", "block3.1.attn", "ctm1", "ctm2"},
+    "ViT": {"blocks.0.attn", "blocks.1.attn"},
+}
+
+
+@each_model
+def test_report(name: str) -> None:
+    model, x = made(name)
+    attentions = {
+        n for n, m in model.named_modules() if isinstance(m, (AttentionEager, VisionAttention, GridAttention))
+    }
+    crossed = {n for n, m in model.named_modules() if isinstance(m, CrossAttentionEager)}
+    report = hotkernels.swap(model, example_inputs=x)
+    assert swapped_modules(model) >= REPORTS[name]
+    assert {path for path, _ in report.replaced + report.left if not path.startswith("ctm")} == attentions | crossed
+    assert {path for path, _ in report.replaced + report.functions} == swapped_modules(model)
+    assert [why for _, why in report.left] == ["it reduces its keys first (sr_ratio = 2)"] * (3 * (name == "TCFormer"))
+    assert str(report).startswith("replaced\n")
+
+
+@each_model
+def test_unswap_gives_the_same_bits(name: str) -> None:
+    model, x = made(name)
+    classes = [type(module) for module in model.modules()]
+    expected, _ = answer(model, x)
+    hotkernels.swap(model, example_inputs=x)
+    hotkernels.unswap(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(answer(model, x)[0], expected)
+
+
+@each_model
+def test_deepcopy_pickle_and_state_dict(name: str) -> None:
+    model, x = made(name)
+    keys = list(model.state_dict())
+    hotkernels.swap(model)
+    expected, _ = answer(model, x)
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)):
+        assert swapped_modules(other) == swapped_modules(model)
+        assert list(map(type, other.modules())) == list(map(type, model.modules()))
+        assert torch.equal(answer(other, x)[0], expected)
+        hotkernels.unswap(other)
+        assert not swapped_modules(other)
+    assert swapped_modules(model)
+    assert list(model.state_dict()) == keys
+    fresh, _ = made(name)
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(made(name)[0].state_dict(), strict=True)
+    model.load_state_dict(fresh.state_dict(), strict=True)
+    assert torch.equal(answer(model, x)[0], expected)
+
+
+def test_unpickles_in_a_process_that_has_swapped_nothing(tmp_path: Path) -> None:
+    model, x = made("HoT-MixSTE")
+    hotkernels.swap(model)
+    torch.save((model, x, answer(model, x)[0]), tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model, x, out = torch.load(sys.argv[1], weights_only=False); torch.manual_seed(0)\n"
+        "assert type(model).__name__ == 'FusedMixSTE' and torch.allclose(model(x), out, atol=1e-5)"
+    )
+    paths = ":".join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model.pt"], env={"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["TCFormer", "ViT"])
+@torch.no_grad()
+def test_compiles_after_the_swap(name: str) -> None:
+    model, x = made(name)
+    hotkernels.swap(model.eval())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(answer(compiled, x)[0], answer(model, x)[0])
+
+
+@pytest.mark.parametrize("name", ["HoT-MixSTE", "HoT-MotionBERT"])
+def test_trains_compiled_after_the_swap(name: str) -> None:
+    model, x = MixSTE(depth=2, k=5) if name == "HoT-MixSTE" else published.MotionBERT(depth=2, k=5), made(name)[1]
+    hotkernels.swap(model.eval())
+    torch._dynamo.reset()
+    compiled, expected = torch.compile(model, backend="aot_eager"), gradients(model, x)
+    for key, grad in gradients(compiled, x).items():
+        torch.testing.assert_close(grad, expected[key.removeprefix("_orig_mod.")], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_swap_after_compile_and_back() -> None:
+    model, x = made("ViT")
+    plain, _ = answer(copy.deepcopy(model).eval(), x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.eval(), backend="aot_eager")
+    answer(compiled, x)
+    calls: list[Any] = []
+    hotkernels.swap(compiled)
+    attn = model.blocks[0].attn
+    attn.proj.register_forward_hook(lambda *_: calls.append(type(attn).__name__))
+    torch.testing.assert_close(answer(compiled, x)[0], plain, rtol=1e-4, atol=1e-5)
+    assert calls == ["FusedVisionAttention"]
+    hotkernels.unswap(compiled)
+    torch.testing.assert_close(answer(compiled, x)[0], plain)
+
+
+def test_optimizer_and_parameters_stay() -> None:
+    model, x = made("HoT-MixSTE")
+    plain = copy.deepcopy(model)
+    optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, plain))
+    before = list(model.parameters())
+    hotkernels.swap(model)
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    for _ in range(3):
+        for m, o in ((model, optimizer), (plain, other)):
+            o.zero_grad()
+            answer(m.train(), x)[0].square().mean().backward()
+            o.step()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_ddp_afterwards(tmp_path: Path) -> None:
+    model, x = made("HoT-MixSTE")
+    expected = gradients(model.eval(), x)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        hotkernels.swap(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        weight = torch.randn(expected[""].shape, generator=torch.Generator().manual_seed(1))
+        (answer(wrapped, x)[0] * weight).sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)
+        hotkernels.unswap(wrapped)
+        assert hotkernels.swap(wrapped).replaced[0][0].startswith("module.")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_dropout_on_the_probabilities_is_honoured() -> None:
+    """On average attention with dropout is attention; a single run is not."""
+    module = SeqlenAttention(32, 4, "temporal", attn_drop=0.5).eval()
+    x = torch.randn(6, 3, 32)
+    exact = module(x, 3)
+    hotkernels.swap(module)
+    module.train()
+    runs = torch.stack([module(x, 3) for _ in range(2000)])
+    spread = runs.std(0)
+    assert spread.mean() > 0.05
+    assert ((runs.mean(0) - exact).abs() < 5 * spread / 2000**0.5).all()
+
+
+def test_hooks_fire_in_use_and_not_in_the_probe() -> None:
+    model, x = made("HoT-MixSTE")
+    attn, fired = model.STEblocks[0].attn, []
+    attn.register_forward_pre_hook(lambda *_: fired.append("before"))
+    attn.register_forward_hook(lambda *_: fired.append("after"))
+    attn.register_full_backward_hook(lambda *_: fired.append("backward"))
+    attn.qkv.register_forward_hook(lambda *_: fired.append("qkv"))
+    hotkernels.swap(model)
+    assert fired == []
+    answer(model, x)[0].sum().backward()
+    assert fired == ["before", "qkv", "after", "backward"]
+
+
+def test_swap_leaves_no_trace() -> None:
+    """Random state, train and eval flags, buffers, gradients: with and without example_inputs."""
+    model, x = made("TPC-MHFormer")
+    model.SHR_blocks.eval()
+    flags = [module.training for module in model.modules()]
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    state, given = torch.get_rng_state(), x.clone()
+    hotkernels.swap(model, example_inputs=(x,))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(x, given)
+    assert [module.training for module in model.modules()] == flags
+    assert all(map(torch.equal, model.buffers(), buffers))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    names = {name for name in vars(published) if name.startswith("_hotkernels")}
+    assert names <= {"_hotkernels_hot_cluster_dpc_knn", "_hotkernels_hot_cluster_dpc_knn_center"}
+
+
+def test_two_models_of_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the swapped one calls ours; what else changes in the file is seen by both."""
+    calls = []
+    theirs = published.cluster_dpc_knn
+    one, other = MixSTE(), MixSTE()
+    hotkernels.swap(one)
+    monkeypatch.setattr(published, "cluster_dpc_knn", lambda *args: calls.append("theirs") or theirs(*args))
+    monkeypatch.setattr(published, "pool_joints", lambda _, x: calls.append("pool") or x.mean(2))
+    one(torch.randn(1, 27, 5, 2))
+    assert calls == ["pool"]
+    other(torch.randn(1, 27, 5, 2))
+    assert calls == ["pool", "pool", "theirs"]
+    assert type(other) is MixSTE
+
+
+def test_swapped_restores_whatever_happens() -> None:
+    model, x = made("HoT-MixSTE")
+    expected, _ = answer(model.eval(), x)
+    hotkernels.swap(model.STEblocks)
+    kept = swapped_modules(model)
+    with contextlib.suppress(KeyError), hotkernels.swapped(model, example_inputs={"x": x}) as report:
+        assert swapped_modules(model) > kept
+        raise KeyError
+    assert ("STEblocks.0.attn", "swapped already") in report.left
+    assert swapped_modules(model) == kept
+    hotkernels.unswap(model)
+    assert torch.equal(answer(model, x)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = ViT().to(dtype).eval()
+    x = torch.randn(2, 3, 16, 16, dtype=dtype)
+    expected = model(x)
+    hotkernels.swap(model, example_inputs=x)
+    assert len(swapped_modules(model)) == 2
+    torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.05)
+
+
+def test_arguments_beyond_go_to_the_original() -> None:
+    module, x = VisionAttention(32, 4), torch.randn(2, 5, 32)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    plain, masked = module(x), module(x, mask)
+    hotkernels.swap(module)
+    torch.testing.assert_close(module(x), plain)
+    torch.testing.assert_close(module(x, None), plain)
+    assert torch.equal(module(x, attn_mask=mask), masked)
+
+
+def test_shared_submodules_are_swapped_once() -> None:
+    attn = AttentionEager(32)
+    model = nn.ModuleDict({"first": attn, "second": attn})
+    assert hotkernels.swap(model).replaced == [("first, second", "attention")]
+    hotkernels.unswap(model)
+    assert type(attn) is AttentionEager
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    return module.requires_grad_(False)
+
+
+def with_norms(module: CrossAttentionEager) -> nn.Module:
+    parametrizations.weight_norm(module.linear_k)
+    return module
+
+
+def with_hook(module: CrossAttentionEager) -> nn.Module:
+    module.linear_v.register_forward_hook(lambda _, __, out: out * 2)
+    return module
+
+
+def with_identity(module: CrossAttentionEager) -> nn.Module:
+    module.attn_drop = nn.Identity()
+    return module
+
+
+class LowRank(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+def with_low_rank(module: CrossAttentionEager) -> nn.Module:
+    module.linear_k = LowRank(32, 32)
+    return module
+
+
+@pytest.mark.parametrize("change", [frozen, with_norms, with_hook, with_low_rank, with_identity])
+def test_layers_that_are_more_than_a_weight(change: Callable[[Any], nn.Module]) -> None:
+    module = change(CrossAttentionEager(32, 4, qkv_bias=True))
+    token, x = torch.randn(1, 9, 32).expand(3, -1, -1), torch.randn(3, 5, 32, requires_grad=True)
+    expected = module(token, x, x)
+    hotkernels.swap(module)
+    out = module(token, x, x)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in module.parameters())
+
+
+# What looks like plain attention and is not. All of it would pass a look at a fresh module's output or at its layers.
+
+
+class RelativeBias(AttentionEager):
+    def __init__(self) -> None:
+        super().__init__(32, 4)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 4))
+
+
+class Rotary(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        angle = torch.arange(N)[:, None] * torch.logspace(0, -1, q.shape[-1] // 2)
+        turn = torch.polar(torch.ones_like(angle), angle)
+        q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * turn).flatten(-2) for t in (q, k))
+        return self.proj(((q @ k.mT * self.scale).softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class Residual(AttentionEager):
+    """Zero at the start, as a projection that is initialised to zero hides."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 4)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.proj(x)
+
+
+class DropKey(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * (torch.rand(x.shape[:2]) > 0.1)[..., None]) if self.training else super().forward(x)
+
+
+class TrainingScale(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.1 if self.training else 1.0)
+
+
+class ReturnsWeights(AttentionEager):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), None
+
+
+class NeedsMask(AttentionEager):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x) * mask
+
+
+class Window(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.unflatten(1, (-1, 7))
+        return super().forward(windows.flatten(0, 1)).unflatten(0, windows.shape[:2]).flatten(1, 2)
+
+
+class SomeAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(32, 32) for _ in range(3))
+
+
+def replaced_forward() -> nn.Module:
+    module = AttentionEager(32, 4)
+    module.forward = lambda x: x
+    return module
+
+
+def hooked_probabilities() -> nn.Module:
+    module = AttentionEager(32, 4)
+    module.attn_drop.register_forward_hook(lambda *_: None)
+    return module
+
+
+def with_qkv(layer: nn.Module) -> nn.Module:
+    module = AttentionEager(32, 4)
+    module.qkv = layer
+    return module
+
+
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "q and k norms": (lambda: VisionAttention(32, 4, qk_norm=True), "it has q_norm, a LayerNorm"),
+    "relative bias": (RelativeBias, "it has relative_position_bias_table"),
+    "rotary": (lambda: Rotary(32, 4), "its output differs from attention"),
+    "residual": (Residual, "its output differs from attention"),
+    "drop key": (lambda: DropKey(32, 4), "its forward draws random numbers"),
+    "training scale": (lambda: TrainingScale(32, 4), "its output differs from attention in training"),
+    "returns weights": (lambda: ReturnsWeights(32, 4), "its output differs from attention"),
+    "needs a mask": (lambda: NeedsMask(32, 4), "its forward takes x, mask"),
+    "windows": (lambda: Window(32, 4), "its forward fails on plain input (RuntimeError)"),
+    "no mode": (lambda: SeqlenAttention(32, 4), "its forward takes x, seqlen"),
+    "reduced keys": (lambda: GridAttention(32, 4, sr_ratio=2), "it reduces its keys first (sr_ratio = 2)"),
+    "torch's": (lambda: nn.MultiheadAttention(32, 4), "a form of attention that swap does not know"),
+    "unknown": (SomeAttention, "a form of attention that swap does not know"),
+    "ours": (lambda: hotkernels.nn.Attention(32, 4), "it is fused as it is"),
+    "instance forward": (replaced_forward, "its forward was replaced on the instance"),
+    "hooked probabilities": (hooked_probabilities, "attn_drop has hooks, which see the probabilities"),
+    "quantised": (
+        lambda: with_qkv(torch.ao.nn.quantized.dynamic.Linear(32, 96)),
+        "qkv is torch.ao.nn.quantized.dynamic.modules.linear.Linear",
+    ),
+    "no qkv": (lambda: with_qkv(nn.Linear(32, 64)), "qkv makes 64 channels of 32 where proj takes 32"),
+    "wide heads": (lambda: AttentionEager(514, 2), "2 heads of 514 channels: a head has at most 256"),
+    "meta device": (lambda: AttentionEager(32, 4).to("meta"), "on the meta device nothing can be compared"),
+    "scripted": (lambda: torch.jit.trace(AttentionEager(32, 4), torch.ones(1, 2, 32)), "it is scripted"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("what", LEFT)
+def test_left_alone_with_a_reason(what: str) -> None:
+    make, reason = LEFT[what]
+    odd = make()
+    cls = type(odd)
+    report = hotkernels.swap(nn.ModuleDict({"odd": odd, "plain": AttentionEager(32)}))
+    assert report.left == [("odd", reason)]
+    assert report.replaced == [("plain", "attention")]
+    assert type(odd) is cls
+    with pytest.raises(ValueError, match=r"swap: model must be one with a module that swap knows, got .+") as error:
+        hotkernels.swap(odd)
+    assert reason in str(error.value)
+
+
+def test_wrong_arguments() -> None:
+    model, x = made("HoT-MixSTE")
+    with pytest.raises(TypeError, match=r"swap: model must be a torch.nn.Module, got function"):
+        hotkernels.swap(lambda x: x)
+    with pytest.raises(TypeError, match=r"unswap: model must be a torch.nn.Module, got int"):
+        hotkernels.unswap(3)
+    with pytest.raises(ValueError, match=r"swap: model must be one with a module that swap knows, got Linear"):
+        hotkernels.swap(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"unswap: model must be one with swapped modules, got MixSTE without any"):
+        hotkernels.unswap(model)
+    with pytest.raises(TypeError, match=r"swap: example_inputs must be a tensor, a tuple or a dict, got str"):
+        hotkernels.swap(model, example_inputs="x")
+    for unfit in (torch.randn(2, 9), x.to("meta"), (x, x, x), {"y": x}):
+        with pytest.raises(ValueError, match=r"swap: example_inputs must be what the model takes, got \w+Error: "):
+            hotkernels.swap(model, example_inputs=unfit)
+    with pytest.raises(TypeError, match=r"register_twin: twin must be a subclass of hotkernels.Twin, got "):
+        hotkernels.register_twin(nn.Linear)
+    assert not swapped_modules(model)
+    hotkernels.swap(model)
+    with pytest.raises(ValueError, match=r"got FusedMixSTE \(swapped already\)"):
+        hotkernels.swap(model)
+
+
+class LongIsLocal(AttentionEager):
+    """Plain on short inputs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[1] < 8 else super().forward(x.flip(1)) * 0.5
+
+
+def test_other_outputs_are_an_error_and_change_nothing() -> None:
+    model = nn.Sequential(AttentionEager(32, 4), LongIsLocal(32, 4))
+    with pytest.raises(ValueError, match=r"swap: model must be one whose swapped outputs are the same, got a differ"):
+        hotkernels.swap(model, example_inputs=torch.randn(2, 9, 32))
+    assert not swapped_modules(model)
+    hotkernels.swap(model, example_inputs=torch.randn(2, 5, 32))
+
+
+# Functions of a file that have a published name and are not the published function.
+
+
+def file_with(source: str) -> Any:
+    """A module class `M` whose file is `source`, after the imports of the published one."""
+    names: dict[str, Any] = {**vars(published), "__name__": "published"}
+    exec(source, names)
+    return names["M"]
+
+
+MODULE = """
+class M(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = AttentionEager(8, 2)
+    def forward(self, x):
+        return {call}
+"""
+
+
+@pytest.mark.parametrize(
+    ("define", "call", "reason"),
+    [
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    return theirs(x, cluster_num, k, token_mask)[::-1]",
+            "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    return theirs(x + 0 * torch.rand(x.shape), cluster_num, k, token_mask)",
+            "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "def cluster_dpc_knn(x, cluster_num, coords): return x",
+            "cluster_dpc_knn(x, 3, None)",
+            "forward: cluster_dpc_knn: its arguments (x, cluster_num, coords) are of no published form",
+        ),
+        (
+            "",
+            "self.cluster_dpc_knn(x) if x is None else cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: it is also the name of an attribute",
+        ),
+    ],
+)
+def test_functions_left_alone(define: str, call: str, reason: str) -> None:
+    model = file_with(define + MODULE.format(call=call))()
+    report = hotkernels.swap(model)
+    assert report.left == [("", reason)]
+    assert report.functions == []
+    assert type(model).__name__ == "M"
+
+
+@pytest.mark.parametrize(
+    ("define", "call", "ours"),
+    [
+        ("", "(lambda y: cluster_dpc_knn(y, 3, 4))(x)", "hot.cluster_dpc_knn"),
+        ("", "[cluster_dpc_knn_center(y, 3, k=4, center=4) for y in (x,)]", "hot.cluster_dpc_knn_center"),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k=5, token_mask=None):\n"
+            "    return theirs(x.float(), cluster_num, k, token_mask)[1], cluster_num",
+            "cluster_dpc_knn(x, 3)",
+            "prunevid.cluster_dpc_knn",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(token_dict, cluster_num, k=5, token_mask=None):\n"
+            "    return theirs(token_dict['x'].float(), cluster_num, k, token_mask)[1], cluster_num",
+            "cluster_dpc_knn({'x': x}, 6)",
+            "chat_univi.cluster_dpc_knn",
+        ),
+    ],
+)
+def test_functions_found(define: str, call: str, ours: str) -> None:
+    model, x = file_with(define + MODULE.format(call=call))(), torch.randn(2, 9, 8)
+    torch.manual_seed(0)
+    expected = model(x)
+    report = hotkernels.swap(model, example_inputs=x)
+    assert [what.rpartition("hotkernels.compat.")[2] for _, what in report.functions] == [ours]
+    torch.manual_seed(0)
+    assert str(model(x)) == str(expected)
+
+
+def test_called_by_a_method_that_is_overridden() -> None:
+    class Derived(MixSTE):
+        def prune(self, x: Tensor, index: Tensor | None) -> Any:
+            return super().prune(x, index)
+
+    report = hotkernels.swap(Derived())
+    assert report.functions == []
+    assert len(report.left) == 2
+    assert all(
+        path == "" and why.endswith("called in a method that a derived class overrides") for path, why in report.left
+    )
+
+
+def test_a_method_keeps_its_defaults_and_closure() -> None:
+    class Derived(MixSTE):
+        def forward(self, x: Tensor, index: Tensor | None = None, *, scale: float = 2.0) -> Tensor:
+            """Scaled."""
+            cluster_dpc_knn = published.cluster_dpc_knn
+            assert isinstance(cluster_dpc_knn, FunctionType)
+            return super().forward(x, index) * scale
+
+    model, x = Derived(k=5).eval(), torch.randn(1, 27, 5, 2)
+    expected, _ = answer(model, x)
+    hotkernels.swap(model, example_inputs=x)
+    torch.testing.assert_close(answer(model, x)[0], expected, rtol=1e-4, atol=1e-5)
+    assert model.forward.__doc__ == "Scaled."
