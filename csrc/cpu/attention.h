@@ -241,10 +241,7 @@ struct Core {
       for (int64_t i = 0; i < count; ++i) {
         // A query with nothing to attend to has sum 0: its output is 0, its lse -inf.
         const T inverse = sum[i] == 0 ? T{0} : T{1} / sum[i];
-        S* row = out + (q0 + i) * p.out.stride_n;
-        int64_t d = 0;
-        for (; d + lanes <= p.D; d += lanes) store_as<E>(row + d, load(out_rows + i * Dp + d) * inverse);
-        if (d < p.D) store_some_as<E>(row + d, load(out_rows + i * Dp + d) * inverse, p.D - d);
+        write_row(out + (q0 + i) * p.out.stride_n, out_rows + i * Dp, inverse);
         lse_out[q0 + i] = sum[i] == 0 ? static_cast<T>(-INFINITY) : top[i] + std::log(sum[i]);
       }
     }
@@ -288,10 +285,7 @@ struct Core {
     take_keys(b, j, h);
     const int64_t row0 = ((b * p.J + j) * p.H + h) * p.Nq;
     const S *grad = at(p.grad_out, b, j, h), *query = at(p.query, b, j, h), *out = at(p.out, b, j, h);
-    // Half types round out; where all keys are at hand, grad_out . out is taken from the probabilities instead.
-    const bool from_weights = sizeof(S) != sizeof(T) && keys <= kKeys;
-    fill(grad_key_rows, keys * Dp, T{0});
-    fill(grad_value_rows, keys * Dp, T{0});
+    const bool whole = keys <= kKeys;  // all keys in one block
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t q0 = block * Q, count = p.Nq - q0 < Q ? p.Nq - q0 : Q, vectors = (count + lanes - 1) / lanes;
       const T* columns = take_queries(b, j, h, block);
@@ -301,35 +295,18 @@ struct Core {
       for (int64_t i = 0; i < count; ++i) {
         pack_row<E>(query + (q0 + i) * p.query.stride_n, p.D, static_cast<T>(p.scale), query_rows + i * Dp);
         pack_row<E>(grad + (q0 + i) * p.grad_out.stride_n, p.D, T{1}, grad_rows + i * Dp);
-        const S* out_row = out + (q0 + i) * p.out.stride_n;
-        T dot = 0;
-        if (!from_weights) {
-          for (int64_t d = 0; d < p.D; ++d) dot += grad_rows[i * Dp + d] * E::get(out_row[d]);
-        }
-        delta[i] = dot - (p.grad_lse ? static_cast<const T*>(p.grad_lse)[row0 + q0 + i] : T{0});
+        if (p.grad_lse) delta[i] = -static_cast<const T*>(p.grad_lse)[row0 + q0 + i];
         lse[i] = static_cast<const T*>(p.lse)[row0 + q0 + i];
+        const S* out_row = out + (q0 + i) * p.out.stride_n;
+        for (int64_t d = 0; !whole && d < p.D; ++d) delta[i] += grad_rows[i * Dp + d] * E::get(out_row[d]);
       }
       for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
         const int64_t k1 = keys - k0 < kKeys ? keys : k0 + kKeys, n = k1 - k0;
         score(b, j, h, q0, count, k0, k1, columns);
         multiply<false>(v + k0 * value_stride, value_stride, grad_columns, Q, n, vectors, p.D, grad_scores, Q, false);
-        for (int64_t e = 0; e < vectors; ++e) {
-          const vec log_sum = load(lse + e * lanes);
-          vec shift = load(delta + e * lanes);
-          const vec none = splat(static_cast<T>(-INFINITY));
-          for (int64_t key = 0; key < n; ++key) {
-            T *s = scores + key * Q + e * lanes, *g = grad_scores + key * Q + e * lanes;
-            const vec weight = log_sum == none ? vec{} : vexp(load(s) - log_sum);
-            store(s, weight);
-            if (from_weights) shift += weight * load(g); else store(g, weight * (load(g) - shift));
-          }
-          for (int64_t key = 0; from_weights && key < n; ++key) {
-            T *s = scores + key * Q + e * lanes, *g = grad_scores + key * Q + e * lanes;
-            store(g, load(s) * (load(g) - shift));
-          }
-        }
-        multiply<false>(scores, Q, grad_rows, Dp, n, Dp / lanes, count, grad_value_rows + k0 * Dp, Dp, true);
-        multiply<false>(grad_scores, Q, query_rows, Dp, n, Dp / lanes, count, grad_key_rows + k0 * Dp, Dp, true);
+        softmax_gradient(n, vectors, whole);
+        multiply<false>(scores, Q, grad_rows, Dp, n, Dp / lanes, count, grad_value_rows + k0 * Dp, Dp, block > 0);
+        multiply<false>(grad_scores, Q, query_rows, Dp, n, Dp / lanes, count, grad_key_rows + k0 * Dp, Dp, block > 0);
         multiply<true>(grad_scores, Q, k + k0 * key_stride, key_stride, count, Dp / lanes, n, grad_query, Dp, k0 > 0);
         if (bias_sum) add_bias_gradients(bias_sum + q0 * p.S, count, k0, k1);
         if (p.grad_bias) add_bias_gradients(static_cast<T*>(p.grad_bias) + (row0 + q0) * p.S, count, k0, k1);
@@ -340,6 +317,30 @@ struct Core {
     }
     if (p.grad_key.data) write_grad_rows(p.grad_key, grad_key_rows, b, j, h);
     if (p.grad_value.data) write_grad_rows(p.grad_value, grad_value_rows, b, j, h);
+  }
+
+  // Scores become probabilities; grad_scores, so far grad_out . v, become the gradients of the logits. With the whole
+  // row at hand, grad_out . o is taken from the probabilities: o may have been rounded to a half type.
+  void softmax_gradient(int64_t count_keys, int64_t vectors, bool whole) {
+    for (int64_t e = 0; e < vectors; ++e) {
+      T *s = scores + e * lanes, *g = grad_scores + e * lanes;
+      const vec log_sum = load(lse + e * lanes);
+      const auto empty = log_sum == splat(static_cast<T>(-INFINITY));
+      vec shift = load(delta + e * lanes);
+      for (int64_t key = 0; key < count_keys; ++key) {
+        const vec weight = empty ? vec{} : vexp(load(s + key * Q) - log_sum);
+        store(s + key * Q, weight);
+        if (whole) shift += weight * load(g + key * Q);
+      }
+      for (int64_t key = 0; key < count_keys; ++key) store(g + key * Q, load(s + key * Q) * (load(g + key * Q) - shift));
+    }
+  }
+
+  // One row of D values, rounded to the stored type.
+  void write_row(S* out, const T* from, T factor) const {
+    int64_t d = 0;
+    for (; d + lanes <= p.D; d += lanes) store_as<E>(out + d, load(from + d) * factor);
+    if (d < p.D) store_some_as<E>(out + d, load(from + d) * factor, p.D - d);
   }
 
   // to[query][slot] += grad_scores; `to` starts as zeros.
@@ -366,8 +367,7 @@ struct Core {
         T* to = query_sum + (q0 + i) * p.D;
         for (int64_t d = 0; d < p.D; ++d) to[d] += from[d] * scale;
       } else if (p.grad_query.data) {
-        S* to = at(p.grad_query, b, j, h) + (q0 + i) * p.grad_query.stride_n;
-        for (int64_t d = 0; d < p.D; ++d) to[d] = E::put(from[d] * scale);
+        write_row(at(p.grad_query, b, j, h) + (q0 + i) * p.grad_query.stride_n, from, scale);
       }
     }
   }
@@ -376,9 +376,7 @@ struct Core {
   void write_grad_rows(const HeadsView& to, const T* rows, int64_t b, int64_t j, int64_t h) {
     S* out = at(to, b, j, h);
     if (!p.index) {
-      for (int64_t n = 0; n < p.Nk; ++n) {
-        for (int64_t d = 0; d < p.D; ++d) out[n * to.stride_n + d] = E::put(rows[n * Dp + d]);
-      }
+      for (int64_t n = 0; n < p.Nk; ++n) write_row(out + n * to.stride_n, rows + n * Dp, T{1});
       return;
     }
     const int64_t* start = p.start + b * p.start_stride_b + j * p.start_stride_j + h * p.start_stride_h;
@@ -390,7 +388,7 @@ struct Core {
         const T* row = rows + place[slots[e]] * Dp;
         for (int64_t d = 0; d < Dp; d += lanes) store(out_rows + d, load(out_rows + d) + load(row + d));
       }
-      for (int64_t d = 0; d < p.D; ++d) out[n * to.stride_n + d] = E::put(out_rows[d]);
+      write_row(out + n * to.stride_n, out_rows, T{1});
     }
   }
 };
