@@ -122,7 +122,7 @@ def _stride_zero(kind: str) -> Make:
     def make(dtype: torch.dtype) -> Args:
         return {
             "query": torch.randn(1, 2, 63, 16).to(dtype).expand(3, -1, -1, -1),
-            "key": torch.randn(3, 1, 9, 16).to(dtype).expand(-1, 2, -1, -1),
+            "key": torch.randn(1, 1, 9, 16).to(dtype).expand(3, 2, -1, -1),
             "value": torch.randn(1, 1, 9, 16).to(dtype).expand(3, 2, -1, -1),
             **({} if kind == "dense" else {"index": index_of(kind, (3,), 2, 63, 9, 5)}),
         }
