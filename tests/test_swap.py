@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import hotkernels
+from hotkernels.compat import hot
 
 # Five neighbours where published models take two: then no densities tie, which rounding would order differently.
 MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
@@ -272,8 +273,8 @@ def test_swap_leaves_no_trace() -> None:
     assert [module.training for module in model.modules()] == flags
     assert all(map(torch.equal, model.buffers(), buffers))
     assert all(parameter.grad is None for parameter in model.parameters())
-    names = {name for name in vars(published) if name.startswith("_hotkernels")}
-    assert names <= {"_hotkernels_hot_cluster_dpc_knn", "_hotkernels_hot_cluster_dpc_knn_center"}
+    added = {value for name, value in vars(published).items() if name.startswith("_hotkernels")}
+    assert added <= {hot.cluster_dpc_knn, hot.cluster_dpc_knn_center}
 
 
 def test_two_models_of_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +290,16 @@ def test_two_models_of_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     other(torch.randn(1, 27, 5, 2))
     assert calls == ["pool", "pool", "theirs"]
     assert type(other) is MixSTE
+
+
+def test_the_check_of_one_model_leaves_another_of_its_file_alone() -> None:
+    (one, x), (other, _) = made("TCFormer"), made("TCFormer")
+    hotkernels.swap(one)
+    expected, _ = answer(one, x)
+    hotkernels.swap(other, example_inputs=x)
+    assert torch.equal(answer(one, x)[0], expected)
+    hotkernels.unswap(one)
+    answer(other, x)
 
 
 def test_swapped_restores_whatever_happens() -> None:
@@ -594,6 +605,8 @@ def test_functions_left_alone(define: str, call: str, reason: str) -> None:
     ("define", "call", "ours"),
     [
         ("", "(lambda y: cluster_dpc_knn(y, 3, 4))(x)", "hot.cluster_dpc_knn"),
+        ("def choose(x): return cluster_dpc_knn(x, 3, 4)", "choose(x)", "hot.cluster_dpc_knn"),
+        ("chosen = cluster_dpc_knn", "chosen(x, 3, 4)", "hot.cluster_dpc_knn"),
         ("", "[cluster_dpc_knn_center(y, 3, k=4, center=4) for y in (x,)]", "hot.cluster_dpc_knn_center"),
         (
             "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k=5, token_mask=None):\n"

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import fail
 from . import probe
-from .classes import Calls, hidden_name, is_swapped, subclass
+from .classes import Calls, Renames, hidden_name, is_swapped, subclass
 from .functions import find_calls
 from .twins import Twin, find_twin
 
@@ -201,13 +201,19 @@ def _plan(model: nn.Module) -> tuple[list[_Change], SwapReport]:
         if twin is not None:
             report.replaced.append((path, twin.kind))
             calls = tuple(call for call in calls if call[0] != "forward")
-        for method, renames in calls:
-            for name, ours in renames:
-                report.functions.append((path, f"{method}: {name} is {ours.__module__}.{ours.__name__}"))
+        report.functions.extend((path, line) for method, renames in calls for line in _lines(method, renames))
         report.left.extend((path, f"{method}: {why}") for method, why in refused)
         if twin is not None or calls:
             changes.append(_Change(module, twin, calls))
     return changes, report
+
+
+def _lines(caller: str, renames: Renames) -> Iterator[str]:
+    for name, target in renames:
+        if isinstance(target, tuple):
+            yield from _lines(f"{caller}, {name}", target)
+        else:
+            yield f"{caller}: {name} is {target.__module__}.{target.__name__}"
 
 
 def _set_classes(classes: Sequence[tuple[Any, type[nn.Module]]]) -> None:
@@ -226,23 +232,28 @@ def _stand_ins(
     changes: list[_Change], stand_in: Callable[[Any, Any], Callable[..., Any]], fused: bool
 ) -> Iterator[None]:
     """The changes with `stand_in(theirs, ours)` for every clustering function, and with fused forwards or without."""
-    classes: list[tuple[nn.Module, type[nn.Module]]] = []
     installed: list[tuple[dict[str, Any], str]] = []
+
+    def renamed(renames: Renames, names: dict[str, Any]) -> Renames:
+        out: list[tuple[str, Any]] = []
+        for name, ours in renames:
+            if isinstance(ours, tuple):
+                target: Any = renamed(ours, names[name].__globals__)
+            elif names[name].__name__.startswith("cluster"):
+                target = stand_in(names[name], ours)
+            else:
+                target = ours if fused else ()
+            if target:
+                out.append((name, target))
+            if target and target != ours:  # ours stays, for other models of the file
+                installed.append((names, hidden_name(name, target)))
+        return tuple(out)
+
+    classes: list[tuple[nn.Module, type[nn.Module]]] = []
     for change in changes:
-        original, calls = type(change.module), []
-        for method, renames in change.calls:
-            names = getattr(original, method).__globals__
-            stand_ins = []
-            for name, ours in renames:
-                if name.startswith("cluster"):
-                    function = stand_in(names[name], ours)
-                    function.__name__ = f"stand_in_{name}"
-                    stand_ins.append((name, function))
-                    installed.append((names, hidden_name(function)))
-                elif fused:
-                    stand_ins.append((name, ours))
-            calls.append((method, tuple(stand_ins)))
-        classes.append((change.module, subclass(original, change.twin if fused else None, tuple(calls))))
+        original = type(change.module)
+        calls = tuple((m, renamed(renames, getattr(original, m).__globals__)) for m, renames in change.calls)
+        classes.append((change.module, subclass(original, change.twin if fused else None, calls)))
     before = [(change.module, type(change.module)) for change in changes]
     try:
         _set_classes(classes)

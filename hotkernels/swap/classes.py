@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-# Method -> what it calls instead of some functions of its file: ((method, ((name, function), ...)), ...).
-Calls = tuple[tuple[str, tuple[tuple[str, Callable[..., Any]], ...]], ...]
+# What a function calls instead of some functions of its file: name -> function, or name -> what that one calls instead.
+Renames = tuple[tuple[str, Any], ...]
+Calls = tuple[tuple[str, Renames], ...]  # the same per method
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -54,9 +55,9 @@ def _rebuild(
     return module
 
 
-def hidden_name(function: Callable[..., Any]) -> str:
-    """The name under which a file's globals hold a function of ours."""
-    return f"_hotkernels_{function.__module__.rpartition('.')[2]}_{function.__name__}"
+def hidden_name(name: str, target: Any) -> str:
+    """The name under which a file's globals hold what is called in place of `name`."""
+    return f"_hotkernels_{name}_{hash(target) & 0xFFFFFFFF:x}"
 
 
 def codes(code: CodeType) -> Iterator[CodeType]:
@@ -67,13 +68,15 @@ def codes(code: CodeType) -> Iterator[CodeType]:
             yield from codes(const)
 
 
-def _calling(method: FunctionType, renames: tuple[tuple[str, Callable[..., Any]], ...]) -> FunctionType:
-    """A copy of a method that calls these functions where it names those of its file.
+def _calling(function: FunctionType, renames: Renames) -> FunctionType:
+    """A copy of a function that calls others in place of those of its file.
 
     The copy shares the file's globals, which `torch.compile` looks names up in, and in which they may change.
     """
-    names = {name: hidden_name(function) for name, function in renames}
-    method.__globals__.update((hidden_name(function), function) for _, function in renames)
+    names = {name: hidden_name(name, target) for name, target in renames}
+    for name, target in renames:
+        nested = isinstance(target, tuple)
+        function.__globals__[names[name]] = _calling(function.__globals__[name], target) if nested else target
 
     def rename(code: CodeType) -> CodeType:
         return code.replace(
@@ -82,9 +85,9 @@ def _calling(method: FunctionType, renames: tuple[tuple[str, Callable[..., Any]]
         )
 
     copy: Any = FunctionType(
-        rename(method.__code__), method.__globals__, method.__name__, method.__defaults__, method.__closure__
+        rename(function.__code__), function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
-    copy.__kwdefaults__ = method.__kwdefaults__
-    functools.update_wrapper(copy, method)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(copy, function)
     del copy.__wrapped__
     return copy

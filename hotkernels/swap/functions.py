@@ -6,7 +6,7 @@ import dis
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..compat import chat_univi, hot, prunevid, tcformer
 from . import probe
-from .classes import Calls, codes
+from .classes import Calls, Renames, codes
 
 _B, _N, _M = 2, 24, 7  # of the probes; up to 25 tokens, cdist computes distances exactly
 
@@ -71,26 +71,43 @@ FORMS: dict[str, list[Form]] = {
 
 def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
     """What the methods of a class call that can be replaced, and what cannot: (method, why not)."""
-    calls, left = [], []
+    calls: list[tuple[str, Renames]] = []
+    left: list[tuple[str, str]] = []
     for method, function in _methods(cls):
-        renames = []
-        for name in FORMS:
-            target = function.__globals__.get(name)
-            if not isinstance(target, FunctionType) or target.__module__.startswith("hotkernels.compat."):
-                continue
-            uses = {use for code in codes(function.__code__) if name in code.co_names for use in _uses(code, name)}
-            if not uses:
-                continue
-            form = "it is also the name of an attribute" if uses != {"LOAD_GLOBAL"} else find_form(target)
-            if isinstance(form, str):
-                left.append((method, f"{name}: {form}"))
-            elif getattr(cls, method) is not function:
-                left.append((method, f"{name}: called in a method that a derived class overrides"))
-            else:
-                renames.append((name, form))
-        if renames:
-            calls.append((method, tuple(renames)))
+        refused: list[str] = []
+        renames = _find_renames(function, (), refused)
+        if renames and getattr(cls, method) is not function:
+            refused.extend(f"{name}: called in a method that a derived class overrides" for name, _ in renames)
+        elif renames:
+            calls.append((method, renames))
+        left.extend((method, why) for why in refused)
     return tuple(calls), left
+
+
+def _find_renames(function: FunctionType, callers: tuple[FunctionType, ...], refused: list[str]) -> Renames:
+    """What a function calls that can be replaced, itself or through other functions of its package."""
+    renames: list[tuple[str, Any]] = []
+    for name in sorted({name for code in codes(function.__code__) for name in code.co_names}):
+        target = function.__globals__.get(name)
+        if not isinstance(target, FunctionType) or target.__module__.startswith("hotkernels.compat."):
+            continue
+        found: Any = ()
+        if target.__name__ in FORMS:
+            found = find_form(target)
+        elif target not in (function, *callers) and _package(target) == _package(function):
+            found = _find_renames(target, (*callers, function), refused)
+        uses = _uses(function.__code__, name) if found else set()
+        if "LOAD_GLOBAL" not in uses:
+            continue
+        if isinstance(found, str) or uses != {"LOAD_GLOBAL"}:
+            refused.append(f"{name}: {found if isinstance(found, str) else 'it is also the name of an attribute'}")
+        else:
+            renames.append((name, found))
+    return tuple(renames)
+
+
+def _package(function: FunctionType) -> str:
+    return function.__module__.partition(".")[0]
 
 
 def _methods(cls: type) -> list[tuple[str, FunctionType]]:
@@ -104,18 +121,14 @@ def _methods(cls: type) -> list[tuple[str, FunctionType]]:
     ]
 
 
-def _uses(code: Any, name: str) -> set[str]:
+def _uses(function: CodeType, name: str) -> set[str]:
     """The kinds of instruction by which a code uses a name."""
-    return {instruction.opname for instruction in dis.get_instructions(code) if instruction.argval == name}
+    return {step.opname for code in codes(function) for step in dis.get_instructions(code) if step.argval == name}
 
 
 def find_form(function: FunctionType) -> Callable[..., Any] | str:
     """Our function that answers as a published one of its name does; a string says why there is none."""
-    forms = (
-        [form for form in FORMS[function.__name__] if _accepts(form.replacement, function)]
-        if function.__name__ in FORMS
-        else []
-    )
+    forms = [form for form in FORMS[function.__name__] if _accepts(form.replacement, function)]
     if not forms:
         return f"its arguments {inspect.signature(function)} are of no published form"
     for form in forms:
