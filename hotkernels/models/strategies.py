@@ -99,6 +99,6 @@ def interpolate(poses: Tensor, index: Tensor, length: int) -> Tensor:
     time = torch.arange(length, device=index.device).expand(B, length).contiguous()
     right = torch.searchsorted(index.contiguous(), time).clamp(1, M - 1)
     before, after = index.gather(1, right - 1), index.gather(1, right)
-    weight = ((time - before) / (after - before)).clamp(0, 1).to(poses.dtype)[..., None, None]
+    weight = ((time - before).to(poses.dtype) / (after - before)).clamp(0, 1)[..., None, None]
     batch = torch.arange(B, device=index.device)[:, None]
     return torch.lerp(poses[batch, right - 1], poses[batch, right], weight)

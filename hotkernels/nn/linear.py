@@ -14,6 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from ..backends import wants_grad
 
+_BUILT_WITH_ONEDNN = torch.backends.mkldnn.is_available()
+
 
 def is_bare(layer: nn.Module) -> bool:
     """Whether a layer is its weight and bias alone: no hooks (weight_norm is one), no class derived from Linear."""
@@ -40,14 +42,14 @@ def multiply(x: Tensor, weight: Any, bias: Any, gelu: bool = False) -> Tensor:
 
 
 def _served(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN serves this call; torch.compile calls it by itself."""
-    return bool(
-        x.device.type == "cpu"
+    """Whether oneDNN serves this call. torch.compile calls what it finds best, and must not look at switches."""
+    return (
+        not torch.compiler.is_compiling()
+        and _BUILT_WITH_ONEDNN
+        and torch.backends.mkldnn.enabled is True
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -58,7 +60,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
 
 
 def _recorded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _Linear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):

@@ -1,0 +1,304 @@
+"""hotkernels.models against the published models in eager PyTorch: answers, gradients, options, bad input."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hotkernels.models import HoTMixSTE, HoTMotionBERT, strategies
+from hotkernels.models.eager import HoTMixSTEEager, HoTMotionBERTEager
+from hotkernels.nn.linear import linear
+
+SMALL: dict[str, Any] = {"frames": 27, "token_num": 9, "channels": 64, "depth": 4, "layer_index": 2}
+PAIRS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module], int]] = {
+    "hot_mixste": (HoTMixSTEEager, HoTMixSTE, 2),
+    "tpc_mixste": (
+        functools.partial(HoTMixSTEEager, center=True, recover=None),
+        functools.partial(HoTMixSTE, center=True, recover=None),
+        2,
+    ),
+    "hot_motionbert": (
+        functools.partial(HoTMotionBERTEager, drop_path=0.1),
+        functools.partial(HoTMotionBERT, drop_path=0.1),
+        3,
+    ),
+}
+each_model = pytest.mark.parametrize("name", PAIRS)
+
+
+def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module, Tensor]:
+    """The published model and ours with the same parameters, none of them zero, and an input."""
+    make_eager, make_ours, in_channels = PAIRS[name]
+    eager = make_eager(**SMALL)
+    ours = make_ours(**SMALL, select="cluster_random", **options)
+    with torch.no_grad():
+        for p in eager.parameters():
+            p.normal_(0, 0.1)
+    ours.load_state_dict(eager.state_dict())
+    eager.load_state_dict(ours.state_dict())
+    return eager, ours, torch.randn(2, 27, 17, in_channels)
+
+
+def run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Output, chosen frames if told, and all gradients, with the same random numbers on every call."""
+    torch.manual_seed(3)
+    out = model(x)
+    out, index = out if isinstance(out, tuple) else (out, None)
+    grads = torch.autograd.grad(out, list(model.parameters()), torch.linspace(-1, 1, out.numel()).view_as(out).to(out))
+    return out, index, {n: g for (n, _), g in zip(model.named_parameters(), grads, strict=True)}
+
+
+@each_model
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_same_answers_and_gradients_in_float64(name: str, training: bool) -> None:
+    """Training draws the same random numbers, for the clustering and for stochastic depth."""
+    eager, ours, x = pair(name)
+    (a, a_index, a_grads), (b, b_index, b_grads) = (run(m.double().train(training), x.double()) for m in (eager, ours))
+    if a_index is not None:
+        assert torch.equal(a_index, b_index)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert a_grads.keys() == b_grads.keys()
+    for key, grad in a_grads.items():
+        torch.testing.assert_close(grad, b_grads[key], rtol=1e-10, atol=1e-11 * float(grad.abs().max() + 1), msg=key)
+
+
+@each_model
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+def test_float32_error_is_that_of_eager(name: str, grad: bool) -> None:
+    eager, ours, x = pair(name)
+    assert isinstance(ours, (HoTMixSTE, HoTMotionBERT))
+    index = torch.stack([torch.randperm(27)[:9].sort().values for _ in range(2)])
+    for model in (eager, ours):  # the same frames for all, whatever rounding does to the clustering
+        model.eval()
+    eager_at = functools.partial(eager, index=index) if "mixste" in name else None
+    exact = copy.deepcopy(ours).double()(x.double(), index)
+    with torch.set_grad_enabled(grad):
+        low = eager_at(x) if eager_at else copy.deepcopy(ours).bfloat16()(x.bfloat16(), index)
+        own = ours(x, index)
+    low, own, exact = (t[0] if isinstance(t, tuple) else t for t in (low, own, exact))
+    error, allowed = (own - exact).abs().max(), 4 * (low - exact).abs().max()
+    assert error <= allowed
+    assert error <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize(("make", "millions"), [(HoTMixSTE, 35.00), (HoTMotionBERT, 16.35)])
+def test_published_number_of_parameters(make: Callable[[], nn.Module], millions: float) -> None:
+    assert sum(p.numel() for p in make().parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+@pytest.mark.parametrize(("make", "gflops", "in_channels"), [(HoTMixSTE, 167.51, 2), (HoTMotionBERT, 63.21, 3)])
+def test_published_work(make: Callable[..., nn.Module], gflops: float, in_channels: int) -> None:
+    """A multiply and an add per weight of each nn.Linear and row, per sequence of 243 frames, as the papers count.
+
+    Rows as in the published code, which projects x_token once per joint of every sequence; ours does it once.
+    """
+    model = make()
+    J, F, M = 17, 243, 81
+    count = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        block = re.match(r"(?:STEblocks|TTEblocks|blocks_st|blocks_ts|ts_attn)\.(\d+)", name)
+        kept = name.endswith(("linear_k", "linear_v")) or (block and int(block[1]) >= model.layer_index[0])
+        count += module.weight.numel() * J * (M if kept else F)
+    assert 2 * count / 1e9 == pytest.approx(gflops, abs=0.02)
+
+
+def test_nothing_is_rearranged() -> None:
+    """From the first block to the last, no copy of a whole [B, F, J, C]."""
+    model = HoTMixSTE(**SMALL).eval()
+    x = torch.randn(2, 27, 17, 2)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        model(x).sum()
+    whole = {2 * frames * 17 * 64 for frames in (27, 9)}
+
+    def of_a_linear_layer(event: Any) -> bool:  # addmm copies its bias to the output
+        return event is not None and (event.name == "aten::addmm" or of_a_linear_layer(event.cpu_parent))
+
+    copies = [
+        (event.name, event.input_shapes[0])
+        for event in profile.events()
+        if event.name in ("aten::copy_", "aten::clone", "aten::contiguous")
+        and int(np.prod(event.input_shapes[0])) in whole
+        and not of_a_linear_layer(event)
+    ]
+    assert copies == []
+
+
+# Options.
+
+
+@pytest.mark.parametrize("make", [HoTMixSTE, HoTMotionBERT])
+@pytest.mark.parametrize("select", strategies.SELECT)
+@pytest.mark.parametrize("recover", ["attention", "interpolation", None])
+def test_several_steps(make: Callable[..., nn.Module], select: str, recover: str | None) -> None:
+    """Two prunings, the centre frame kept: shapes, order, and a gradient in every parameter."""
+    options = SMALL | {"token_num": (15, 6), "layer_index": (1, 3)}
+    model = make(**options, center=True, select=select, recover=recover)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.1)
+    out = model(torch.randn(2, 27, 17, 2 if make is HoTMixSTE else 3))
+    if recover is None:
+        out, index = out
+        assert index.shape == (2, 6)
+        assert (index.diff(dim=1) > 0).all()
+        assert (index == 13).any(1).all()
+        assert out.shape == (2, 6, 17, 3)
+    else:
+        assert out.shape == (2, 27, 17, 3)
+    out.square().sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def scene(poses: Tensor, keep: Tensor | None = None) -> strategies.Scene:
+    return strategies.Scene(poses, keep, nn.Identity(), HoTMixSTE(**SMALL).TTEblocks[0].attn)
+
+
+def test_motion_keeps_the_frames_that_moved() -> None:
+    poses = torch.zeros(1, 8, 17, 2)
+    poses[0, 3:] += 1.0
+    poses[0, 6:] -= 0.5
+    assert strategies.motion(torch.zeros(1, 8, 17, 64), 2, scene(poses)).tolist() == [[3, 6]]
+    kept = strategies.motion(torch.zeros(1, 8, 17, 64), 2, scene(poses, torch.tensor([[5]])))
+    assert kept.tolist() == [[3, 5]]
+
+
+def test_uniform() -> None:
+    x = torch.zeros(2, 9, 17, 64)
+    assert strategies.uniform(x, 3, scene(x)).tolist() == [[0, 4, 8]] * 2
+    assert strategies.uniform(x, 1, scene(x)).tolist() == [[4]] * 2
+    keep = torch.tensor([[1], [5]])
+    assert strategies.uniform(x, 3, scene(x, keep)).tolist() == [[1, 4, 8], [0, 5, 8]]
+
+
+def test_attention_is_the_attention_received() -> None:
+    x = torch.randn(2, 27, 17, 64)
+    attention = scene(x).attention
+    qkv = attention.qkv(x).reshape(2, 27, 17, 3, 8, 8)
+    logits = torch.einsum("bfjhd,bgjhd->bjhfg", qkv[..., 0, :, :], qkv[..., 1, :, :]) * attention.scale
+    expected = logits.softmax(-1).mean((1, 2, 3)).topk(9).indices.sort(1).values
+    at = strategies.Scene(x, None, nn.Identity(), attention)
+    assert torch.equal(strategies.attention(x, 9, at), expected)
+
+
+def test_interpolation_of_each_sequence() -> None:
+    index = torch.stack([torch.randperm(30)[:7].sort().values for _ in range(3)])
+    poses = torch.randn(3, 7, 17, 3, dtype=torch.float64, requires_grad=True)
+    out = strategies.interpolate(poses, index, 30)
+    for b in range(3):
+        column = poses[b].detach().flatten(1).T.numpy()
+        expected = np.stack([np.interp(np.arange(30), index[b].numpy(), y) for y in column], 1)
+        np.testing.assert_allclose(out[b].detach().flatten(1).numpy(), expected, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda p: strategies.interpolate(p, index, 30)[:, ::7, :2], poses, fast_mode=True)
+
+
+def test_a_choice_of_your_own() -> None:
+    def last(x: Tensor, token_num: int, at: strategies.Scene) -> Tensor:
+        return torch.arange(x.shape[1] - token_num, x.shape[1]).expand(len(x), -1)
+
+    _, index = HoTMixSTE(**SMALL, select=last, recover=None)(torch.randn(2, 27, 17, 2))
+    assert index.tolist() == [list(range(18, 27))] * 2
+
+
+def test_index_of_an_earlier_pass_is_used() -> None:
+    model = HoTMixSTE(**SMALL, recover=None).eval()
+    x = torch.randn(2, 27, 17, 2)
+    _, index = model(x)
+    _, again = model(x.flip(0), index)
+    assert torch.equal(index, again)
+
+
+def test_tiles_change_nothing() -> None:
+    """Without a gradient, blocks run in tiles: sizes that divide by nothing."""
+    model = HoTMixSTE(frames=121, token_num=70, channels=64, depth=3, layer_index=1).eval()
+    x = torch.randn(3, 121, 17, 2)
+    with torch.no_grad():
+        tiled = model(x)
+    torch.testing.assert_close(tiled, model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [HoTMixSTE, HoTMotionBERT])
+def test_compiles_without_graph_breaks(make: Callable[..., nn.Module]) -> None:
+    model = make(**SMALL | {"depth": 2, "layer_index": 1}).eval()
+    x = torch.randn(2, 27, 17, 2 if make is HoTMixSTE else 3)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_autocast() -> None:
+    model = HoTMixSTE(**SMALL).eval()
+    x = torch.randn(2, 27, 17, 2)
+    exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    torch.testing.assert_close(out.float(), exact, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token_num": 28}, "token_num must be in [1, 27], got 28"),
+        ({"token_num": (9, 15), "layer_index": (1, 2)}, "token_num must be in [1, 9], got 15"),
+        ({"token_num": (9, 5)}, "layer_index must be one layer for each of token_num, got (2,) for (9, 5)"),
+        ({"layer_index": 0}, "layer_index must be in [1, 3], got 0"),
+        ({"layer_index": 4}, "layer_index must be in [1, 3], got 4"),
+        ({"recover": "copy"}, "recover must be 'attention', 'interpolation' or None, got 'copy'"),
+        ({"select": "best"}, "select must be a function, "),
+        ({"channels": 60}, "dim must be a multiple of num_heads = 8, got 60"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HoTMixSTE(**SMALL | options)
+
+
+def test_bad_input() -> None:
+    model = HoTMixSTE(**SMALL)
+    with pytest.raises(ValueError, match=r"HoTMixSTE: x must be .* = \[any, 27, 17, 2\], got \[2, 26, 17, 2\]"):
+        model(torch.zeros(2, 26, 17, 2))
+    with pytest.raises(ValueError, match=r"HoTMixSTE: index must be \[B, M\] = \[2, 9\], got \[2, 8\]"):
+        model(torch.zeros(2, 27, 17, 2), torch.zeros(2, 8, dtype=torch.int64))
+    steps = HoTMixSTE(**SMALL | {"token_num": (9, 5), "layer_index": (1, 2)})
+    with pytest.raises(ValueError, match="index must be None where frames are pruned in several steps"):
+        steps(torch.zeros(2, 27, 17, 2), torch.zeros(2, 9, dtype=torch.int64))
+
+
+# The linear layers.
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 4, 5), (0, 5)])
+def test_linear_is_the_layer(shape: tuple[int, ...], bias: bool) -> None:
+    layer = nn.Linear(5, 7, bias=bias)
+    x = torch.randn(*shape, requires_grad=True)
+    weight = torch.randn(*shape[:-1], 7)
+    wanted = [x, *layer.parameters()]
+    for gelu in (False, True):
+        expected = nn.functional.gelu(layer(x)) if gelu else layer(x)
+        out = linear(layer, x, gelu)
+        torch.testing.assert_close(out, expected)
+        with torch.no_grad():
+            torch.testing.assert_close(linear(layer, x, gelu), expected)
+        for ours, theirs in zip(
+            torch.autograd.grad(out, wanted, weight), torch.autograd.grad(expected, wanted, weight), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_linear_with_hooks_runs_them() -> None:
+    layer = nn.Linear(5, 7)
+    layer.register_forward_hook(lambda module, args, out: out + 1)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(linear(layer, x), layer(x))
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 7))
+    torch.testing.assert_close(linear(normed, x), normed(x))
