@@ -42,6 +42,7 @@ from .ops.gather_tokens import gather_tokens
 from .ops.gathered_attention import gathered_attention
 from .ops.gathered_attention.api import packed_attention, unpack
 from .ops.invert_index import invert_index
+from .ops.invert_index.reference import invert_index_reference
 from .ops.merge_tokens import merge_tokens
 from .ops.recovery_attention import recovery_attention
 
@@ -339,12 +340,37 @@ def _head_dim(op: str, C: int, heads: int) -> int:
     return C // heads
 
 
+def invert_index_workload(
+    shape: Sequence[int],
+    clusters: int,
+    *,
+    dtype: torch.dtype = torch.int64,
+    device: str = "cpu",
+    backend: str | None = None,
+) -> Workload:
+    """Inverting an index [B, Nq, K] into `clusters` tokens, against a stable sort of it. It has no floating dtype."""
+    index = torch.randint(clusters, tuple(shape), generator=torch.Generator().manual_seed(1)).to(device)
+
+    def eager(index: Tensor) -> tuple[Tensor, Tensor]:
+        return invert_index_reference(index.flatten(1), clusters)
+
+    def ours(index: Tensor) -> tuple[Tensor, Tensor]:
+        return invert_index(index, clusters, dims=2, backend=backend)[1:]
+
+    def wrong(eager: tuple[Tensor, Tensor], ours: tuple[Tensor, Tensor]) -> str | None:
+        same = all(torch.equal(a, b) for a, b in zip(eager, ours, strict=True))
+        return None if same else "another inverse than a stable sort gives"
+
+    return Workload(f"{_sizes(shape)} into {clusters}", (index,), eager, ours, wrong)
+
+
 WORKLOADS: dict[str, Callable[..., Workload]] = {
     "dpc_knn": dpc_knn_workload,
     "gather_tokens": gather_tokens_workload,
     "merge_tokens": merge_tokens_workload,
     "gathered_attention": gathered_attention_workload,
     "recovery_attention": recovery_attention_workload,
+    "invert_index": invert_index_workload,
 }
 _SHAPES = {"gather_tokens": ("B,N,C", "B,N,J,C"), "recovery_attention": ("B,F,J,C",)}
 """What --shape may be, where it is not B,N,C."""

@@ -18,7 +18,9 @@ SMALL = {
     "merge_tokens": (2, 40, 8),
     "gathered_attention": (2, 40, 64),
     "recovery_attention": (2, 40, 3, 64),
+    "invert_index": (2, 40, 3),
 }
+FLOATING = sorted(WORKLOADS.keys() - {"invert_index"})
 ATTENTION = [
     ("gathered_attention", 40, {}),
     ("gathered_attention", 10, {}),
@@ -29,7 +31,7 @@ ATTENTION = [
 ]
 
 
-@pytest.mark.parametrize("op", WORKLOADS)
+@pytest.mark.parametrize("op", FLOATING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_right_answers_pass(op: str, dtype: torch.dtype) -> None:
     work = WORKLOADS[op](SMALL[op], 10, dtype=dtype)
@@ -49,11 +51,18 @@ def test_attention_is_checked_in_every_form(op: str, keys: int, options: dict[st
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("op", WORKLOADS.keys() - {"dpc_knn"})
+@pytest.mark.parametrize("op", [op for op in FLOATING if op != "dpc_knn"])
 def test_wrong_values_are_seen(op: str, backward: bool) -> None:
     work = WORKLOADS[op](SMALL[op], 10)
     worse = dataclasses.replace(work, ours=lambda x, *rest: work.ours(x * 1.001, *rest))
     assert "from float64" in (worse.check(backward) or "")
+
+
+def test_a_wrong_inverse_is_seen() -> None:
+    work = WORKLOADS["invert_index"](SMALL["invert_index"], 10)
+    assert work.check() is None
+    backwards = dataclasses.replace(work, ours=lambda index: [t.flip(-1) for t in work.ours(index)])
+    assert "another inverse" in (backwards.check() or "")
 
 
 def test_wrong_clusters_are_seen() -> None:

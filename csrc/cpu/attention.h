@@ -206,9 +206,12 @@ struct Core {
     if (p.key_bias) {
       const T* bias = static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j;
       for (int64_t key = k0; key < k1; ++key) {
-        const vec add = splat(bias[token(key, b, j, h) * p.key_bias_stride_n]);
+        const T add = bias[token(key, b, j, h) * p.key_bias_stride_n];
         T* row = scores + (key - k0) * Q;
-        for (int64_t e = 0; e < vectors; ++e) store(row + e * lanes, load(row + e * lanes) + add);
+        // -inf masks a key whatever its logit is, NaN included.
+        for (int64_t e = 0; e < vectors; ++e) {
+          store(row + e * lanes, add == -static_cast<T>(INFINITY) ? splat(add) : load(row + e * lanes) + add);
+        }
       }
     }
     if (p.bias) {

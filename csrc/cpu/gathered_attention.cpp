@@ -128,7 +128,10 @@ struct Each {
     dots(p.key, b, j, h, row, logits);
     if (p.key_bias) {
       const T* bias = static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j;
-      for (int64_t key = 0; key < keys; ++key) logits[key] += bias[tokens[key] * p.key_bias_stride_n];
+      for (int64_t key = 0; key < keys; ++key) {  // -inf masks a key whatever its logit is, NaN included
+        const T add = bias[tokens[key] * p.key_bias_stride_n];
+        logits[key] = add == -static_cast<T>(INFINITY) ? add : logits[key] + add;
+      }
     }
     if (p.bias) {
       const T* bias = static_cast<const T*>(p.bias) + b * p.bias_stride_b + j * p.bias_stride_j + h * p.bias_stride_h +

@@ -113,8 +113,11 @@ class CrossAttention(nn.Module):
         Returns:
             [B, L, C] or [B, L, J, C].
         """
-        if x_1.dim() == 3 and (x_1.shape[0] == 1 or x_1.stride(0) == 0):
-            x_1 = x_1[0]
+        if x_1.dim() == 3:
+            if x_1.shape[0] not in (1, x_2.shape[0]):
+                fail("CrossAttention", "x_1", f"[B, L, C] with x_2's B = {x_2.shape[0]}", list(x_1.shape))
+            if x_1.shape[0] == 1 or x_1.stride(0) == 0:
+                x_1 = x_1[0]
         # [B, L, (J,) C] -> [B, (J,) H, L, D], a view
         query, key, value = (
             _split_heads(t, self.num_heads) for t in (linear(self.linear_q, x_1), *self._keys_and_values(x_2, x_3))

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from ..backends import wants_grad
 
-_BUILT_WITH_ONEDNN = torch.backends.mkldnn.is_available()
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def is_bare(layer: nn.Module) -> bool:
@@ -45,7 +45,7 @@ def _served(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN serves this call. torch.compile calls what it finds best, and must not look at switches."""
     return (
         not torch.compiler.is_compiling()
-        and _BUILT_WITH_ONEDNN
+        and _HAS_ONEDNN
         and torch.backends.mkldnn.enabled is True
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32

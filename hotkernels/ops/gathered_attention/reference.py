@@ -55,7 +55,7 @@ def gathered_attention_reference(
     logits = logits * (query.shape[-1] ** -0.5 if scale is None else scale) + extra
     if bias is not None:
         logits = logits + bias.to(dtype)
-    logits = torch.where(there, logits, -torch.inf)
+    logits = torch.where(there & (extra != -torch.inf), logits, -torch.inf)  # masks NaN, too
 
     top = logits.detach().amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
