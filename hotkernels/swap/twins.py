@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import fail
 from ..nn.attention import Attention, CrossAttention, dropout_p
+from ..nn.linear import linear
 from ..ops.gathered_attention import gathered_attention
 from ..ops.gathered_attention.api import MAX_HEAD_DIM
 from . import probe
@@ -194,7 +195,7 @@ def _arguments(module: nn.Module) -> int:
 
 
 def _project(module: Any, attended: Tensor) -> Tensor:
-    return module.proj_drop(module.proj(attended))
+    return module.proj_drop(linear(module.proj, attended))
 
 
 def _off(*values: Any) -> bool:
@@ -336,8 +337,8 @@ class _GridAttention(Twin):
 
 def _attend(module: Any, x: Tensor, keys: Tensor, score: Tensor | None) -> Tensor:
     """Attention of x [B, N, C] to keys [B, M, C], with the projections q and kv and a score [B, M, 1] per key."""
-    query = module.q(x).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
-    key, value = module.kv(keys).unflatten(-1, (2, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    query = linear(module.q, x).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+    key, value = linear(module.kv, keys).unflatten(-1, (2, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     out: Any = gathered_attention(
         query,
         key,
