@@ -646,6 +646,14 @@ def test_functions_found(define: str, call: str, ours: str) -> None:
     assert str(model(x)) == str(expected)
 
 
+def test_called_by_a_method_of_the_instance() -> None:
+    model = published.MotionAGFormer()
+    model.forward = model.forward  # as libraries do that wrap it
+    report = hotkernels.swap(model)
+    assert report.left == [("", "forward: it was replaced on the instance")]
+    assert "" not in swapped_modules(model)
+
+
 def test_called_by_a_method_that_is_overridden() -> None:
     class Derived(MixSTE):
         def prune(self, x: Tensor, index: Tensor | None) -> Any:

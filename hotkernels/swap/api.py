@@ -198,6 +198,8 @@ def _plan(model: nn.Module) -> tuple[list[_Change], SwapReport]:
         if cls not in called:
             called[cls] = find_calls(cls)
         calls, refused = called[cls]
+        refused = [*refused, *((m, "it was replaced on the instance") for m, _ in calls if m in vars(module))]
+        calls = tuple(call for call in calls if call[0] not in vars(module))
         if twin is not None:
             report.replaced.append((path, twin.kind))
             calls = tuple(call for call in calls if call[0] != "forward")
