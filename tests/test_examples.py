@@ -1,0 +1,77 @@
+"""Every example in bench/examples runs, at a tiny size, and the short form of bench/convergence.py learns alike."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "swap_hot": "--frames 27 --channels 32 --depth 2",
+    "swap_tcformer": "--size 64 --channels 32",
+    "merge_video_tokens": "--frames 2 --channels 64",
+    "point_cloud": "--points 256 --channels 32",
+}
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], threads: None
+) -> Callable[[str, str], tuple[Any, str]]:
+    """Call main() of a module with a command line: its result and what it printed."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+    def call(module: str, arguments: str) -> tuple[Any, str]:
+        monkeypatch.setattr(sys, "argv", [module, *arguments.split()])
+        result = importlib.import_module(module).main()
+        return result, capsys.readouterr().out
+
+    return call
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_example(name: str, run: Callable[[str, str], tuple[Any, str]]) -> None:
+    _, out = run(f"bench.examples.{name}", f"{TINY[name]} --rounds 2")
+    assert re.search(r"x as (fast|long)", out), out
+    for gap in re.findall(r"difference[^:]*: ([\d.e+-]+)", out):
+        assert float(gap) < 1e-4, out
+
+
+def test_every_example_is_tested() -> None:
+    found = {path.stem for path in (ROOT / "bench/examples").glob("[a-z]*.py")}
+    assert found == {*TINY, "train_ddp"}
+
+
+def test_two_processes() -> None:
+    """As a process of its own: it starts two more."""
+    options = ["--frames", "27", "--channels", "32", "--steps", "1"]
+    command = [sys.executable, "-m", "bench.examples.train_ddp", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "both processes hold the same parameters" in done.stdout
+
+
+def test_convergence(tmp_path: Path, run: Callable[[str, str], tuple[Any, str]]) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = "--seeds 1 --steps 20 --frames 27 --channels 32 --depth 2 --motions 2 --seconds 6"
+    result, _ = run("bench.convergence", f"{arguments} --out {tmp_path}")
+    (learnt,) = result["runs"]
+    eager, ours = learnt["eager"], learnt["ours"]
+    assert eager["losses"][-1] < 0.7 * eager["losses"][0]
+    assert learnt["largest_gap_percent"] < 2
+    assert abs(eager["mpjpe_mm"] - ours["mpjpe_mm"]) < 0.05 * eager["mpjpe_mm"]
+    assert (tmp_path / "convergence.json").exists()
+    assert (tmp_path / "convergence.png").exists()
+
+
+def test_whole_model_bench(run: Callable[[str, str], tuple[Any, str]]) -> None:
+    wrong, out = run("bench.models", "--channels 32 --depth 4 --batch 1 --rounds 2")
+    assert not wrong
+    assert "| training step |" in out
