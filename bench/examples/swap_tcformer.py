@@ -29,13 +29,13 @@ def merge_tokens(
     token_dict: dict[str, Any], idx_cluster: Tensor, cluster_num: int, token_weight: Tensor | None = None
 ) -> dict[str, Any]:
     """Average the tokens of each cluster, and keep track of where every pixel went."""
-    x = merge_tokens_eager(token_dict["x"], idx_cluster, cluster_num, token_weight)
+    x = token_dict["x"]
     weight = torch.ones_like(x[..., :1]) if token_weight is None else token_weight
     batch = torch.arange(len(x))[:, None]
     total = weight.new_zeros(len(x), cluster_num, 1).index_put((batch, idx_cluster), weight, accumulate=True) + 1e-6
     share = weight / total[batch, idx_cluster]
     return {
-        "x": x,
+        "x": merge_tokens_eager(x, idx_cluster, cluster_num, weight),
         "token_num": cluster_num,
         "map_size": token_dict["map_size"],
         "init_grid_size": token_dict["init_grid_size"],

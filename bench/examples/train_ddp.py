@@ -29,10 +29,11 @@ def worker(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
         "frames": args.frames, "token_num": args.frames // 3, "channels": args.channels, "depth": 4, "layer_index": 1
     }  # fmt: skip
     seconds, losses = {}, {}
-    published, ours = HoTMixSTEEager(**options), HoTMixSTE(**options)
+    published, ours = HoTMixSTEEager(**options), HoTMixSTE(**options, select="cluster_random")
     ours.load_state_dict(published.state_dict())
     for name, model in (("eager", published), ("hotkernels", ours)):
         model = DistributedDataParallel(model)  # gives both processes the parameters of the first
+        torch.manual_seed(rank)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         generator = torch.Generator().manual_seed(rank)
         losses[name] = []
