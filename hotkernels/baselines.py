@@ -158,5 +158,5 @@ class TokenRecoveryEager(nn.Module):
         """Recover x [B, M, J, C] to [B, L, J, C], a strided view as published: the next layer pays for that copy."""
         B, _, J, _ = x.shape
         x = x.transpose(1, 2).flatten(0, 1)
-        token = self.x_token.repeat(B * J, 1, 1)
+        token = self.x_token.expand(B * J, -1, -1)
         return (token + self.cross_attention(token, x, x)).unflatten(0, (B, J)).transpose(1, 2)

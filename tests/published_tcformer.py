@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import torch
-from published import Mlp, drop_path_of
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from hotkernels.baselines import cluster_dpc_knn_eager, merge_tokens_eager
+from hotkernels.models.eager import DropPath, Mlp
 
 
 def cluster_dpc_knn(
@@ -127,7 +127,7 @@ class GridBlock(nn.Module):
     def __init__(self, dim: int, heads: int, sr_ratio: int, drop_path: float) -> None:
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim), GridAttention(dim, heads, sr_ratio=sr_ratio)
-        self.drop_path = drop_path_of(drop_path)
+        self.drop_path = DropPath(drop_path)
         self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, 2 * dim)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
@@ -150,7 +150,7 @@ class TCBlock(nn.Module):
     def __init__(self, dim: int, heads: int, sr_ratio: int, drop_path: float) -> None:
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim), TCAttention(dim, heads, sr_ratio=sr_ratio)
-        self.drop_path = drop_path_of(drop_path)
+        self.drop_path = DropPath(drop_path)
         self.norm2, self.mlp = nn.LayerNorm(dim), TCMlp(dim, 2 * dim)
 
     def forward(self, inputs: Any) -> dict[str, Any]:

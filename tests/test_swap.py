@@ -10,25 +10,27 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import published
 import pytest
 import torch
-from published import AttentionEager, CrossAttentionEager, MixSTE, SeqlenAttention, VisionAttention, ViT
+from published import VisionAttention, ViT, hot_mixste, hot_motionbert
 from published_tcformer import GridAttention, TCFormer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import hotkernels
+from hotkernels.baselines import AttentionEager, CrossAttentionEager
 from hotkernels.compat import hot
+from hotkernels.models import eager
+from hotkernels.models.eager import cluster_dpc_knn
 
 # Five neighbours where published models take two: then no densities tie, which rounding would order differently.
 MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
-    "HoT-MixSTE": (lambda **o: MixSTE(k=5, **o), (2, 27, 5, 2)),
-    "TPC-MixSTE": (lambda **o: MixSTE(center=True, k=5, **o), (2, 27, 5, 2)),
-    "HoT-MotionBERT": (lambda: published.MotionBERT(k=5), (2, 27, 5, 3)),
+    "HoT-MixSTE": (lambda: hot_mixste(k=5), (2, 27, 5, 2)),
+    "TPC-MixSTE": (lambda: hot_mixste(center=True, recover=None, k=5), (2, 27, 5, 2)),
+    "HoT-MotionBERT": (lambda: hot_motionbert(k=5), (2, 27, 5, 3)),
     "HoT-MotionAGFormer": (lambda: published.MotionAGFormer(k=5), (2, 27, 5, 3)),
     "TPC-MHFormer": (lambda: published.MHFormer(k=5), (2, 27, 4, 2)),
     "TCFormer": (TCFormer, (2, 3, 32, 32)),
@@ -155,7 +157,7 @@ def test_unpickles_in_a_process_that_has_swapped_nothing(tmp_path: Path) -> None
     torch.save((model, x, answer(model, x)[0]), tmp_path / "model.pt")
     code = (
         "import sys, torch; model, x, out = torch.load(sys.argv[1], weights_only=False); torch.manual_seed(0)\n"
-        "assert type(model).__name__ == 'FusedMixSTE' and torch.allclose(model(x), out, atol=1e-5)"
+        "assert type(model).__name__ == 'FusedHoTMixSTEEager' and torch.allclose(model(x), out, atol=1e-5)"
     )
     paths = ":".join([str(Path(__file__).parent), *filter(None, sys.path)])
     done = subprocess.run(
@@ -176,7 +178,7 @@ def test_compiles_after_the_swap(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["HoT-MixSTE", "HoT-MotionBERT"])
 def test_trains_compiled_after_the_swap(name: str) -> None:
-    model, x = MixSTE(depth=2, k=5) if name == "HoT-MixSTE" else published.MotionBERT(depth=2, k=5), made(name)[1]
+    model, x = made(name)
     hotkernels.swap(model.eval())
     torch._dynamo.reset()
     compiled, expected = torch.compile(model, backend="aot_eager"), gradients(model, x)
@@ -236,7 +238,8 @@ def test_ddp_afterwards(tmp_path: Path) -> None:
 
 def test_dropout_on_the_probabilities_is_honoured() -> None:
     """On average attention with dropout is attention; a single run is not."""
-    module = SeqlenAttention(32, 4, "temporal", attn_drop=0.5).eval()
+    module = eager.MotionBERTAttention(32, 4, "temporal").eval()
+    module.attn_drop.p = 0.5
     x = torch.randn(6, 3, 32)
     exact = module(x, 3)
     hotkernels.swap(module)
@@ -280,16 +283,16 @@ def test_swap_leaves_no_trace() -> None:
 def test_two_models_of_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the swapped one calls ours; what else changes in the file is seen by both."""
     calls = []
-    theirs = published.cluster_dpc_knn
-    one, other = MixSTE(), MixSTE()
+    theirs, recovered = eager.cluster_dpc_knn, eager._recovered
+    one, other = hot_mixste(), hot_mixste()
     hotkernels.swap(one)
-    monkeypatch.setattr(published, "cluster_dpc_knn", lambda *args: calls.append("theirs") or theirs(*args))
-    monkeypatch.setattr(published, "pool_joints", lambda _, x: calls.append("pool") or x.mean(2))
+    monkeypatch.setattr(eager, "cluster_dpc_knn", lambda *args: calls.append("theirs") or theirs(*args))
+    monkeypatch.setattr(eager, "_recovered", lambda *args: calls.append("recovered") or recovered(*args))
     one(torch.randn(1, 27, 5, 2))
-    assert calls == ["pool"]
+    assert calls == ["recovered"]
     other(torch.randn(1, 27, 5, 2))
-    assert calls == ["pool", "pool", "theirs"]
-    assert type(other) is MixSTE
+    assert calls == ["recovered", "theirs", "recovered"]
+    assert type(other) is eager.HoTMixSTEEager
 
 
 def test_the_check_of_one_model_leaves_another_of_its_file_alone() -> None:
@@ -476,7 +479,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "returns weights": (lambda: ReturnsWeights(32, 4), "its output differs from attention"),
     "needs a mask": (lambda: NeedsMask(32, 4), "its forward takes x, mask"),
     "windows": (lambda: Window(32, 4), "its forward fails on plain input (RuntimeError)"),
-    "no mode": (lambda: SeqlenAttention(32, 4), "its forward takes x, seqlen"),
+    "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its forward takes x, seqlen"),
     "reduced keys": (lambda: GridAttention(32, 4, sr_ratio=2), "it reduces its keys first (sr_ratio = 2)"),
     "torch's": (lambda: nn.MultiheadAttention(32, 4), "a form of attention that swap does not know"),
     "unknown": (SomeAttention, "a form of attention that swap does not know"),
@@ -517,7 +520,9 @@ def test_wrong_arguments() -> None:
         hotkernels.unswap(3)
     with pytest.raises(ValueError, match=r"swap: model must be one with a module that swap knows, got Linear"):
         hotkernels.swap(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"unswap: model must be one with swapped modules, got MixSTE without any"):
+    with pytest.raises(
+        ValueError, match=r"unswap: model must be one with swapped modules, got HoTMixSTEEager without any"
+    ):
         hotkernels.unswap(model)
     with pytest.raises(TypeError, match=r"swap: example_inputs must be a tensor, a tuple or a dict, got str"):
         hotkernels.swap(model, example_inputs="x")
@@ -528,7 +533,7 @@ def test_wrong_arguments() -> None:
         hotkernels.register_twin(nn.Linear)
     assert not swapped_modules(model)
     hotkernels.swap(model)
-    with pytest.raises(ValueError, match=r"got FusedMixSTE \(swapped already\)"):
+    with pytest.raises(ValueError, match=r"got FusedHoTMixSTEEager \(swapped already\)"):
         hotkernels.swap(model)
 
 
@@ -553,7 +558,7 @@ def test_tied_tokens_are_no_difference() -> None:
     differences = []
     for seed in range(4):
         torch.manual_seed(seed)
-        model, x = MixSTE(243, 81).eval(), torch.randn(2, 243, 5, 2).cumsum(1) * 0.01
+        model, x = hot_mixste(frames=243, token_num=81).eval(), torch.randn(2, 243, 5, 2).cumsum(1) * 0.01
         plain, _ = answer(model, x)
         hotkernels.swap(model, example_inputs=x)
         differences.append((answer(model, x)[0] - plain).abs().max().item())
@@ -655,28 +660,25 @@ def test_called_by_a_method_of_the_instance() -> None:
 
 
 def test_called_by_a_method_that_is_overridden() -> None:
-    class Derived(MixSTE):
-        def prune(self, x: Tensor, index: Tensor | None) -> Any:
-            return super().prune(x, index)
+    class Derived(eager.HoTMixSTEEager):
+        def forward(self, x: Tensor, index: Tensor | None = None) -> Any:
+            return super().forward(x, index)
 
-    report = hotkernels.swap(Derived())
+    report = hotkernels.swap(Derived(channels=32, depth=2))
     assert report.functions == []
-    assert len(report.left) == 2
-    assert all(
-        path == "" and why.endswith("called in a method that a derived class overrides") for path, why in report.left
-    )
+    assert report.left == [("", "forward: _chosen: called in a method that a derived class overrides")]
 
 
 def test_a_method_keeps_its_defaults_and_closure() -> None:
-    class Derived(MixSTE):
-        def forward(self, x: Tensor, index: Tensor | None = None, *, scale: float = 2.0) -> Tensor:
+    class Chosen(nn.Linear):
+        def forward(self, x: Tensor, number: int = 3, *, scale: float = 2.0) -> Tensor:
             """Scaled."""
-            cluster_dpc_knn = published.cluster_dpc_knn
-            assert isinstance(cluster_dpc_knn, FunctionType)
-            return super().forward(x, index) * scale
+            index, _ = cluster_dpc_knn(x, number, 5)
+            return super().forward(x.gather(1, index[..., None].expand(-1, -1, 8))) * scale
 
-    model, x = Derived(k=5).eval(), torch.randn(1, 27, 5, 2)
+    model, x = Chosen(8, 8), torch.randn(2, 9, 8)
     expected, _ = answer(model, x)
-    hotkernels.swap(model, example_inputs=x)
-    torch.testing.assert_close(answer(model, x)[0], expected, rtol=1e-4, atol=1e-5)
+    report = hotkernels.swap(model, example_inputs=x)
+    assert [path for path, _ in report.functions] == [""]
+    torch.testing.assert_close(answer(model, x)[0], expected)
     assert model.forward.__doc__ == "Scaled."

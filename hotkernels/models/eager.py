@@ -44,19 +44,19 @@ class DropPath(nn.Module):
         return x * kept.div_(1 - self.drop_prob)
 
 
-def _chosen(x: Tensor, token_num: int, center: int | None) -> Tensor:
-    """Choose frames of x [B, F, J, C] by clustering the means over its joints."""
+def _chosen(x: Tensor, token_num: int, k: int, center: int | None) -> Tensor:
+    """Choose frames of x [B, F, J, C] by clustering the means over its joints, with densities of k neighbours."""
     B, F, J, C = x.shape
     pooled = nn.functional.adaptive_avg_pool1d(x.permute(0, 1, 3, 2).reshape(B, F * C, J), 1).reshape(B, F, C)
     if center is None:
-        return cluster_dpc_knn(pooled, token_num, 2)[0].sort().values
-    index, _ = cluster_dpc_knn_center(pooled, token_num - 1, 2, center)
+        return cluster_dpc_knn(pooled, token_num, k)[0].sort().values
+    index, _ = cluster_dpc_knn_center(pooled, token_num - 1, k, center)
     return torch.cat([index, torch.full_like(index[:, :1], center)], 1).sort().values
 
 
 def _recovered(x: Tensor, x_token: Tensor, cross_attention: nn.Module) -> Tensor:
     """Recover [B * J, M, C] to [B * J, L, C]."""
-    token = x_token.repeat(len(x), 1, 1)
+    token = x_token.expand(len(x), -1, -1)
     return token + cross_attention(token, x, x)
 
 
@@ -111,9 +111,10 @@ class HoTMixSTEEager(nn.Module):
         center: bool = False,
         recover: str | None = "attention",
         drop_path: float = 0.1,
+        k: int = 2,
     ) -> None:
         super().__init__()
-        self.token_num, self.layer_index = token_num, layer_index
+        self.token_num, self.layer_index, self.k = token_num, layer_index, k
         self.center = (frames - 1) // 2 if center else None
         self.Spatial_patch_to_embedding = nn.Linear(2, channels)
         self.Spatial_pos_embed = nn.Parameter(torch.zeros(1, n_joints, channels))
@@ -140,7 +141,7 @@ class HoTMixSTEEager(nn.Module):
             if i == self.layer_index:
                 x = x.unflatten(0, (B, -1))
                 if index is None:
-                    index = _chosen(x, self.token_num, self.center)
+                    index = _chosen(x, self.token_num, self.k, self.center)
                 x = x[torch.arange(B, device=x.device)[:, None], index]
                 F = self.token_num
                 if self.recovers:
@@ -213,9 +214,10 @@ class HoTMotionBERTEager(nn.Module):
         n_joints: int = 17,
         representation: int = 512,
         drop_path: float = 0.0,
+        k: int = 2,
     ) -> None:
         super().__init__()
-        self.token_num, self.layer_index = token_num, layer_index
+        self.token_num, self.layer_index, self.k = token_num, layer_index, k
         self.pos_embed_token = nn.Parameter(torch.zeros(1, token_num, channels))
         self.joints_embed = nn.Linear(3, channels)
         rates = torch.linspace(0, drop_path, depth).tolist()
@@ -240,7 +242,7 @@ class HoTMotionBERTEager(nn.Module):
         for i, (block_st, block_ts, fuse) in enumerate(zip(self.blocks_st, self.blocks_ts, self.ts_attn, strict=True)):
             if i == self.layer_index:
                 x = x.unflatten(0, (B, F))
-                index = _chosen(x, self.token_num, None)
+                index = _chosen(x, self.token_num, self.k, None)
                 x = x[torch.arange(B, device=x.device)[:, None], index].transpose(1, 2).flatten(0, 1)
                 x += self.pos_embed_token
                 x, F = _frames_first(x, x.shape[0] // B), self.token_num
