@@ -138,7 +138,7 @@ class CrossAttentionEager(nn.Module):
 
 
 class TokenRecoveryEager(nn.Module):
-    """Recovery as HoT publishes it: x_token repeated for every joint of every sample, and projected as often."""
+    """Recovery as HoT publishes it: x_token expanded to every joint of every sample, and projected as often."""
 
     def __init__(
         self,
