@@ -159,22 +159,6 @@ struct Core {
     k = key_rows, v = value_rows, key_stride = value_stride = Dp;
   }
 
-  // Fetches another head's rows while this one is computed: a few lines per token, too scattered for the hardware to see.
-  void prefetch(int64_t b, int64_t j, int64_t h) const {
-    if (p.index || p.Nk > kQueries<E>) return;
-    const auto fetch = [&](const HeadsView& x, int64_t count) {
-      const S* rows = at(x, b, j, h);
-      for (int64_t n = 0; n < count; ++n) {
-        for (int64_t d = 0; d < p.D; d += 64 / static_cast<int64_t>(sizeof(S))) {
-          __builtin_prefetch(rows + n * x.stride_n + d);
-        }
-      }
-    };
-    fetch(p.query, p.Nq < kQueries<E> ? p.Nq : kQueries<E>);
-    fetch(p.key, p.Nk);
-    fetch(p.value, p.Nk);
-  }
-
   int64_t slot(int64_t key) const { return p.index ? present[key] : key; }
   int64_t token(int64_t key, int64_t b, int64_t j, int64_t h) const {
     return p.index ? p.index[b * p.index_stride_b + j * p.index_stride_j + h * p.index_stride_h + present[key]] : key;
@@ -402,10 +386,8 @@ void forward_items(const Attention& p, int64_t begin, int64_t end, void* scratch
   const int64_t sequences = p.B * p.J;
   for (int64_t t = begin; t < end; ++t) {
     // Heads inside: a token's heads lie side by side. With one query for all sequences, they go inside instead.
-    const auto sequence = [&](int64_t item) { return core.shared_query ? item % sequences : item / p.H; };
-    const auto head = [&](int64_t item) { return core.shared_query ? item / sequences : item % p.H; };
-    if (t + 1 < end) core.prefetch(sequence(t + 1) / p.J, sequence(t + 1) % p.J, head(t + 1));
-    core.forward(sequence(t) / p.J, sequence(t) % p.J, head(t));
+    const int64_t s = core.shared_query ? t % sequences : t / p.H, h = core.shared_query ? t / sequences : t % p.H;
+    core.forward(s / p.J, s % p.J, h);
   }
 }
 
