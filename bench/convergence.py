@@ -1,7 +1,7 @@
 """Trains a small HoT-MixSTE twice from one seed, as published and in native layout: do they learn alike?
 
     python -m bench.convergence            # three seeds, a few minutes on one core
-    python -m bench.convergence --seeds 1 --steps 20 --channels 16 --depth 2 --out /tmp/short
+    python -m bench.convergence --seeds 1 --steps 20 --channels 16 --depth 2 --out convergence_out
 
 The task is 2D-to-3D lifting of generated motion: windows of F frames in, joints relative to the hip in metres out.
 Both models start from the same parameters and draw the same random numbers: batches, noise, stochastic depth.

@@ -13,6 +13,7 @@
 #include "element.h"
 #include "hotkernels/gathered_attention.h"
 #include "register_tile.h"
+#include "scratch.h"
 
 namespace hotkernels::HK_ISA {
 namespace {
@@ -20,8 +21,6 @@ namespace {
 constexpr int64_t kKeys = 512;  // keys per block of scores: 512 x 48 floats are 96 KB
 template <class E>
 constexpr int64_t kQueries = 3 * kLanes<E>;
-
-inline int64_t padded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // e^x for x up to a little over 0, to about 1 ulp; 0 below -87.7, where the result is not a normal float. NaN stays NaN.
 inline vf vexp(vf x) {
@@ -49,17 +48,6 @@ inline void fill(T* p, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) p[i] = value;
 }
 
-// Hands out 64-byte aligned pieces of scratch; from address 0 it only counts.
-struct Pieces {
-  uintptr_t next;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(next);
-    next += static_cast<uintptr_t>(padded(count * static_cast<int64_t>(sizeof(T)), 64));
-    return p;
-  }
-};
-
 // out[0 .. D) = x[0 .. D) * scale, then zeros up to whole vectors.
 template <class E>
 inline void pack_row(const typename E::Stored* x, int64_t D, typename E::Compute scale, typename E::Compute* out) {
@@ -77,7 +65,7 @@ struct Core {
   static constexpr int64_t Q = kQueries<E>;
 
   const Attention& p;
-  const int64_t Dp = padded(p.D, lanes);
+  const int64_t Dp = round_up(p.D, lanes);
   const int64_t blocks = (p.Nq + Q - 1) / Q;
   const bool shared_query = p.query.stride_b == 0 && p.query.stride_j == 0 && p.B * p.J > 1;
 
@@ -99,8 +87,8 @@ struct Core {
   const T *k = nullptr, *v = nullptr;          // rows of this head's keys and values
 
   Core(const Attention& p, void* scratch, bool backward, int64_t* bytes = nullptr) : p(p) {
-    Pieces a{reinterpret_cast<uintptr_t>(scratch)};
-    const int64_t tile = padded(p.S < kKeys ? p.S : kKeys, 8) * Q;
+    Arena a{reinterpret_cast<uintptr_t>(scratch)};
+    const int64_t tile = round_up(p.S < kKeys ? p.S : kKeys, 8) * Q;
     key_rows = a.take<T>(p.S * Dp), value_rows = a.take<T>(p.S * Dp);
     present = a.take<int64_t>(p.S), place = a.take<int64_t>(p.S);
     query_columns = a.take<T>((shared_query ? blocks : 1) * p.D * Q);
@@ -120,7 +108,7 @@ struct Core {
 
   // Rows of D elements, transposed: columns[d * Q + i] = x[i][d] * scale. Lanes past `count` are 0.
   void pack_columns(const S* x, int64_t stride, int64_t count, T scale, T* columns) const {
-    for (int64_t i = 0; i < padded(count, lanes); i += lanes) {
+    for (int64_t i = 0; i < round_up(count, lanes); i += lanes) {
       for (int64_t d = 0; d < p.D; d += lanes) {
         const int64_t wide = p.D - d < lanes ? p.D - d : lanes;
         vec block[lanes];

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "scratch.h"
 #include "tile_dots.h"
 
 namespace hotkernels::HK_ISA {
@@ -43,17 +44,6 @@ struct Candidate {  // best first
   int32_t token;
   bool operator<(const Candidate& o) const {
     return log_score != o.log_score ? log_score > o.log_score : token < o.token;
-  }
-};
-
-// Hands out 64-byte aligned pieces of the memory from an address on; from address 0 it only counts.
-struct Arena {
-  uintptr_t next;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(next);
-    next += static_cast<uintptr_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
-    return p;
   }
 };
 

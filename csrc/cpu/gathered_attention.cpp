@@ -41,7 +41,7 @@ struct Each {
   static constexpr int64_t lanes = kLanes<E>;
 
   const Attention& p;
-  const int64_t Dp = padded(p.D, lanes), Sp = padded(p.S, lanes);
+  const int64_t Dp = round_up(p.D, lanes), Sp = round_up(p.S, lanes);
   int64_t* tokens;    // [Sp] keys present, then repeats of the first
   int64_t* present;   // [Sp] their slots
   T *row, *row2;      // [Dp] this query, packed; another row
@@ -49,7 +49,7 @@ struct Each {
   int64_t keys = 0;
 
   Each(const Attention& p, void* scratch, int64_t* bytes = nullptr) : p(p) {
-    Pieces a{reinterpret_cast<uintptr_t>(scratch)};
+    Arena a{reinterpret_cast<uintptr_t>(scratch)};
     tokens = a.take<int64_t>(Sp), present = a.take<int64_t>(Sp);
     row = a.take<T>(Dp), row2 = a.take<T>(Dp);
     logits = a.take<T>(Sp), other = a.take<T>(Sp);
@@ -71,7 +71,7 @@ struct Each {
     for (int64_t s = 0; s < p.S; ++s) {
       if (index[s] >= 0) tokens[keys] = index[s], present[keys++] = s;
     }
-    for (int64_t s = keys; s < padded(keys, lanes); ++s) tokens[s] = tokens[0];
+    for (int64_t s = keys; s < round_up(keys, lanes); ++s) tokens[s] = tokens[0];
   }
 
   // out[key] = <row, x[tokens[key]]>.
@@ -142,7 +142,7 @@ struct Each {
 
   // logits[key] becomes exp(logits[key] - shift); a query without keys has none.
   void exponentials(T shift) {
-    for (int64_t s = keys; s < padded(keys, lanes); ++s) logits[s] = static_cast<T>(-INFINITY);
+    for (int64_t s = keys; s < round_up(keys, lanes); ++s) logits[s] = static_cast<T>(-INFINITY);
     for (int64_t s = 0; s < keys; s += lanes) store(logits + s, vexp(load(logits + s) - shift));
   }
 

@@ -13,8 +13,6 @@ constexpr int P = 3 * W;                  // tokens per panel: three vectors of 
 constexpr int R = tile_rows(3);           // rows per register tile
 constexpr int64_t kChannelBlock = 128;    // channels per pass: a panel's 128 x 48 floats (24 KB) stay in L1
 
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 // t[i - i_begin][j - j_begin] = <a_i, b_j>. i_begin and j_begin are multiples of P; rows are written in groups of R and
 // columns in groups of W, so t needs room for round_up(i_end - i_begin, R) rows of round_up(j_end - j_begin, W).
 // With `upper` (a and b are the same tokens) only j >= i is computed, in whole vectors.
