@@ -83,8 +83,9 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
     if backend is None:
         backend = _FROM_ENVIRONMENT
     if backend is None:
+        kernels = OPS[op]
         for name in BACKENDS:
-            if why_not(op, name, device, dtype) is None:
+            if name in kernels and why_not(op, name, device, dtype) is None:
                 return name
         fail(op, "x", f"of a dtype that a backend serves ({names(OPS[op]['torch'].dtypes)})", names([dtype]), TypeError)
     if backend not in BACKENDS:
@@ -154,7 +155,11 @@ def instruction_set(force: str | None = None) -> str | None:
 
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether a call on these is recorded for a backward pass; if not, it can skip its autograd.Function (7 us)."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -45,14 +45,20 @@ def check_tensor(
         fail(op, arg, f"a torch.Tensor {layout}", type(value).__name__, TypeError)
     if dtypes is not None and value.dtype not in dtypes:
         fail(op, arg, f"a tensor of {names(dtypes)}", names([value.dtype]), TypeError)
-    if shape is not None and (
-        value.dim() != len(shape)
-        or any(want is not None and have != want for have, want in zip(value.shape, shape, strict=True))
-    ):
+    if shape is not None and not _matches(value.shape, shape):
         sizes = "" if all(s is None for s in shape) else f" = {['any' if s is None else s for s in shape]}"
         fail(op, arg, f"{layout}{sizes}".replace("'", ""), list(value.shape))
     if device is not None and value.device != device:
         fail(op, arg, f"on the device of the other tensors ({device})", value.device)
+
+
+def _matches(have: Sequence[int], want: Sequence[int | None]) -> bool:
+    if len(have) != len(want):
+        return False
+    for h, w in zip(have, want, strict=True):  # noqa: SIM110  a plain loop: this runs in every call
+        if w is not None and h != w:
+            return False
+    return True
 
 
 def check_int(op: str, arg: str, value: Any, low: int, high: int | None, meaning: str = "") -> None:

@@ -82,7 +82,7 @@ def gather_tokens(x: Tensor, index: Tensor, pos: Tensor | None = None, *, backen
     """
     if not isinstance(x, Tensor) or x.dim() < 3:
         fail(_OP, "x", "a tensor [B, N, ..., C]", list(x.shape) if isinstance(x, Tensor) else type(x).__name__)
-    B, N, C = x.shape[0], x.shape[1], x.shape[-1]
+    B, N, *_, C = x.shape
     check_tensor(_OP, "index", index, "[B, M]", INTEGER, shape=(B, None), device=x.device)
     if pos is not None:
         M = index.shape[1]
