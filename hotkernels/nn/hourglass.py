@@ -89,5 +89,5 @@ def recover_tokens(x: Tensor, x_token: Tensor, attention: CrossAttention) -> Ten
     attended = attention.attend(x_token[0], x, x)  # [B, L, J, C]
     out = attention.proj_drop(linear(attention.proj, attended))
     residual = x_token[:, :, None]
-    # Within the product, as oneDNN's addend (11.6 ms) or under addmm (22.4 ms), it takes longer than after it (10.5 ms).
+    # Within the product, as oneDNN's addend (11.6 ms) or under addmm (22.4 ms), it takes longer than after (10.5 ms).
     return out.add_(residual) if out.dtype == residual.dtype else residual + out  # under autocast they differ
