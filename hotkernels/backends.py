@@ -8,6 +8,7 @@ environment variable HOTKERNELS_BACKEND (read at import).
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,15 @@ elif torch.version.cuda is None:
 else:
     LIBRARIES["_C_cuda"] = _load("_C_cuda")
 
+# Under Triton's interpreter its kernels take CPU tensors, and then they are what serves the CPU.
+TRITON_DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+if LIBRARIES["_C_cpu"] is not None:
+    LIBRARIES["triton"] = "triton: needs _C_cpu, which holds the operators' schemas"
+elif TRITON_DEVICE == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+    LIBRARIES["triton"] = "triton: torch has no CUDA"
+else:
+    LIBRARIES["triton"] = None if importlib.util.find_spec("triton") else "triton: not installed"
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -67,7 +77,7 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
     """Why `backend` cannot serve `op` on this device and dtype; None if it can."""
     kernel = OPS[op].get(backend)
     if kernel is None:
-        return f"{op} has no {backend} kernel yet"
+        return f"{op} has no {backend} kernel"
     if kernel.device is not None and device != kernel.device:
         return f"it runs on {kernel.device} tensors, got {device}"
     if dtype not in kernel.dtypes:
@@ -133,8 +143,8 @@ def explain(op: str | Callable[..., Any], x: Tensor, *args: object, **kwargs: ob
         >>> import torch, hotkernels
         >>> hotkernels.explain("dpc_knn", torch.zeros(1, 16, 8, dtype=torch.float64))
         dpc_knn: served by torch
-          cuda   dpc_knn has no cuda kernel yet
-          triton dpc_knn has no triton kernel yet
+          cuda   dpc_knn has no cuda kernel
+          triton dpc_knn has no triton kernel
           cpp    it takes float32, float16 or bfloat16, got float64
           torch  serves this call
     """
@@ -146,6 +156,32 @@ def explain(op: str | Callable[..., Any], x: Tensor, *args: object, **kwargs: ob
     backend = kwargs.get("backend")
     chosen = choose(name, x, backend if backend is None else str(backend))
     return Explanation(name, chosen, {b: why_not(name, b, x.device.type, x.dtype) for b in BACKENDS})
+
+
+_TRITON = torch.library.Library("hotkernels", "IMPL")
+
+
+def implement_in_triton(*operators: str, module: str) -> None:
+    """Register the launchers of `module`, named as the raw operators, as their kernels on GPUs.
+
+    The module, and Triton with it, is imported at the first call.
+    """
+    if LIBRARIES["triton"] is not None:
+        return
+
+    def lazy(operator: str) -> Callable[..., Any]:
+        launcher: Callable[..., Any] | None = None
+
+        def launch(*args: Any) -> Any:
+            nonlocal launcher
+            if launcher is None:
+                launcher = getattr(importlib.import_module(module, __package__), operator)
+            return launcher(*args)
+
+        return launch
+
+    for operator in operators:
+        _TRITON.impl(operator, lazy(operator), TRITON_DEVICE.upper())
 
 
 def instruction_set(force: str | None = None) -> str | None:

@@ -1,11 +1,18 @@
-"""What every test needs: a seed of its own, the backends with their instruction sets, a count of what really ran."""
+"""What every test needs: a seed of its own, the backends with their instruction sets, a count of what really ran.
+
+GPU backends run where there is a GPU. Without one, test_emulation.py starts pytest once more for each, with
+TRITON_INTERPRET=1 for "triton" or HOTKERNELS_EMULATE_CUDA=1 for "cuda": then that backend, alone, takes CPU tensors.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 
+import emulation
 import pytest
 import torch
 
@@ -13,8 +20,16 @@ from hotkernels import backends
 
 pytest.register_assert_rewrite("attention_cases", "cases", "dpc_knn_steps")
 
+GPU_BACKENDS = ("cuda", "triton")
+EMULATED = "triton" if backends.TRITON_DEVICE == "cpu" else "cuda" if os.environ.get("HOTKERNELS_EMULATE_CUDA") else ""
+if EMULATED == "cuda":
+    emulation.load()
 # A backend, or one with a forced instruction set: cpp-avx2.
-BACKENDS = ("torch", "cpp-base", "cpp-avx2", "cpp-avx512")
+BACKENDS: tuple[str, ...] = ("torch", "cpp-base", "cpp-avx2", "cpp-avx512")
+if EMULATED:
+    BACKENDS = (EMULATED,)
+elif torch.cuda.is_available():
+    BACKENDS += GPU_BACKENDS
 _ran: Counter[str] = Counter()
 
 
@@ -26,8 +41,20 @@ def _seed(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The value for `backend=`, once per instruction set; skips what this machine or build cannot run."""
+    """The value for `backend=`, once per instruction set; skips what this machine or build cannot run.
+
+    With a GPU backend, tensors that a test makes are on the GPU unless it says otherwise.
+    """
     name, _, isa = request.param.partition("-")
+    if EMULATED and name != EMULATED:
+        pytest.skip(f"this process emulates {EMULATED}")
+    if name in GPU_BACKENDS:
+        library = {"cuda": "_C_cuda", "triton": "triton"}[name]
+        if backends.LIBRARIES[library] is not None:
+            pytest.skip(str(backends.LIBRARIES[library]))
+        with contextlib.nullcontext() if EMULATED else torch.device("cuda"):
+            yield name
+        return
     if name == "cpp" and backends.LIBRARIES["_C_cpu"] is not None:
         pytest.skip(str(backends.LIBRARIES["_C_cpu"]))
     before = backends.instruction_set()
