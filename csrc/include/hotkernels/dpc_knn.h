@@ -2,6 +2,7 @@
 // The definition, step by step, is the docstring of hotkernels.dpc_knn; how the CPU kernel gets there: csrc/cpu/dpc_knn.cpp.
 #pragma once
 #include "hotkernels/common.h"
+#include "hotkernels/cuda.h"
 
 namespace hotkernels {
 
@@ -27,5 +28,13 @@ HK_CPU_KERNEL(int64_t dpc_knn_scratch(const DpcKnn& p, int32_t threads))
 
 // Clusters sample b.
 HK_CPU_KERNEL(void dpc_knn_fwd(const DpcKnn& p, int64_t b, void* scratch, const Runner& runner))
+
+// Bytes of device memory that dpc_knn_fwd_cuda needs on the current device: O(N (k + C)) per sample, never N x N beyond
+// the few hundred tokens that are clustered in one go. 256-byte aligned.
+int64_t dpc_knn_scratch_cuda(const DpcKnn& p);
+
+// Clusters all samples on `stream`. Distances are those of the centred tokens rounded to TF32. A `keep` outside [-1, N)
+// counts as -1.
+CudaError dpc_knn_fwd_cuda(const DpcKnn& p, void* scratch, CudaStream stream);
 
 }  // namespace hotkernels

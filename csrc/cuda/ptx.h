@@ -1,0 +1,94 @@
+// What CUDA C++ has no words for: asynchronous copies, TF32 tensor cores, thread-block clusters. The tests replace this
+// header by one that does the same on the host (tests/emulation/emulated_ptx.h); all shared memory is dynamic for that reason.
+#pragma once
+#ifdef HK_EMULATION
+#include "emulated_ptx.h"
+#else
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace hotkernels::ptx {
+
+// The block's dynamic shared memory, 128-byte aligned.
+__device__ inline unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char hk_shared_memory[];
+  return hk_shared_memory;
+}
+
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// x rounded to TF32 (10 bits of mantissa, ties away from zero), as a float whose other bits are 0.
+__device__ inline float tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits & 0xffffe000u);
+}
+
+// d += a b, with a [16, 8] and b [8, 8] of TF32 values and d [16, 8] float32, spread over the warp: with g = lane / 4 and
+// t = lane % 4,  a = {(g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)} as (row, k),  b = {(t, g), (t + 4, g)} as (k, column),
+// d = {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)}.
+__device__ inline void mma_m16n8k8(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
+// Asynchronous copies from global to shared memory of 4, 8 or 16 aligned bytes; of which the first `valid` are read, the
+// rest is filled with 0 (valid = 0 reads nothing). A thread's copies form groups; after async_wait<n> at most its n last
+// groups are still under way. Other threads see the copies after a barrier.
+template <int kBytes>
+__device__ inline void async_copy(void* shared, const void* global, int valid = kBytes) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(kBytes),
+                 "r"(valid)
+                 : "memory");
+  }
+}
+__device__ inline void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ inline void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Thread-block clusters: sm_90 and later. Elsewhere a kernel must not come here.
+__device__ inline uint32_t cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  __trap();
+  return 0;
+#endif
+}
+
+// A barrier for all threads of the cluster; writes to shared memory of any of its blocks before it are seen after it.
+__device__ inline void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+// Where block `rank` of the cluster holds what this block holds at `shared`.
+template <class T>
+__device__ inline T* in_block(T* shared, uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
+  return reinterpret_cast<T*>(there);
+#else
+  __trap();
+  return shared;
+#endif
+}
+
+}  // namespace hotkernels::ptx
+#endif
