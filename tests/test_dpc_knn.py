@@ -374,7 +374,7 @@ def test_captured_motion(backend: str) -> None:
     if not file.exists():
         pytest.skip(f"no captured motion at {file.parent.name}/{file.name} beside the repository")
     with numpy.load(file) as arrays:
-        poses = torch.from_numpy(arrays["keypoints_2d" if "keypoints_2d" in arrays else arrays.files[0]]).float()
+        poses = torch.as_tensor(arrays["keypoints_2d" if "keypoints_2d" in arrays else arrays.files[0]]).float()
     frames = poses.reshape(len(poses), -1)
     frames = (frames - frames.mean(0)) / frames.std(0).clamp(min=1e-6)
     x = torch.stack([frames[start : start + 243] for start in range(0, len(frames) - 243, 81)][:6])

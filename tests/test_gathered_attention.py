@@ -34,7 +34,7 @@ def gradients(call: Callable[..., Any], *args: Tensor) -> tuple[Tensor, ...]:
     out = call(*args)
     outs = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(0)
-    grad_outs = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outs]
+    grad_outs = [torch.randn(o.shape, generator=generator, device="cpu").to(o) for o in outs]
     return (*(o.detach() for o in outs), *torch.autograd.grad(outs, args, grad_outs))
 
 
@@ -110,7 +110,8 @@ def test_one_key_is_its_value(backend: str, kind: str) -> None:
     assert torch.equal(out, value.expand_as(out))
     assert_close((grad_query, grad_key), (torch.zeros_like(query), torch.zeros_like(key)), atol=1e-4)
     generator = torch.Generator().manual_seed(0)
-    assert_close((grad_value,), (torch.randn(out.shape, generator=generator).sum(-2, keepdim=True),))
+    grad_out = torch.randn(out.shape, generator=generator, device="cpu").to(out)
+    assert_close((grad_value,), (grad_out.sum(-2, keepdim=True),))
 
 
 @each_kind
@@ -263,7 +264,8 @@ def test_many_sequences(backend: str, kind: str, count: int) -> None:
         *upcast([query[some], key[some], value[some]]),
     )
     assert_close((ours[0][some],), (parts[0],))
-    grad_out = torch.randn(ours[0].shape, generator=torch.Generator().manual_seed(0))[some].double()
+    generator = torch.Generator().manual_seed(0)
+    grad_out = torch.randn(ours[0].shape, generator=generator, device="cpu").to(some.device)[some].double()
     leaves = [t[some].double().requires_grad_() for t in (query, key, value)]
     out = attend(*leaves, None if index is None else index[some])[0]
     assert_close(tuple(g[some] for g in ours[1:]), torch.autograd.grad(out, leaves, grad_out))

@@ -100,7 +100,7 @@ def test_samples_do_not_depend_on_their_batch(backend: str) -> None:
 def test_takes_what_dpc_knn_returns(backend: str) -> None:
     x = torch.randn(2, 63, 9)
     mask = torch.rand(2, 63) < 0.9
-    peaks = dpc_knn(x, 13, mask=mask, backend=backend)
+    peaks = dpc_knn(x, 13, mask=mask)
     merged = merge_tokens(x, peaks.assignment, 13, backend=backend)
     for b in range(2):
         for m in range(13):
