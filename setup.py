@@ -67,6 +67,14 @@ def find_nvcc() -> Path | None:
     return next((h for h in homes if (h / "bin/nvcc").exists() and (h / "include/cuda_runtime_api.h").exists()), None)
 
 
+def find_ninja() -> str:
+    try:
+        import ninja
+    except ImportError:
+        return "ninja"
+    return os.path.join(ninja.BIN_DIR, "ninja")
+
+
 def plan() -> tuple[list[str], list[str]]:
     """Which libraries to build, and one line per library on what was decided and why."""
     want_cuda = os.environ.get("HOTKERNELS_BUILD_CUDA", "auto")
@@ -152,14 +160,8 @@ def build_library(name: str, out: Path, objects: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     objects.mkdir(parents=True, exist_ok=True)
     (objects / "build.ninja").write_text(ninja_file(name, out, objects))
-    try:
-        import ninja
-
-        executable = os.path.join(ninja.BIN_DIR, "ninja")
-    except ImportError:
-        executable = "ninja"
     jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
-    subprocess.run([executable, "-C", str(objects), *jobs], check=True)
+    subprocess.run([find_ninja(), "-C", str(objects), *jobs], check=True)
 
 
 class PackageWithReport(build_py):

@@ -1,0 +1,74 @@
+"""CUDA C++ on the host: the CUDA library's own sources, compiled against an emulation of the runtime (emulation.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import subprocess
+from pathlib import Path
+
+import cuda_resources
+import torch
+
+from hotkernels import backends
+
+HERE = Path(__file__).parent
+ROOT = cuda_resources.ROOT
+BUILD = ROOT / "build/emulated_cuda"
+LIBRARY = BUILD / "libemulated_cuda.so"
+# -O2, no contraction: quick to compile, and sums that a compiler cannot rearrange.
+FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS += ["-fvisibility=hidden", "-U_FORTIFY_SOURCE"]  # which takes a fiber's longjmp for an attack
+ORDERS = range(16)  # bits: warps, lanes, blocks reversed, asynchronous copies done late
+
+
+def build() -> Path:
+    """Compile what changed."""
+    setup = cuda_resources.build_script()
+    found, compiler = setup.find_torch(), setup.find_compiler()
+    if found is None or compiler is None:
+        raise RuntimeError(setup.plan()[1][0])
+    torch_home = found[0]
+    extra = os.environ.get("HOTKERNELS_CXXFLAGS", "").split()
+    common = [*FLAGS, *extra, "-DHK_EMULATION", f"-I{HERE}", f"-I{ROOT / 'csrc/include'}"]
+    glue = [*common, *setup.STABLE_ABI, "-DUSE_CUDA", "-isystem", f"{torch_home / 'include'}"]
+    steps = [(src, ["-x", "c++", *common]) for src in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    steps += [(src, ["-include", "bindings.h", *glue]) for src in sorted((ROOT / "python_bindings").glob("*_cuda.cpp"))]
+    steps.append((HERE / "emulation.cpp", glue))
+    link = [f"-L{torch_home / 'lib'}", *os.environ.get("HOTKERNELS_LDFLAGS", "").split(), "-Wl,-Bsymbolic"]
+
+    def words(parts: list[str]) -> str:
+        return " ".join(part.replace("$", "$$") for part in parts)
+
+    lines = [
+        "rule cxx",
+        f"  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} -shared $in -o $out {words(link)} -ltorch_cpu -lc10",
+    ]
+    for src, flags in steps:
+        lines += [f"build {src.name}.o: cxx {src}", f"  flags = {words(flags)}"]
+    lines += [f"build {LIBRARY.name}: link {' '.join(f'{src.name}.o' for src, _ in steps)}"]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
+    run = subprocess.run([setup.find_ninja(), "-C", str(BUILD)], capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"the emulated CUDA library must compile, got\n{run.stdout[-20000:]}")
+    return LIBRARY
+
+
+def load() -> None:
+    """Let the emulated kernels, as backend "cuda", serve CPU tensors in this process."""
+    torch.ops.load_library(str(build()))
+    backends.LIBRARIES["_C_cuda"] = None
+    for kernels in backends.OPS.values():
+        if "cuda" in kernels:
+            kernels["cuda"] = dataclasses.replace(kernels["cuda"], device="cpu")
+
+
+def set_order(order: int, compute_capability: int = 90) -> None:
+    """Choose which warps, lanes and blocks run first (a sum of bits, see emulation.h) and which GPU this is."""
+    ctypes.CDLL(str(LIBRARY)).hk_emulation_set(ctypes.c_uint(order), ctypes.c_int(compute_capability))

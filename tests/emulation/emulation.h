@@ -1,0 +1,44 @@
+// CUDA's execution model on one host thread: every CUDA thread is a fiber, and a fiber runs until it must wait.
+//
+// A warp runs to its next block barrier before any other warp moves, a block to its next cluster barrier, a lane to its
+// next warp instruction: the most unequal progress that the model allows, so that a missing barrier changes the answer.
+// `order` turns round who goes first. Shared memory starts as garbage and is followed by a guard that must stay whole.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace hk_emulation {
+
+struct Index {
+  unsigned x, y, z;
+};
+
+enum Order : unsigned { warps_reversed = 1, lanes_reversed = 2, blocks_reversed = 4, copies_late = 8 };
+
+// What a warp instruction does once all lanes of its mask are there: lane l's operands and results are at payload[l],
+// null for lanes that do not take part.
+using Combine = void (*)(void* const (&payload)[32], unsigned mask);
+
+extern Index threadIdx, blockIdx, blockDim, gridDim;  // those of the fiber that runs
+unsigned lane();
+unsigned cluster_rank();
+unsigned cluster_size();
+
+unsigned char* shared_memory();
+unsigned char* shared_memory_of(const void* mine, unsigned rank);
+
+void warp_instruction(unsigned mask, void* payload, Combine combine);
+void block_barrier();
+void cluster_barrier();
+
+// Asynchronous copies: done at once or when they are waited for, whichever `order` says.
+void copy_later(void* to, const void* from, int bytes, int valid);
+void commit_copies();
+void wait_for_copies(int pending);
+
+[[noreturn]] void fail(const char* what);  // ends the launch with an error
+
+// Runs all blocks; false if a barrier could never be passed or something else went wrong, which stderr then names.
+bool launch(Index grid, Index block, unsigned cluster, int64_t shared_bytes, const std::function<void()>& body);
+
+}  // namespace hk_emulation
