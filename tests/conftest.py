@@ -30,6 +30,10 @@ if EMULATED:
     BACKENDS = (EMULATED,)
 elif torch.cuda.is_available():
     BACKENDS += GPU_BACKENDS
+# What stands in for our kernels where one instruction set is enough: for tests of what plain PyTorch does not promise.
+FUSED: tuple[str, ...] = tuple(dict.fromkeys(b.partition("-")[0] for b in BACKENDS if b != "torch"))
+# cuBLAS is deterministic, and allowed where tests ask for determinism, with a workspace of this size.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 _ran: Counter[str] = Counter()
 
 
@@ -48,6 +52,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name, _, isa = request.param.partition("-")
     if EMULATED and name != EMULATED:
         pytest.skip(f"this process emulates {EMULATED}")
+    op = request.node.path.stem.removeprefix("test_")
+    if name not in backends.OPS.get(op, {name: None}):
+        pytest.skip(f"{op} has no {name} kernel")
     if name in GPU_BACKENDS:
         library = {"cuda": "_C_cuda", "triton": "triton"}[name]
         if backends.LIBRARIES[library] is not None:

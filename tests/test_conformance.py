@@ -11,10 +11,11 @@ import attention_cases  # noqa: F401  # registers its ops
 import pytest
 import torch
 from cases import OPS, Args, Bad, OpCase, layouts, tensors, upcast
-from conftest import BACKENDS
+from conftest import BACKENDS, FUSED
 from torch import Tensor
 from torch.autograd.gradcheck import gradcheck
 
+import hotkernels
 from hotkernels.backends import OPS as KERNELS
 from hotkernels.backends import why_not
 
@@ -41,8 +42,12 @@ def loop(*, inputs: bool = True, dtypes: tuple[torch.dtype, ...] = DTYPES, gradi
     return pytest.mark.parametrize(("op", "backend", "dtype", "case"), rows, indirect=["backend"])
 
 
-each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-each_differentiable_op = pytest.mark.parametrize("op", [op for op in OPS if op.differentiable], ids=lambda op: op.name)
+def each_op_on(*backends: str) -> Any:
+    """Parametrise (op, backend) with the backends that an op has."""
+    rows = [
+        pytest.param(op, name, id=f"{op.name}-{name}") for op in OPS for name in backends if name in KERNELS[op.name]
+    ]
+    return pytest.mark.parametrize(("op", "backend"), rows, indirect=["backend"])
 
 
 @contextlib.contextmanager
@@ -209,20 +214,28 @@ def test_no_gradient_where_none_is_promised(op: OpCase, backend: str, dtype: tor
 
 
 def _bad_calls() -> list[Any]:
-    return [pytest.param(op, bad, id=f"{op.name}-{i}-{bad.arg}") for op in OPS for i, bad in enumerate(op.bad)]
+    return [
+        pytest.param(op, name, bad, id=f"{op.name}-{name}-{i}-{bad.arg}")
+        for op in OPS
+        for name in ("torch", *FUSED)
+        for i, bad in enumerate(op.bad)
+        if name in KERNELS[op.name]
+    ]
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpp"], indirect=True)
-@pytest.mark.parametrize(("op", "bad"), _bad_calls())
-def test_wrong_arguments(op: OpCase, bad: Bad, backend: str) -> None:
+@pytest.mark.parametrize(("op", "backend", "bad"), _bad_calls(), indirect=["backend"])
+def test_wrong_arguments(op: OpCase, backend: str, bad: Bad) -> None:
+    """On a GPU, values of an index are looked at inside checked() only."""
     args = op.inputs["small"](torch.float32)
-    with pytest.raises(bad.error, match=rf"^{op.name}: {bad.arg} must be (?s:.+), got .+$") as raised:
+    with (
+        hotkernels.checked(),
+        pytest.raises(bad.error, match=rf"^{op.name}: {bad.arg} must be (?s:.+), got .+$") as raised,
+    ):
         op.function(**{"backend": backend, **args, **bad.change(args)})
     assert type(raised.value) is bad.error
 
 
-@each_op
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@each_op_on(*FUSED)
 def test_raw_operators(op: OpCase, backend: str) -> None:
     for name, args in op.raw(op.inputs["small"](torch.float32)):
         torch.library.opcheck(getattr(torch.ops.hotkernels, name).default, args)
@@ -243,26 +256,22 @@ def _compiled(op: OpCase, backend: str, compiler: str, sizes: list[str], dynamic
                 torch.testing.assert_close(ours, plain)
 
 
-@each_op
-@pytest.mark.parametrize("backend", ["torch", "cpp"], indirect=True)
+@each_op_on("torch", *FUSED)
 def test_compiles_without_graph_breaks(op: OpCase, backend: str) -> None:
     _compiled(op, backend, "aot_eager", ["small"])
 
 
-@each_op
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@each_op_on(*FUSED)
 def test_compiles_with_changing_sizes(op: OpCase, backend: str) -> None:
     _compiled(op, backend, "aot_eager", ["small", "39" if "39" in op.inputs else "117"], dynamic=True)
 
 
-@each_op
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@each_op_on(*FUSED)
 def test_compiles_with_inductor(op: OpCase, backend: str) -> None:
     _compiled(op, backend, "inductor", ["small"])
 
 
-@each_op
-@pytest.mark.parametrize("backend", ["torch", "cpp"], indirect=True)
+@each_op_on("torch", *FUSED)
 def test_exports(op: OpCase, backend: str) -> None:
     args = op.inputs["small"](torch.float32)
     given = {name: value for name, value in args.items() if isinstance(value, Tensor)}
@@ -276,8 +285,7 @@ def test_exports(op: OpCase, backend: str) -> None:
     assert_same(exported.module()(**given), op.function(**args, backend=backend))
 
 
-@each_op
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@each_op_on(*FUSED)
 def test_fake_tensors(op: OpCase, backend: str) -> None:
     """Shapes, dtypes and strides are known without running anything."""
     args = op.inputs["small"](torch.float32)
