@@ -35,7 +35,7 @@ def build() -> Path:
     glue = [*common, *setup.STABLE_ABI, "-DUSE_CUDA", "-isystem", f"{torch_home / 'include'}"]
     steps = [(src, ["-x", "c++", *common]) for src in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     steps += [(src, ["-include", "bindings.h", *glue]) for src in sorted((ROOT / "python_bindings").glob("*_cuda.cpp"))]
-    steps.append((HERE / "emulation.cpp", glue))
+    steps += [(HERE / name, glue) for name in ("emulation.cpp", "selftest.cpp")]
     link = [f"-L{torch_home / 'lib'}", *os.environ.get("HOTKERNELS_LDFLAGS", "").split(), "-Wl,-Bsymbolic"]
 
     def words(parts: list[str]) -> str:
@@ -69,6 +69,18 @@ def load() -> None:
             kernels["cuda"] = dataclasses.replace(kernels["cuda"], device="cpu")
 
 
-def set_order(order: int, compute_capability: int = 90) -> None:
-    """Choose which warps, lanes and blocks run first (a sum of bits, see emulation.h) and which GPU this is."""
-    ctypes.CDLL(str(LIBRARY)).hk_emulation_set(ctypes.c_uint(order), ctypes.c_int(compute_capability))
+def configure(order: int | None = None, compute_capability: int = 90) -> None:
+    """Choose which warps, lanes and blocks run first and which GPU this is.
+
+    `order` is a sum of bits, see emulation.h; None takes another at every launch.
+    """
+    set_ = ctypes.CDLL(str(LIBRARY)).hk_emulation_set
+    set_(ctypes.c_int(-1 if order is None else order), ctypes.c_int(compute_capability))
+
+
+def selftest(which: int, *, bug: bool) -> float | None:
+    """The error of a kernel of selftest.cpp; infinite if its launch failed, None if there is no such kernel."""
+    run = ctypes.CDLL(str(LIBRARY)).hk_emulation_selftest
+    run.restype = ctypes.c_double
+    error = run(which, bug)
+    return {-1.0: float("inf"), -2.0: None}.get(error, error)

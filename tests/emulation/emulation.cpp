@@ -59,6 +59,7 @@ Fiber* current;
 jmp_buf scheduler;
 const std::function<void()>* kernel;
 unsigned blocks_in_cluster, threads_per_block, order;
+bool changing = true;
 std::vector<Block> cluster;
 int64_t shared_size;
 const char* failure;
@@ -222,6 +223,7 @@ bool launch(Index grid, Index block, unsigned cluster_blocks, int64_t shared_byt
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   gridDim = grid, blockDim = block, blocks_in_cluster = cluster_blocks;
   threads_per_block = block.x * block.y * block.z;
+  if (changing) order = (order + 1) % 16;
   kernel = &body, failure = nullptr, shared_size = shared_bytes;
   cluster.resize(cluster_blocks);
   while (fibers.size() < size_t{cluster_blocks} * threads_per_block) fibers.push_back(std::make_unique<Fiber>());
@@ -268,9 +270,11 @@ std::vector<std::pair<const void*, int>> raised_shared_memory;
 std::vector<const void*> any_cluster_size;
 }  // namespace
 
-// What the tests turn: who runs first, and which GPU this is (90: compute capability 9.0).
-extern "C" __attribute__((visibility("default"))) void hk_emulation_set(unsigned order, int compute_capability) {
-  hk_emulation::order = order;
+// What the tests turn: who runs first (-1: another order at every launch), and which GPU this is (90: compute capability
+// 9.0).
+extern "C" __attribute__((visibility("default"))) void hk_emulation_set(int order, int compute_capability) {
+  hk_emulation::changing = order < 0;
+  if (order >= 0) hk_emulation::order = static_cast<unsigned>(order);
   capability = compute_capability;
 }
 
