@@ -1,0 +1,498 @@
+"""Attention over gathered keys in Triton, forward: softmax(scale * q k^T + bias) v over each query's slots.
+
+Tensors are [B, J, H, N, D] behind any strides, J being 1 where there is one batch dim; rows are gathered as they are
+loaded. Logits are kept in powers of two: those of the definition times log2(e). Three kernels: `long`, an online softmax
+over blocks of slots; `short`, a few (sequence, head) pairs of at most 32 tokens per program; `each`, for keys per query.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...errors import fail
+from ...launcher import INTERPRETED, is_aligned, launch
+
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+LN2: tl.constexpr = tl.constexpr(math.log(2))
+
+# ---- what kernels share ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sequence_of(sequence, J):
+    """The batch positions (b, j) of a sequence, in int64: they are about to be multiplied by strides."""
+    b = sequence // J
+    return b.to(tl.int64), (sequence - b * J).to(tl.int64)
+
+
+@triton.jit
+def rows_of_slots(index_at, slot, there, Nk):
+    """The row that each slot names, and whether it names one; out of [0, Nk) is absent.
+
+    index_at points at the slots' entries, or is None where slot n is row n. Any shape.
+    """
+    if index_at is None:
+        row = slot.to(tl.int64)
+    else:
+        row = tl.load(index_at, mask=there, other=-1)
+        there = there & (row >= 0) & (row < Nk)
+    return row, there
+
+
+@triton.jit
+def added_to_logits(key_bias_ptr, row, there, key_bias_stride_n):
+    """What is added to the logits of each slot, -inf where it is absent; and where it is not, nor masked by -inf.
+
+    Rows of absent slots count as zeros, so that adding is all the masking that logits need. Any shape.
+    """
+    if key_bias_ptr is None:
+        added = tl.where(there, 0.0, float("-inf"))
+    else:
+        added = tl.load(key_bias_ptr + row * key_bias_stride_n, mask=there, other=float("-inf")) * LOG2E
+        there = there & (added != float("-inf"))
+    return added, there
+
+
+@triton.jit
+def load_rows(ptr, row, there, stride_n, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[..., BLOCK_D]: the rows that are there, zeros elsewhere and beyond HEAD_DIM."""
+    d = tl.arange(0, BLOCK_D)
+    mask = tl.expand_dims(there, -1)
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (d < HEAD_DIM)
+    return tl.load(ptr + tl.expand_dims(row * stride_n, -1) + d, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, row, there, stride_n, values, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store [..., BLOCK_D] to the rows that are there, rounded to their dtype."""
+    d = tl.arange(0, BLOCK_D)
+    mask = tl.expand_dims(there, -1)
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (d < HEAD_DIM)
+    at = ptr + tl.expand_dims(row * stride_n, -1) + d
+    tl.store(at, values.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_bias(bias_ptr, m, slot, there, bias_stride_q, bias_stride_s):
+    """The bias of queries m and slots in powers of two, zeros where not there; m and slot broadcast."""
+    at = bias_ptr + m.to(tl.int64) * bias_stride_q + slot.to(tl.int64) * bias_stride_s
+    return tl.load(at, mask=there, other=0.0) * LOG2E
+
+
+@triton.jit
+def softmax_shift(top):
+    """What to subtract from logits whose maximum is top; without any, exp2(-inf - 0) = 0 and not NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def log_sum_exp(top, total):
+    """In the definition's units: log(total * 2^top), -inf where total is 0."""
+    return tl.where(total == 0.0, float("-inf"), (top + tl.log2(total)) * LN2)
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gathered_attention_long_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    index_ptr,
+    bias_ptr,
+    key_bias_ptr,
+    stride_qb: tl.int64,
+    stride_qj: tl.int64,
+    stride_qh: tl.int64,
+    stride_qn: tl.int64,
+    stride_kb: tl.int64,
+    stride_kj: tl.int64,
+    stride_kh: tl.int64,
+    stride_kn: tl.int64,
+    stride_vb: tl.int64,
+    stride_vj: tl.int64,
+    stride_vh: tl.int64,
+    stride_vn: tl.int64,
+    stride_ob: tl.int64,
+    stride_oj: tl.int64,
+    stride_oh: tl.int64,
+    stride_on: tl.int64,
+    index_stride_b: tl.int64,
+    bias_stride_b: tl.int64,
+    bias_stride_j: tl.int64,
+    bias_stride_h: tl.int64,
+    bias_stride_q: tl.int64,
+    bias_stride_s: tl.int64,
+    key_bias_stride_b: tl.int64,
+    key_bias_stride_j: tl.int64,
+    key_bias_stride_n: tl.int64,
+    sequences: tl.int32,
+    J: tl.int32,
+    H: tl.int32,
+    Nq: tl.int32,
+    Nk: tl.int32,
+    S: tl.int32,
+    group: tl.int32,  # sequences per program
+    scale: tl.float32,  # times log2(e)
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SHARED_QUERY: tl.constexpr,  # the query has no batch: load it once
+):
+    """One program per (group of sequences, block of queries, head); heads, which are neighbours in memory, fastest."""
+    program = tl.program_id(0)
+    h = (program % H).to(tl.int64)
+    rest = program // H
+    blocks = (Nq + BLOCK_M - 1) // BLOCK_M
+    m = rest % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = rest // blocks * group
+    q_row, q_there = m.to(tl.int64), m < Nq
+    if SHARED_QUERY:
+        q = load_rows(q_ptr + h * stride_qh, q_row, q_there, stride_qn, HEAD_DIM, BLOCK_D)
+    for sequence in range(first, tl.minimum(first + group, sequences)):
+        b, j = sequence_of(sequence, J)
+        if not SHARED_QUERY:
+            q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
+            q = load_rows(q_base, q_row, q_there, stride_qn, HEAD_DIM, BLOCK_D)
+        k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
+        v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
+        index_base = None if index_ptr is None else index_ptr + b * index_stride_b
+        bias_base = None if bias_ptr is None else bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h
+        key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
+
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(0, S, BLOCK_N):
+            slot = start + tl.arange(0, BLOCK_N)
+            row, there = rows_of_slots(None if index_ptr is None else index_base + slot, slot, slot < S, Nk)
+            added, there = added_to_logits(key_bias_base, row, there, key_bias_stride_n)
+            k = load_rows(k_base, row, there, stride_kn, HEAD_DIM, BLOCK_D)
+            v = load_rows(v_base, row, there, stride_vn, HEAD_DIM, BLOCK_D)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + added[None, :]
+            if bias_ptr is not None:
+                both = q_there[:, None] & there[None, :]
+                logits += load_bias(bias_base, m[:, None], slot[None, :], both, bias_stride_q, bias_stride_s)
+            new_top = tl.maximum(top, tl.max(logits, 1))
+            shift = softmax_shift(new_top)
+            p = tl.exp2(logits - shift[:, None])
+            rescale = tl.exp2(top - shift)
+            total = total * rescale + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+            top = new_top
+
+        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        out_base = out_ptr + b * stride_ob + j * stride_oj + h * stride_oh
+        store_rows(out_base, q_row, q_there, stride_on, out, HEAD_DIM, BLOCK_D)
+        lse_at = lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m
+        tl.store(lse_at, log_sum_exp(top, total), mask=q_there)
+
+
+@triton.jit
+def gathered_attention_short_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    index_ptr,
+    bias_ptr,
+    key_bias_ptr,
+    stride_qb: tl.int64,
+    stride_qj: tl.int64,
+    stride_qh: tl.int64,
+    stride_qn: tl.int64,
+    stride_kb: tl.int64,
+    stride_kj: tl.int64,
+    stride_kh: tl.int64,
+    stride_kn: tl.int64,
+    stride_vb: tl.int64,
+    stride_vj: tl.int64,
+    stride_vh: tl.int64,
+    stride_vn: tl.int64,
+    stride_ob: tl.int64,
+    stride_oj: tl.int64,
+    stride_oh: tl.int64,
+    stride_on: tl.int64,
+    index_stride_b: tl.int64,
+    bias_stride_b: tl.int64,
+    bias_stride_j: tl.int64,
+    bias_stride_h: tl.int64,
+    bias_stride_q: tl.int64,
+    bias_stride_s: tl.int64,
+    key_bias_stride_b: tl.int64,
+    key_bias_stride_j: tl.int64,
+    key_bias_stride_n: tl.int64,
+    sequences: tl.int32,
+    J: tl.int32,
+    H: tl.int32,
+    Nq: tl.int32,
+    Nk: tl.int32,
+    S: tl.int32,
+    scale: tl.float32,  # times log2(e)
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """One program per PAIRS pairs of sequence and head, heads first: a token's heads are one run of memory."""
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    sequence = pair // H
+    live = sequence < sequences
+    h = (pair - sequence * H).to(tl.int64)
+    b, j = sequence_of(sequence, J)
+    m, slot = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[None, :]
+    q_there, there = live[:, None] & (m < Nq), live[:, None] & (slot < S)
+    q_row = m.to(tl.int64)
+
+    index_at = None if index_ptr is None else index_ptr + (b * index_stride_b)[:, None] + slot
+    row, there = rows_of_slots(index_at, slot, there, Nk)
+    key_bias_base = None
+    if key_bias_ptr is not None:
+        key_bias_base = key_bias_ptr + (b * key_bias_stride_b + j * key_bias_stride_j)[:, None]
+    added, there = added_to_logits(key_bias_base, row, there, key_bias_stride_n)
+    q_base = q_ptr + (b * stride_qb + j * stride_qj + h * stride_qh)[:, None, None]
+    k_base = k_ptr + (b * stride_kb + j * stride_kj + h * stride_kh)[:, None, None]
+    v_base = v_ptr + (b * stride_vb + j * stride_vj + h * stride_vh)[:, None, None]
+    q = load_rows(q_base, q_row, q_there, stride_qn, HEAD_DIM, BLOCK_D)
+    k = load_rows(k_base, row, there, stride_kn, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_base, row, there, stride_vn, HEAD_DIM, BLOCK_D)
+    logits = tl.dot(q, tl.permute(k, 0, 2, 1), input_precision=PRECISION) * scale + added[:, None, :]
+    if bias_ptr is not None:
+        bias_base = bias_ptr + (b * bias_stride_b + j * bias_stride_j + h * bias_stride_h)[:, None, None]
+        both = q_there[:, :, None] & there[:, None, :]
+        logits += load_bias(bias_base, m[:, :, None], slot[:, None, :], both, bias_stride_q, bias_stride_s)
+
+    top = tl.max(logits, 2)
+    p = tl.exp2(logits - softmax_shift(top)[:, :, None])
+    total = tl.sum(p, 2)
+    acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, :, None]
+    out_base = out_ptr + (b * stride_ob + j * stride_oj + h * stride_oh)[:, None, None]
+    store_rows(out_base, q_row, q_there, stride_on, out, HEAD_DIM, BLOCK_D)
+    lse_at = lse_ptr + (sequence.to(tl.int64) * H + h)[:, None] * Nq + m
+    tl.store(lse_at, log_sum_exp(top, total), mask=q_there)
+
+
+@triton.jit
+def gathered_attention_each_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    index_ptr,
+    bias_ptr,
+    key_bias_ptr,
+    stride_qb: tl.int64,
+    stride_qj: tl.int64,
+    stride_qh: tl.int64,
+    stride_qn: tl.int64,
+    stride_kb: tl.int64,
+    stride_kj: tl.int64,
+    stride_kh: tl.int64,
+    stride_kn: tl.int64,
+    stride_vb: tl.int64,
+    stride_vj: tl.int64,
+    stride_vh: tl.int64,
+    stride_vn: tl.int64,
+    stride_ob: tl.int64,
+    stride_oj: tl.int64,
+    stride_oh: tl.int64,
+    stride_on: tl.int64,
+    index_stride_b: tl.int64,
+    index_stride_j: tl.int64,
+    index_stride_h: tl.int64,
+    index_stride_q: tl.int64,
+    bias_stride_b: tl.int64,
+    bias_stride_j: tl.int64,
+    bias_stride_h: tl.int64,
+    bias_stride_q: tl.int64,
+    bias_stride_s: tl.int64,
+    key_bias_stride_b: tl.int64,
+    key_bias_stride_j: tl.int64,
+    key_bias_stride_n: tl.int64,
+    J: tl.int32,
+    H: tl.int32,
+    Nq: tl.int32,
+    Nk: tl.int32,
+    S: tl.int32,
+    scale: tl.float32,  # times log2(e)
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PER_HEAD: tl.constexpr,  # whether heads have slots of their own
+):
+    """One program per query and block of heads: where heads share slots, a gathered token is one run of memory."""
+    program = tl.program_id(0)
+    head_blocks = (H + BLOCK_H - 1) // BLOCK_H
+    rest = program // head_blocks
+    h = (program - rest * head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    live = h < H
+    h = h.to(tl.int64)
+    sequence = rest // Nq
+    m = (rest - sequence * Nq).to(tl.int64)
+    b, j = sequence_of(sequence, J)
+    q_base = q_ptr + b * stride_qb + j * stride_qj + m * stride_qn
+    k_base = k_ptr + b * stride_kb + j * stride_kj + (h * stride_kh)[None, :, None]
+    v_base = v_ptr + b * stride_vb + j * stride_vj + (h * stride_vh)[None, :, None]
+    index_base = index_ptr + b * index_stride_b + j * index_stride_j + m * index_stride_q
+    key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
+    q = load_rows(q_base, h, live, stride_qh, HEAD_DIM, BLOCK_D).to(tl.float32)
+
+    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for start in range(0, S, BLOCK_S):
+        slot = (start + tl.arange(0, BLOCK_S))[:, None]
+        index_at = index_base + slot
+        if PER_HEAD:
+            index_at += (h * index_stride_h)[None, :]
+        there = (slot < S) & live[None, :] if PER_HEAD else slot < S
+        row, there = rows_of_slots(index_at, slot, there, Nk)
+        added, there = added_to_logits(key_bias_base, row, there, key_bias_stride_n)
+        there = there & live[None, :]
+        k = load_rows(k_base, row, there, stride_kn, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_base, row, there, stride_vn, HEAD_DIM, BLOCK_D)
+        logits = tl.sum(q[None, :, :] * k.to(tl.float32), 2) * scale + added  # [BLOCK_S, BLOCK_H]
+        if bias_ptr is not None:
+            bias_base = bias_ptr + b * bias_stride_b + j * bias_stride_j + (h * bias_stride_h)[None, :]
+            logits += load_bias(bias_base, m, slot, there, bias_stride_q, bias_stride_s)
+        new_top = tl.maximum(top, tl.max(logits, 0))
+        shift = softmax_shift(new_top)
+        p = tl.exp2(logits - shift[None, :])
+        rescale = tl.exp2(top - shift)
+        total = total * rescale + tl.sum(p, 0)
+        acc = acc * rescale[:, None] + tl.sum(p[:, :, None] * v.to(tl.float32), 0)
+        top = new_top
+
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    store_rows(out_ptr + b * stride_ob + j * stride_oj + m * stride_on, h, live, stride_oh, out, HEAD_DIM, BLOCK_D)
+    tl.store(lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m, log_sum_exp(top, total), mask=live)
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------------
+
+Strides = tuple[int, ...]
+
+
+class Problem:
+    """A call's arguments, checked, with sizes and strides as the kernels take them; b and j of size 1 have stride 0."""
+
+    def __init__(
+        self,
+        op: str,
+        query: Tensor,  # [*batch, H, Nq, D], or [H, Nq, D] for all sequences
+        key: Tensor,
+        value: Tensor,
+        index: Tensor | None = None,
+        bias: Tensor | None = None,
+        key_bias: Tensor | None = None,
+    ) -> None:
+        query, key, value = (with_contiguous_last(t) for t in (query, key, value))
+        self.query, self.key, self.value = query, key, value
+        self.index, self.bias, self.key_bias = index, bias, key_bias
+        *batch, self.H, self.Nk, self.D = key.shape
+        self.batch = tuple(batch)
+        self.B, self.J = self.batch if len(batch) == 2 else (*batch, 1)
+        self.Nq = query.shape[-2]
+        heads = (*batch, self.H, self.Nq, self.D)
+        if len(batch) not in (1, 2) or value.shape != key.shape:
+            fail(
+                op, "value", f"[*batch, H, Nk, D] = {list(key.shape)} as key, one or two batch dims", list(value.shape)
+            )
+        if query.shape != heads and query.shape != heads[-3:]:
+            fail(op, "query", f"[*batch, H, Nq, D] = {list(heads)} with key's batch", list(query.shape))
+        if not 1 <= self.D <= 256 or self.Nq < 1 or self.Nk < 1:
+            fail(op, "query", "of a head dim in [1, 256], with a token and a key", list(query.shape))
+        if not query.dtype == key.dtype == value.dtype or query.dtype not in DTYPES:
+            fail(op, "key and value", f"of query's dtype {query.dtype}", f"{key.dtype} and {value.dtype}", TypeError)
+        self.S, self.index_strides = self.Nk, (0, 0, 0, 0)
+        self.per_query = self.per_head = False
+        if index is not None:
+            self._take_index(op, index)
+        self.bias_strides: Strides = (0, 0, 0, 0, 0)
+        if bias is not None:
+            self._check_added(op, "bias", bias, (*batch, self.H, self.Nq, self.S))
+            b, *j, h, q, s = strides(bias)
+            self.bias_strides = (b, *(j or (0,)), h, q, s)
+        self.key_bias_strides: Strides = (0, 0, 0)
+        if key_bias is not None:
+            self._check_added(op, "key_bias", key_bias, (*batch, self.Nk))
+            b, *j, n = strides(key_bias)
+            self.key_bias_strides = (b, *(j or (0,)), n)
+        self.sequences = self.B * self.J
+        self.BLOCK_D = max(16, triton.next_power_of_2(self.D))
+
+    def _take_index(self, op: str, index: Tensor) -> None:
+        batch, n = self.batch, index.dim()
+        self.per_head = n == len(batch) + 3
+        self.per_query = n > 2
+        full = (batch[0], None) if n == 2 else (*batch, *([self.H] if self.per_head else []), self.Nq, None)
+        fits = n == len(full) and all(s in (1, f) or f is None for s, f in zip(index.shape, full, strict=True))
+        if not fits or (self.per_query and index.shape[-2] != self.Nq) or index.shape[-1] < 1:
+            fail(
+                op, "index", f"[B, M], [*batch, Nq, K] or [*batch, H, Nq, K], batch = {list(batch)}", list(index.shape)
+            )
+        if index.dtype != torch.int64 or not index.is_contiguous():
+            fail(op, "index", "a contiguous tensor of int64", f"{index.dtype} of strides {index.stride()}", TypeError)
+        self.S = index.shape[-1]
+        of = iter(strides(index))
+        b = next(of)
+        if self.per_query:
+            j = next(of) if len(batch) == 2 else 0
+            h = next(of) if self.per_head else 0
+            self.index_strides = (b, j, h, next(of))
+        else:
+            self.index_strides = (b, 0, 0, 0)
+
+    def _check_added(self, op: str, arg: str, t: Tensor, full: tuple[int, ...]) -> None:
+        if t.dim() != len(full) or not all(s in (1, f) for s, f in zip(t.shape, full, strict=True)):
+            fail(op, arg, f"broadcastable to {list(full)}", list(t.shape))
+        if t.dtype != torch.float32:
+            fail(op, arg, "a tensor of float32", t.dtype, TypeError)
+
+    def heads(self, t: Tensor) -> Strides:
+        """(b, j, h, n) strides of [*batch, H, N, D], or of [H, N, D] which all sequences share."""
+        of = strides(t)
+        return (0, 0, *of[:2]) if len(of) == 3 else (of[0], 0, of[1], of[2]) if len(of) == 4 else of[:4]
+
+    def token_major(self, like: Tensor, N: int) -> Tensor:
+        """An empty [*batch, H, N, D] stored [B, N, (J,) H, D]."""
+        if len(self.batch) == 1:
+            return like.new_empty(self.B, N, self.H, self.D).transpose(1, 2)
+        return like.new_empty(self.B, N, self.J, self.H, self.D).permute(0, 2, 3, 1, 4)
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def strides(t: Tensor) -> Strides:
+    """Strides, 0 for a dim of size 1."""
+    return tuple([0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)])
+
+
+def with_contiguous_last(t: Tensor) -> Tensor:
+    """The tensor itself, unless its last dim has a stride."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How matrix products take float32: in three TF32 ones, or in one where the user allowed TF32."""
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
