@@ -1,0 +1,110 @@
+// What both CUDA forms of dpc_knn share: reading elements, which tokens count, the order of densities and of scores.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "hotkernels/dpc_knn.h"
+#include "ptx.h"
+
+namespace hotkernels::dpc {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kInf = __builtin_inff();
+// A token counts only if its squared norm is at most this: then no sum of its squared distances overflows. NaN fails too.
+constexpr float kNormLimit = 0x1p93f;
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Calls body(T{}) for the element type of x.
+template <class Body>
+inline auto with_element(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f16: return body(__half{});
+    case DType::bf16: return body(__nv_bfloat16{});
+    default: return body(float{});
+  }
+}
+
+// ---- warps --------------------------------------------------------------------------------------------------------------
+
+__device__ inline float warp_sum(float x) {  // the same bits in every lane
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+// Numbers that are not negative are ordered as their bits are, and those have a reduction of their own.
+__device__ inline float warp_min_of_nonnegative(float x) {
+  return __uint_as_float(__reduce_min_sync(kAllLanes, __float_as_uint(x)));
+}
+__device__ inline float warp_max_of_nonnegative(float x) {
+  return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(x)));
+}
+
+// ---- densest first --------------------------------------------------------------------------------------------------------
+
+__device__ inline uint32_t mix32(uint32_t h) {  // finaliser of MurmurHash3: every input bit reaches every output bit
+  h = (h ^ (h >> 16)) * 0x85ebca6bu;
+  h = (h ^ (h >> 13)) * 0xc2b2ae35u;
+  return h ^ (h >> 16);
+}
+
+// The hash that orders equal densities: position_hash of reference.py.
+__device__ inline uint32_t position_hash(int64_t seed, int64_t position) {
+  const uint32_t start = mix32(static_cast<uint32_t>(seed) ^ mix32(static_cast<uint32_t>(seed >> 32)));
+  return mix32(static_cast<uint32_t>(position) + start);
+}
+
+__device__ inline uint32_t ascending_bits(float x) {  // unsigned integers in the order of the floats, -0 = 0
+  const uint32_t u = __float_as_uint(x + 0.0f);
+  return u >> 31 ? ~u : u | 0x80000000u;
+}
+
+// A token's place in the strict total order: larger density (if there is noise), smaller r, smaller hash, smaller position.
+struct alignas(16) DensityKey {
+  uint64_t key;
+  uint32_t hash;
+  uint32_t position;
+};
+constexpr uint64_t kLeastDense = ~uint64_t{0};  // of tokens that do not count: after all that do
+
+__device__ inline float density_of(float r, const float* noise) { return noise ? expf(-r) + *noise : expf(-r); }
+
+// `noise`: whether there is any; density is read only then.
+__device__ inline DensityKey density_key(float r, float density, bool noise, int64_t seed, int64_t position) {
+  const uint64_t first = noise ? ascending_bits(-density) : 0;
+  return {first << 32 | ascending_bits(r), position_hash(seed, position), static_cast<uint32_t>(position)};
+}
+
+__device__ inline bool denser(const DensityKey& a, const DensityKey& b) {
+  return a.key != b.key ? a.key < b.key : a.hash != b.hash ? a.hash < b.hash : a.position < b.position;
+}
+
+// ---- best first -----------------------------------------------------------------------------------------------------------
+
+// Smaller is better: log density + log delta in float64, where nothing underflows, descending. Ties go to the position.
+// delta2 is the squared distance before its division by the number of channels.
+__device__ inline uint64_t score_key(float r, float density, bool noise, float delta2, int64_t channels) {
+  const double log_density = !noise ? -static_cast<double>(r) : density > 0 ? log(static_cast<double>(density)) : -INFINITY;
+  const double log_score = log_density + 0.5 * log(static_cast<double>(delta2) / static_cast<double>(channels));
+  const uint64_t u = static_cast<uint64_t>(__double_as_longlong(log_score + 0.0));
+  const uint64_t descending = u >> 63 ? u : ~(u | uint64_t{1} << 63);
+  return descending < ~uint64_t{1} ? descending : ~uint64_t{1};
+}
+constexpr uint64_t kNotACandidate = ~uint64_t{0};  // after every score, be it log 0
+
+// ---- arguments ------------------------------------------------------------------------------------------------------------
+
+// Position e of `keep`, -1 if it is none: nobody looked at the values before.
+__device__ inline int64_t keep_position(const DpcKnn& p, int64_t b, int64_t e) {
+  const int64_t n = p.keep[b * p.keep_stride_b + e];
+  return n >= 0 && n < p.N ? n : -1;
+}
+
+}  // namespace hotkernels::dpc
