@@ -33,7 +33,7 @@ def answers(module: nn.Module, call: Any, inputs: list[Tensor]) -> list[Tensor]:
     """The output, and the gradients of the inputs and of every parameter."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = call(module, *inputs)
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.dtype)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(out)
     return [out.detach(), *torch.autograd.grad(out, [*inputs, *module.parameters()], grad_out)]
 
 
@@ -124,13 +124,15 @@ def test_token_recovery(options: dict[str, Any], B: int, M: int, J: int, L: int)
         (TokenRecovery, TokenRecoveryEager, (32, 27), (2, 9, 5, 32)),
     ],
 )
-def test_autocast(ours: Any, eager: Any, args: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_autocast(
+    ours: Any, eager: Any, args: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
+) -> None:
     """The dtype of the published module, and values as near to the truth; gradients arrive in float32."""
     a, b = pair(ours, eager, *args, qkv_bias=True)
     x = torch.randn(shape)
 
     def call(m: nn.Module, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype, enabled=x.dtype == torch.float32):
+        with torch.autocast(device, dtype, enabled=x.dtype == torch.float32):
             return m(x)
 
     mine, low = answers(a, call, [x]), answers(b, call, [x])

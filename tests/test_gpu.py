@@ -1,0 +1,368 @@
+"""What only a GPU can prove: capture in graphs, streams, devices, sizes beyond 32 bits, no waiting, no hidden memory.
+
+Everything goes over the ops and inputs of the conformance loop, on whichever GPU backends they have.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import attention_cases  # noqa: F401  # registers its ops
+import pytest
+import test_nn
+import torch
+from cases import OPS, Args, OpCase, tensors
+from conftest import GPU_BACKENDS
+from test_conformance import assert_same, wanted_by
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import hotkernels
+from hotkernels.backends import OPS as KERNELS
+from hotkernels.baselines import AttentionEager, TokenRecoveryEager
+from hotkernels.bench import captured, peak_memory
+from hotkernels.nn import Attention, TokenRecovery
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: what only a GPU can prove is not proved")
+on_any_gpu = pytest.mark.parametrize("backend", GPU_BACKENDS, indirect=True)
+
+
+def each_op(
+    *, cases: bool = False, dtypes: tuple[torch.dtype, ...] = (torch.float32,), but: tuple[str, ...] = ()
+) -> Any:
+    """Parametrise (op, backend, dtype, case) with the GPU kernels that there are, on small inputs or on all."""
+    rows = [
+        pytest.param(op, backend, dtype, case, id=f"{op.name}-{backend}-{str(dtype).removeprefix('torch.')}-{case}")
+        for op in OPS
+        for backend in GPU_BACKENDS
+        for dtype in dtypes
+        for case in (op.inputs if cases else ("small",))
+        if op.name not in but and backend in KERNELS[op.name]
+    ]
+    return pytest.mark.parametrize(("op", "backend", "dtype", "case"), rows, indirect=["backend"])
+
+
+def calling(op: OpCase, backend: str, args: Args) -> Callable[[], list[Tensor]]:
+    """A call of the op on these tensors, in place: its outputs, and all its gradients where it has any."""
+    wanted = wanted_by(op, args)
+    for name in wanted:
+        args[name].requires_grad_()
+
+    def call() -> list[Tensor]:
+        out = tensors(op.function(**args, backend=backend))
+        if not wanted:
+            return out
+        grads = torch.autograd.grad(out, [args[name] for name in wanted], [torch.ones_like(o) for o in out])
+        return [*(o.detach() for o in out), *grads]
+
+    return call
+
+
+def copies(args: Args) -> Args:
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), args)
+
+
+@torch.no_grad()
+def overwrite(args: Args, values: Args) -> None:
+    for name, value in args.items():
+        if isinstance(value, Tensor):
+            value.copy_(values[name])
+
+
+@torch.no_grad()
+def poison(args: Args) -> None:
+    for value in tensors(args):
+        value.fill_(torch.nan if value.is_floating_point() else value.dtype != torch.bool and -1)
+
+
+# ---- graphs, streams, devices ----------------------------------------------------------------------------------------
+
+
+@each_op(cases=True, dtypes=(torch.float32, torch.bfloat16))
+def test_replays_of_a_graph(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    """Forward and backward in one graph: each replay gives the bits of a call, on what its inputs hold by then."""
+    first, second = op.inputs[case](dtype), op.inputs[case](dtype)
+    args = copies(first)
+    out, replay = captured(calling(op, backend, args))
+    for values in (second, first, second):
+        overwrite(args, values)
+        replay()
+        assert_same(out, calling(op, backend, copies(values))())
+
+
+@each_op(cases=True)
+def test_never_waits_for_the_gpu(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    call = calling(op, backend, op.inputs[case](dtype))
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@each_op(dtypes=(torch.float32, torch.bfloat16))
+def test_a_side_stream(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    """The inputs arrive late on that stream; a kernel on another stream would read NaN."""
+    values = op.inputs[case](dtype)
+    expected = calling(op, backend, copies(values))()
+    args = copies(values)
+    call = calling(op, backend, args)
+    poison(args)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # cycles, some 50 ms
+        overwrite(args, values)
+        out = call()
+    stream.synchronize()
+    assert_same(out, expected)
+
+
+@each_op()
+def test_two_streams_at_once(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    """Calls that overlap share nothing: no scratch memory, no counter."""
+    calls = [calling(op, backend, op.inputs[case](dtype)) for _ in range(2)]
+    expected = [call() for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    outs = []
+    for _ in range(20):
+        for call, stream, right in zip(calls, streams, expected, strict=True):
+            with torch.cuda.stream(stream):
+                outs.append((call(), right))
+    torch.cuda.synchronize()
+    for out, right in outs:
+        assert_same(out, right)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only: the device guard is not proved")
+@each_op(dtypes=(torch.float32, torch.bfloat16))
+def test_a_device_that_is_not_the_current_one(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    values = op.inputs[case](dtype)
+    there = pytree.tree_map_only(Tensor, lambda t: t.to("cuda:1"), values)
+    out = calling(op, backend, there)()
+    assert torch.cuda.current_device() == 0
+    assert all(t.device.index == 1 for t in out)
+    assert_same([t.to("cuda:0") for t in out], calling(op, backend, values)())
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+# Tiny samples: n of them, of width C.
+TINY: dict[str, Callable[[int, int], Args]] = {
+    "gather_tokens": lambda n, C: {"x": torch.randn(n, 3, C), "index": torch.randint(-1, 3, (n, 2))},
+    "merge_tokens": lambda n, C: {
+        "x": torch.randn(n, 5, C),
+        "assignment": torch.randint(-1, 3, (n, 5)),
+        "num_clusters": 3,
+    },
+    "dpc_knn": lambda n, C: {"x": torch.randn(n, 9, C), "num_clusters": 3, "k": 2},
+    "gathered_attention": lambda n, C: {
+        **{name: torch.randn(n, 1, 2, C) for name in ("query", "key", "value")},
+        "index": torch.randint(-1, 2, (n, 2, 3)),
+    },
+    "recovery_attention": lambda n, C: {
+        "query": torch.randn(1, 3, C),
+        **{name: torch.randn(n, 1, 2, C) for name in ("key", "value")},
+    },
+    "invert_index": lambda n, C: {"index": torch.randint(-1, 4, (n, 5)), "num_tokens": 4},
+}
+
+
+def assert_like_its_parts(op: OpCase, backend: str, args: Args, count: int) -> None:
+    """Some of the samples by themselves give what they give among all, gradients included."""
+    some = torch.cat([torch.arange(9), torch.arange(count - 9, count), torch.randint(count, (50,))])
+
+    def part(value: Any) -> Any:
+        return value[some] if isinstance(value, Tensor) and len(value) == count else value
+
+    few = {name: part(value.detach()) if isinstance(value, Tensor) else value for name, value in args.items()}
+    whole, alone = calling(op, backend, args)(), calling(op, backend, few)()
+    pairs = [(part(a), b) for a, b in zip(whole, alone, strict=True) if len(a) == count]
+    assert pairs
+    assert_same([a for a, _ in pairs], [b for _, b in pairs], exactly=not op.differentiable)
+
+
+@pytest.mark.parametrize("count", [65_536, 300_000])
+@each_op()
+def test_many_samples(op: OpCase, backend: str, dtype: torch.dtype, case: str, count: int) -> None:
+    assert_like_its_parts(op, backend, TINY[op.name](count, 8), count)
+
+
+@each_op(dtypes=(torch.bfloat16,), but=("invert_index",))  # its int64 tensors would take 100 GB
+def test_tensors_of_more_than_two_to_the_31_elements(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    rows = {"gather_tokens": 2, "merge_tokens": 3, "dpc_knn": 9, "gathered_attention": 2, "recovery_attention": 2}
+    count = 2**31 // (64 * rows[op.name]) + 9
+    if torch.cuda.mem_get_info()[0] < 80 << 30:
+        pytest.skip("needs 80 GB of free GPU memory")
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        args = TINY[op.name](count, 64)
+    finally:
+        torch.set_default_dtype(previous)
+    try:
+        assert_like_its_parts(op, backend, args, count)
+    finally:
+        del args
+        torch.cuda.empty_cache()
+
+
+@each_op(dtypes=(torch.bfloat16,), but=("invert_index",))
+def test_strides_beyond_32_bits(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    """More than 2**31 elements lie between the samples of an argument."""
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GB of free GPU memory")
+    args = op.inputs[case](dtype)
+    expected = calling(op, backend, copies(args))()
+    for name, value in args.items():
+        if isinstance(value, Tensor) and value.dtype == dtype and value.dim() > 2 and len(value) == 2:
+            step = 2**31 + 64
+            memory = torch.empty(step + value[0].numel(), dtype=dtype)
+            far = memory.as_strided(value.shape, (step, *value[0].contiguous().stride())).copy_(value.detach())
+            assert_same(calling(op, backend, {**copies(args), name: far})(), expected)
+            del memory, far
+            torch.cuda.empty_cache()
+
+
+@on_any_gpu
+def test_clustering_holds_no_square_matrix(backend: str) -> None:
+    if backend not in KERNELS["dpc_knn"]:
+        pytest.skip(f"dpc_knn has no {backend} kernel")
+    for B, N, C in ((8, 4096, 256), (1, 16384, 1024)):
+        x = torch.randn(B, N, C)
+        hotkernels.dpc_knn(x, N // 4, backend=backend)
+        extra = peak_memory(lambda x=x, N=N: hotkernels.dpc_knn(x, N // 4, backend=backend), "cuda")
+        assert extra is not None
+        assert extra <= 2 * x.numel() * 4 + B * N * 1024  # [B, N, N] would be 537 and 1074 MB
+
+
+@on_any_gpu
+def test_attention_holds_no_matrix_of_logits(backend: str) -> None:
+    if backend not in KERNELS["gathered_attention"]:
+        pytest.skip(f"gathered_attention has no {backend} kernel")
+    args = [torch.randn(1, 8, 8192, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+    def call() -> None:
+        out = hotkernels.gathered_attention(*args, backend=backend)
+        torch.autograd.grad(out, args, torch.ones_like(out))
+
+    call()
+    extra = peak_memory(call, "cuda")
+    assert extra is not None
+    assert extra <= 16 * args[0].numel() * 2  # 134 MB; the logits would be 1 GB
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+# op -> the argument that is an index, and how many tokens there are to point at
+INDEX: dict[str, tuple[str, Callable[[Args], int]]] = {
+    "gather_tokens": ("index", lambda a: a["x"].shape[1]),
+    "merge_tokens": ("assignment", lambda a: a["num_clusters"]),
+    "gathered_attention": ("index", lambda a: a["key"].shape[-2]),
+    "invert_index": ("index", lambda a: a["num_tokens"]),
+}
+
+
+@each_op(cases=True, but=tuple({op.name for op in OPS} - INDEX.keys()))
+def test_an_index_out_of_range_is_never_read(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    """It counts as absent; inside checked() it is an error."""
+    name, tokens = INDEX[op.name]
+    args = op.inputs[case](dtype)
+    index = args.get(name)
+    if index is None or index.numel() == 0 or index.dtype != torch.int64:
+        pytest.skip("no int64 index in this input")
+    N = tokens(args)
+    wrong = torch.tensor([N, N + 1, -2, -N, 1 << 31, 1 << 40, (1 << 63) - 1, -(1 << 63)])
+    places = torch.rand(index.shape) < 0.3
+    places.view(-1)[0] = True
+    values = torch.where(places, wrong[torch.randint(len(wrong), index.shape)], index)
+    out = calling(op, backend, {**copies(args), name: values})()
+    assert_same(out, calling(op, backend, {**copies(args), name: index.masked_fill(places, -1)})())
+    with hotkernels.checked(), pytest.raises(ValueError, match=rf"^{op.name}: {name} must be -1 or in \[0, {N}\)"):
+        op.function(**{**args, name: values}, backend=backend)
+
+
+@each_op(cases=True, dtypes=(torch.float32, torch.bfloat16))
+def test_the_same_bits_every_time(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    call = calling(op, backend, op.inputs[case](dtype))
+    expected = call()
+    for _ in range(10):
+        assert_same(call(), expected)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+# An earlier kernel of somebody else's failed: whatever is launched from then on is refused. Prints the refusal.
+REFUSED = """
+import contextlib, torch, hotkernels
+x, index = torch.randn(2, 9, 4, device="cuda"), torch.zeros(2, 3, dtype=torch.int64, device="cuda")
+hotkernels.gather_tokens(x, index, backend="cuda")
+with contextlib.suppress(RuntimeError):
+    x[torch.full((2,), 1 << 20, device="cuda")]
+    torch.cuda.synchronize()
+try:
+    hotkernels.gather_tokens(x, index, backend="cuda")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_refused_launch_is_an_error_in_the_one_form() -> None:
+    if "cuda" not in KERNELS["gather_tokens"]:
+        pytest.skip("gather_tokens has no cuda kernel")
+    run = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True)
+    assert "gather_tokens: launch must be accepted by the GPU, got " in run.stdout, run.stdout + run.stderr[-2000:]
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu() -> Any:
+    """Tensors that a test makes are on the GPU; each op is served by the backend that it chooses."""
+    with torch.device("cuda"):
+        yield
+
+
+def test_modules_give_what_the_published_ones_give(gpu: None) -> None:
+    for options in test_nn.OPTIONS:
+        ours, eager = test_nn.pair(Attention, AttentionEager, 64, **options)
+        for shape in ((3, 17, 64), (2, 243, 64)):
+            test_nn.assert_as_published(ours, eager, lambda m, x: m(x), [torch.randn(shape)])
+        ours, eager = test_nn.pair(TokenRecovery, TokenRecoveryEager, 64, 243, **options)
+        test_nn.assert_as_published(ours, eager, lambda m, x: m(x), [torch.randn(2, 81, 17, 64)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_modules_under_autocast(gpu: None, dtype: torch.dtype) -> None:
+    test_nn.test_autocast(Attention, AttentionEager, (32,), (3, 17, 32), dtype, "cuda")
+    test_nn.test_autocast(TokenRecovery, TokenRecoveryEager, (32, 27), (2, 9, 5, 32), dtype, "cuda")
+
+
+def test_the_hourglass_in_a_graph_without_waiting(gpu: None) -> None:
+    module, first, second = test_nn.hourglass(), torch.randn(2, 27, 5, 16), torch.randn(2, 27, 5, 16)
+    x = first.clone().requires_grad_()
+    inputs = [x, *module.parameters()]
+
+    def call() -> list[Tensor]:
+        out = module(x)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
+
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    out, replay = captured(call)
+    for values in (second, first):
+        overwrite({"x": x}, {"x": values})
+        replay()
+        for ours, plain in zip(out, call(), strict=True):
+            torch.testing.assert_close(ours, plain)
