@@ -465,7 +465,7 @@ class EventClock:
 
 
 def captured(thunk: Thunk, calls: int = 1) -> tuple[Any, Thunk]:
-    """A CUDA graph of so many calls in a row: what the last one returned, which each replay rewrites, and the replay."""
+    """A CUDA graph of so many calls in a row: what the last one returned, which replays rewrite, and the replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles, and sets up whatever is set up once

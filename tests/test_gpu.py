@@ -341,8 +341,10 @@ def test_modules_give_what_the_published_ones_give(gpu: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_modules_under_autocast(gpu: None, dtype: torch.dtype) -> None:
-    test_nn.test_autocast(Attention, AttentionEager, (32,), (3, 17, 32), dtype, "cuda")
-    test_nn.test_autocast(TokenRecovery, TokenRecoveryEager, (32, 27), (2, 9, 5, 32), dtype, "cuda")
+    test_nn.assert_as_published_under_autocast(Attention, AttentionEager, (32,), (3, 17, 32), dtype, "cuda")
+    test_nn.assert_as_published_under_autocast(
+        TokenRecovery, TokenRecoveryEager, (32, 27), (2, 9, 5, 32), dtype, "cuda"
+    )
 
 
 def test_the_hourglass_in_a_graph_without_waiting(gpu: None) -> None:

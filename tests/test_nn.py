@@ -124,8 +124,12 @@ def test_token_recovery(options: dict[str, Any], B: int, M: int, J: int, L: int)
         (TokenRecovery, TokenRecoveryEager, (32, 27), (2, 9, 5, 32)),
     ],
 )
-def test_autocast(
-    ours: Any, eager: Any, args: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
+def test_autocast(ours: Any, eager: Any, args: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_as_published_under_autocast(ours, eager, args, shape, dtype, "cpu")
+
+
+def assert_as_published_under_autocast(
+    ours: Any, eager: Any, args: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> None:
     """The dtype of the published module, and values as near to the truth; gradients arrive in float32."""
     a, b = pair(ours, eager, *args, qkv_bias=True)

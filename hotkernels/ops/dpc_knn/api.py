@@ -140,7 +140,9 @@ def _keep_positions(keep: int | Sequence[int] | Tensor, B: int, N: int, M: int, 
         positions = [keep] if isinstance(keep, int) else list(keep)
         for position in positions:
             check_int(_OP, "keep", position, -1, N - 1, "N - 1 = ")
-        keep = torch.tensor([positions], dtype=torch.int64, device=device)
+        # Filled on the device: a copy from the host would wait for a GPU, and cannot be captured in a graph.
+        columns = [torch.full((1, 1), position, dtype=torch.int64, device=device) for position in positions]
+        keep = torch.cat(columns, 1) if columns else torch.empty(1, 0, dtype=torch.int64, device=device)
     check_tensor(_OP, "keep", keep, "[K] or [B, K]", INTEGER, device=device)
     if keep.dim() not in (1, 2) or (keep.dim() == 2 and keep.shape[0] not in (1, B)):
         fail(_OP, "keep", f"an int, [K] or [B, K] with B = {B}", list(keep.shape))
