@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import published
+import published_tcformer
 import pytest
 import torch
 from published import VisionAttention, ViT, hot_mixste, hot_motionbert
-from published_tcformer import GridAttention, TCFormer
+from published_tcformer import GridAttention, TCAttention, TCFormer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -59,6 +62,19 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"": out.detach(), **{n: g for n, g in zip(names, grads, strict=True) if g is not None}}
 
 
+def tokens(N: int, score: bool = False) -> dict[str, Any]:
+    """N tokens as TCFormer has them, of an initial grid of 8 x 12 and for a map of 4 x 6."""
+    out = {
+        "x": torch.randn(2, N, 32),
+        "token_num": N,
+        "map_size": [4, 6],
+        "init_grid_size": [8, 12],
+        "idx_token": torch.randint(N, (2, 96)),
+        "agg_weight": torch.rand(2, 96, 1),
+    }
+    return out | ({"token_score": torch.randn(2, N, 1)} if score else {})
+
+
 def swapped_modules(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if type(module).__name__.startswith("Fused")}
 
@@ -96,7 +112,7 @@ REPORTS = {
     "HoT-MotionBERT": {"blocks_st.0.attn_s", "blocks_ts.1.attn_t", "cross_attention", ""},
     "HoT-MotionAGFormer": {"layers.0.att_spatial.mixer", "layers.1.att_temporal.mixer", "cross_attention", ""},
     "TPC-MHFormer": {"encoder_1.attn", "SHR_blocks.0.attn_3", "CHI_blocks.0.attn_1", ""},
-    "TCFormer": {"block1.1.attn", "block3.1.attn", "ctm1", "ctm2"},
+    "TCFormer": {"block1.0.attn", "block1.1.attn", "block2.0.attn", "block3.1.attn", "ctm1", "ctm2"},
     "ViT": {"blocks.0.attn", "blocks.1.attn"},
 }
 
@@ -112,7 +128,7 @@ def test_report(name: str) -> None:
     assert swapped_modules(model) >= REPORTS[name]
     assert {path for path, _ in report.replaced + report.left if not path.startswith("ctm")} == attentions | crossed
     assert {path for path, _ in report.replaced + report.functions} == swapped_modules(model)
-    assert [why for _, why in report.left] == ["it reduces its keys first (sr_ratio = 2)"] * (3 * (name == "TCFormer"))
+    assert report.left == []
     assert str(report).startswith("replaced\n")
 
 
@@ -236,18 +252,35 @@ def test_ddp_afterwards(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_dropout_on_the_probabilities_is_honoured() -> None:
-    """On average attention with dropout is attention; a single run is not."""
-    module = eager.MotionBERTAttention(32, 4, "temporal").eval()
+DROPS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
+    "ViT": (lambda: VisionAttention(32, 4), (torch.randn(3, 5, 32),)),
+    "MixSTE": (lambda: AttentionEager(32, 4), (torch.randn(3, 5, 32),)),
+    "MotionBERT": (lambda: eager.MotionBERTAttention(32, 4, "temporal"), (torch.randn(6, 5, 32), 3)),
+    "MotionAGFormer": (lambda: published.FramesAttention(32, 32, 4, "temporal"), (torch.randn(2, 3, 5, 32),)),
+    "HoT": (lambda: CrossAttentionEager(32, 4), (torch.randn(1, 9, 32).expand(3, -1, -1), *torch.randn(2, 3, 5, 32))),
+    "PVT": (lambda: GridAttention(32, 4, sr_ratio=2), (torch.randn(3, 24, 32), 4, 6)),
+    "TCFormer": (lambda: TCAttention(32, 4, sr_ratio=2), (tokens(12), tokens(20, score=True))),
+}
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_dropout_on_the_probabilities(name: str) -> None:
+    """In training it draws what the original draws; in evaluation the forward is fused."""
+    make, args = DROPS[name]
+    module = make()
     module.attn_drop.p = 0.5
-    x = torch.randn(6, 3, 32)
-    exact = module(x, 3)
-    hotkernels.swap(module)
-    module.train()
-    runs = torch.stack([module(x, 3) for _ in range(2000)])
-    spread = runs.std(0)
-    assert spread.mean() > 0.05
-    assert ((runs.mean(0) - exact).abs() < 5 * spread / 2000**0.5).all()
+    for training in (True, False):
+        plain, ours = copy.deepcopy(module).train(training), copy.deepcopy(module).train(training)
+        report = hotkernels.swap(ours)
+        assert report.replaced[0][1].endswith(", in evaluation; training has attn_drop = 0.5")
+        results = []
+        for each in (plain, ours):
+            torch.manual_seed(3)
+            out = each(*args)
+            out.square().sum().backward()
+            results.append([out, torch.get_rng_state(), *(p.grad for p in each.parameters())])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(plain(*args), module.train()(*args))
 
 
 def test_hooks_fire_in_use_and_not_in_the_probe() -> None:
@@ -469,6 +502,46 @@ def with_qkv(layer: nn.Module) -> nn.Module:
     return module
 
 
+def with_ratio(ratio: Any, layer: nn.Module | None = None) -> nn.Module:
+    module = GridAttention(32, 4, sr_ratio=2)
+    module.sr_ratio, module.sr = ratio, layer or module.sr
+    return module
+
+
+def with_reduced_qkv() -> nn.Module:
+    module = AttentionEager(32, 4)
+    module.sr_ratio, module.sr = 2, nn.Conv2d(32, 32, 2, 2)
+    return module
+
+
+class NoTokenMap(TCAttention):
+    def __init__(self) -> None:
+        super().__init__(32, 4, sr_ratio=2)
+
+    def forward(self, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Tensor:
+        return super().forward(q_dict, kv_dict)
+
+
+class MapOfKeys(NoTokenMap):
+    def forward(self, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Tensor:
+        return published_tcformer.TCAttention.forward(self, {**q_dict, "map_size": kv_dict["map_size"]}, kv_dict)
+
+
+class DetachedScore(NoTokenMap):
+    def forward(self, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Tensor:
+        score = kv_dict["token_score"].detach() if "token_score" in kv_dict else kv_dict["x"][..., :1] * 0
+        return published_tcformer.TCAttention.forward(self, q_dict, {**kv_dict, "token_score": score})
+
+
+class Decorated(AttentionEager):
+    def __init__(self) -> None:
+        super().__init__(32, 4)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "q and k norms": (lambda: VisionAttention(32, 4, qk_norm=True), "it has q_norm, a LayerNorm"),
     "relative bias": (RelativeBias, "it has relative_position_bias_table"),
@@ -478,9 +551,15 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "training scale": (lambda: TrainingScale(32, 4), "its output differs from attention in training"),
     "returns weights": (lambda: ReturnsWeights(32, 4), "its output differs from attention"),
     "needs a mask": (lambda: NeedsMask(32, 4), "its forward takes x, mask"),
-    "windows": (lambda: Window(32, 4), "its forward fails on plain input (RuntimeError)"),
+    "windows": (lambda: Window(32, 4), "its forward or its gradient fails on plain input (RuntimeError)"),
     "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its forward takes x, seqlen"),
-    "reduced keys": (lambda: GridAttention(32, 4, sr_ratio=2), "it reduces its keys first (sr_ratio = 2)"),
+    "ratio per side": (lambda: with_ratio((2, 4)), "sr_ratio is (2, 4)"),
+    "ratio on qkv": (lambda: with_reduced_qkv(), "it has sr, a Conv2d"),
+    "reduced otherwise": (lambda: with_ratio(2, nn.Conv1d(32, 32, 2)), "it has sr, a Conv1d"),
+    "no token2map": (NoTokenMap, "it reduces its keys (sr_ratio = 2) without a token2map of its file"),
+    "map of the keys": (MapOfKeys, "its output differs from attention over tokens with scores"),
+    "detached score": (DetachedScore, "its gradients differ from attention over tokens with scores"),
+    "no gradient": (Decorated, "its forward is decorated"),
     "torch's": (lambda: nn.MultiheadAttention(32, 4), "a form of attention that swap does not know"),
     "unknown": (SomeAttention, "a form of attention that swap does not know"),
     "ours": (lambda: hotkernels.nn.Attention(32, 4), "it is fused as it is"),
@@ -608,7 +687,7 @@ class M(nn.Module):
         (
             "",
             "self.cluster_dpc_knn(x) if x is None else cluster_dpc_knn(x, 3, 2)",
-            "forward: cluster_dpc_knn: it is also the name of an attribute",
+            "forward: cluster_dpc_knn: cluster_dpc_knn is also the name of an attribute",
         ),
     ],
 )
@@ -649,6 +728,123 @@ def test_functions_found(define: str, call: str, ours: str) -> None:
     assert [what.rpartition("hotkernels.compat.")[2] for _, what in report.functions] == [ours]
     torch.manual_seed(0)
     assert str(model(x)) == str(expected)
+
+
+UTILS = """
+import math
+def helper(x): return cluster_dpc_knn(x, 3, 4)
+"""
+
+
+@pytest.fixture
+def utils(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A file `pack.utils` with clustering functions, and the package that holds it."""
+    package: Any = ModuleType("pack")
+    package.utils = ModuleType("pack.utils")
+    vars(package.utils).update({**vars(published), "__name__": "pack.utils"})
+    exec(UTILS, vars(package.utils))
+    monkeypatch.setitem(sys.modules, "pack", package)
+    monkeypatch.setitem(sys.modules, "pack.utils", package.utils)
+    return package.utils
+
+
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        ("utils.cluster_dpc_knn(x, 3, 4)", "utils.cluster_dpc_knn"),
+        ("pack.utils.cluster_dpc_knn(x, 3, 4), pack.utils.math.inf", "pack.utils.cluster_dpc_knn"),
+        ("utils.cluster_dpc_knn_center(x, 3, 4, 4), utils.math.inf", "utils.cluster_dpc_knn_center"),
+        ("utils.helper(x)", "utils.helper: cluster_dpc_knn"),
+    ],
+)
+def test_functions_of_an_imported_module(utils: Any, call: str, found: str) -> None:
+    """Only for the swapped model; what else changes in that file is seen by it."""
+    cls = file_with("import pack\nfrom pack import utils\n" + MODULE.format(call=call))
+    model, other, x = cls(), cls(), torch.randn(2, 9, 8)
+    torch.manual_seed(0)
+    expected = str(model(x))
+    theirs = utils.cluster_dpc_knn, utils.helper
+    report = hotkernels.swap(model, example_inputs=x)
+    assert [line.replace("forward, ", "").replace("forward: ", "") for _, line in report.functions] == [
+        f"{found} is hotkernels.compat.hot.{found.rpartition('.')[2].rpartition(' ')[2]}"
+    ]
+    assert (utils.cluster_dpc_knn, utils.helper) == theirs
+    for each in (model, other, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(0)
+        assert str(each(x)) == expected
+    utils.cluster_dpc_knn = utils.cluster_dpc_knn_center = None
+    model(x)
+    with pytest.raises(TypeError):
+        other(x)
+    if "math" in call:
+        utils.math = None
+        with pytest.raises(AttributeError):
+            model(x)
+
+
+@pytest.mark.parametrize(
+    ("define", "call", "reason"),
+    [
+        ("", "(self.cluster_dpc_knn(x, 3, 4), 1)", "forward: cluster_dpc_knn: it is an attribute of an object"),
+        (
+            "def f(): return 1",
+            "vars(utils)['cluster_dpc_knn'](x, 3, 4), utils.cluster_dpc_knn(x, 3, 4)",
+            "used by itself",
+        ),
+        (
+            "",
+            "utils.cluster_dpc_knn(x, 3, 4), x.utils",
+            "forward: utils.cluster_dpc_knn: utils is also the name of an a",
+        ),
+        (
+            "from functools import partial\nchoose = partial(cluster_dpc_knn, k=4)",
+            "choose(x, 3)",
+            "forward: choose: it is a partial",
+        ),
+        (
+            "def closed(f):\n    def choose(x): return f(x, 3, 4)\n    return choose\nchoose = closed(cluster_dpc_knn)",
+            "choose(x)",
+            "forward: f: a closure holds it",
+        ),
+        (
+            "def closed(f):\n    def choose(x): return f(x)\n    return choose\n"
+            "choose = closed(lambda x: cluster_dpc_knn(x, 3, 4))",
+            "choose(x)",
+            "forward: f: a closure holds it",
+        ),
+    ],
+)
+def test_functions_out_of_reach(utils: Any, define: str, call: str, reason: str) -> None:
+    model = file_with(f"from pack import utils\n{define}\n" + MODULE.format(call=call))()
+    report = hotkernels.swap(model)
+    assert [path for path, _ in report.left] == [""]
+    assert reason in report.left[0][1]
+    assert report.functions == []
+    assert type(model).__name__ == "M"
+
+
+class Held(nn.Module):
+    """Holds the function as its methods do not name it."""
+
+    on_the_class = staticmethod(cluster_dpc_knn)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = AttentionEager(8, 2)
+        self.here = functools.partial(cluster_dpc_knn, k=4)
+
+    def forward(self, x: Tensor) -> Any:
+        from hotkernels.models.eager import cluster_dpc_knn_center
+
+        return self.here(x, 3), self.on_the_class(x, 3, 4), cluster_dpc_knn_center(x, 3, 4, 4)
+
+
+def test_functions_that_objects_hold() -> None:
+    assert hotkernels.swap(Held()).left == [
+        ("", "on_the_class: it is cluster_dpc_knn, held as an attribute"),
+        ("", "forward: cluster_dpc_knn_center: it is imported inside the function"),
+        ("", "here: it is cluster_dpc_knn, held as an attribute"),
+    ]
 
 
 def test_called_by_a_method_of_the_instance() -> None:

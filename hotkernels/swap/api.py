@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import fail
 from . import probe
-from .classes import Calls, Renames, hidden_name, is_swapped, subclass
-from .functions import find_calls
+from .classes import Calls, Renames, hidden_names, is_swapped, look_up, subclass
+from .functions import find_calls, find_held
 from .twins import Twin, find_twin
 
 
@@ -59,11 +59,12 @@ class _Change:
 def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     """Let a published model run on the fused operators, in place: same parameters, same outputs, same state_dict.
 
-    Every module whose structure is a known one (whatever its file or name), and whose output on random input is that of
-    the fused form, gets a fused forward: the attention of timm's ViT, MixSTE, MHFormer, MotionBERT, MotionAGFormer and
-    TCFormer, and HoT's cross-attention. Where its methods call the file's own `cluster_dpc_knn`,
-    `cluster_dpc_knn_center` or `merge_tokens`, and that function answers as a published one, this model calls ours;
-    other models of the file do not. `register_twin` adds forms. Swap before DDP or `torch.compile`, or after.
+    Every module whose structure is a known one (whatever its file or name), and whose output and gradients on random
+    input are those of the fused form, gets a fused forward: the attention of timm's ViT, MixSTE, MHFormer, MotionBERT,
+    MotionAGFormer, TCFormer and PVT, and HoT's cross-attention. Where its methods call `cluster_dpc_knn`,
+    `cluster_dpc_knn_center` or `merge_tokens`, by that name or as `utils.cluster_dpc_knn`, and that function answers as
+    a published one, this model calls ours; other models do not. One that an object, a closure or a partial holds is
+    left, and reported. `register_twin` adds forms. Swap before DDP or `torch.compile`, or after.
 
     Args:
         model: any module; what is in it already swapped stays so.
@@ -79,8 +80,8 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
         TypeError, ValueError: ``swap: model must be ...`` where nothing matches or the outputs differ beyond rounding,
             ``swap: example_inputs must be ...`` where the model cannot run on them. The model is then as it was.
 
-    Numerics: as the operators; the random numbers drawn are those of the original, but for the order of dropout on
-        the probabilities. Probes run in the model's own dtypes and devices, with random parameters, and compare to the
+    Numerics: as the operators; the random numbers drawn are those of the original. Training with dropout on the
+        probabilities runs the original forward, as such dropout draws in its own layout. Probes run in the model's own dtypes and devices, with random parameters, and compare to the
         root of the dtype's epsilon.
 
     Cost: no memory; milliseconds per form and size of attention.
@@ -198,10 +199,11 @@ def _plan(model: nn.Module) -> tuple[list[_Change], SwapReport]:
         if cls not in called:
             called[cls] = find_calls(cls)
         calls, refused = called[cls]
-        refused = [*refused, *((m, "it was replaced on the instance") for m, _ in calls if m in vars(module))]
+        refused = [*refused, *find_held(vars(module))]
+        refused.extend((m, "it was replaced on the instance") for m, _ in calls if m in vars(module))
         calls = tuple(call for call in calls if call[0] not in vars(module))
         if twin is not None:
-            report.replaced.append((path, twin.kind))
+            report.replaced.append((path, twin.describe(module)))
             calls = tuple(call for call in calls if call[0] != "forward")
         report.functions.extend((path, line) for method, renames in calls for line in _lines(method, renames))
         report.left.extend((path, f"{method}: {why}") for method, why in refused)
@@ -238,17 +240,18 @@ def _stand_ins(
 
     def renamed(renames: Renames, names: dict[str, Any]) -> Renames:
         out: list[tuple[str, Any]] = []
-        for name, ours in renames:
+        for path, ours in renames:
+            theirs = look_up(names, path)
             if isinstance(ours, tuple):
-                target: Any = renamed(ours, names[name].__globals__)
-            elif names[name].__name__.startswith("cluster"):
-                target = stand_in(names[name], ours)
+                target: Any = renamed(ours, theirs.__globals__)
+            elif theirs.__name__.startswith("cluster"):
+                target = stand_in(theirs, ours)
             else:
                 target = ours if fused else ()
             if target:
-                out.append((name, target))
-            if target and target != ours:  # ours stays, for other models of the file
-                installed.append((names, hidden_name(name, target)))
+                out.append((path, target))
+        kept = hidden_names(renames).values()  # for other models of the file
+        installed.extend((names, hidden[0]) for hidden in hidden_names(tuple(out)).values() if hidden not in kept)
         return tuple(out)
 
     classes: list[tuple[nn.Module, type[nn.Module]]] = []

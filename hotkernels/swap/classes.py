@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
-# What a function calls instead of some functions of its file: name -> function, or name -> what that one calls instead.
+# What a function calls instead of some functions that it names, as "cluster" or "utils.cluster": name -> function, or
+# name -> what that one calls instead.
 Renames = tuple[tuple[str, Any], ...]
 Calls = tuple[tuple[str, Renames], ...]  # the same per method
 
@@ -55,9 +56,25 @@ def _rebuild(
     return module
 
 
-def hidden_name(name: str, target: Any) -> str:
-    """The name under which a file's globals hold what is called in place of `name`."""
-    return f"_hotkernels_{name}_{hash(target) & 0xFFFFFFFF:x}"
+def look_up(names: dict[str, Any], path: str) -> Any:
+    """What a dotted name is in a file's globals."""
+    first, *attributes = path.split(".")
+    return functools.reduce(getattr, attributes, names[first])
+
+
+def hidden_names(renames: Renames) -> dict[str, tuple[str, Renames]]:
+    """Per name of a file: the one under which its globals hold what replaces it, and what is replaced inside it.
+
+    A function is replaced itself, ("", ours); a module by one in which some functions are others.
+    """
+    inside: dict[str, list[tuple[str, Any]]] = {}
+    for path, target in renames:
+        first, _, rest = path.partition(".")
+        inside.setdefault(first, []).append((rest, target))
+    return {
+        name: (f"_hotkernels_{name}_{hash(tuple(parts)) & 0xFFFFFFFF:x}", tuple(parts))
+        for name, parts in inside.items()
+    }
 
 
 def codes(code: CodeType) -> Iterator[CodeType]:
@@ -68,15 +85,27 @@ def codes(code: CodeType) -> Iterator[CodeType]:
             yield from codes(const)
 
 
+def _replaced(theirs: Any, parts: Renames) -> Any:
+    """What a name of a file stands for once these parts of it are replaced."""
+    if isinstance(theirs, ModuleType):
+        module: Any = ModuleType(theirs.__name__)
+        module.__getattr__ = lambda name: getattr(theirs, name)  # what is not replaced, as it is at the time
+        for name, (_, inner) in hidden_names(parts).items():
+            setattr(module, name, _replaced(getattr(theirs, name), inner))
+        return module
+    ((_, target),) = parts
+    return _calling(theirs, target) if isinstance(target, tuple) else target
+
+
 def _calling(function: FunctionType, renames: Renames) -> FunctionType:
     """A copy of a function that calls others in place of those of its file.
 
     The copy shares the file's globals, which `torch.compile` looks names up in, and in which they may change.
     """
-    names = {name: hidden_name(name, target) for name, target in renames}
-    for name, target in renames:
-        nested = isinstance(target, tuple)
-        function.__globals__[names[name]] = _calling(function.__globals__[name], target) if nested else target
+    hidden = hidden_names(renames)
+    for name, (ours, parts) in hidden.items():
+        function.__globals__[ours] = _replaced(function.__globals__[name], parts)
+    names = {name: ours for name, (ours, _) in hidden.items()}
 
     def rename(code: CodeType) -> CodeType:
         return code.replace(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dis
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -73,52 +75,137 @@ def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
     """What the methods of a class call that can be replaced, and what cannot: (method, why not)."""
     calls: list[tuple[str, Renames]] = []
     left: list[tuple[str, str]] = []
+    for base in _bases(cls):
+        held = {name: value for name, value in vars(base).items() if not isinstance(value, FunctionType)}
+        left.extend(find_held(held))
     for method, function in _methods(cls):
-        refused: list[str] = []
+        refused: dict[str, str] = {}
         renames = _find_renames(function, (), refused)
         if renames and getattr(cls, method) is not function:
-            refused.extend(f"{name}: called in a method that a derived class overrides" for name, _ in renames)
+            refused.update((path, "called in a method that a derived class overrides") for path, _ in renames)
         elif renames:
             calls.append((method, renames))
-        left.extend((method, why) for why in refused)
+        left.extend((method, f"{path}: {why}") for path, why in refused.items())
     return tuple(calls), left
 
 
-def _find_renames(function: FunctionType, callers: tuple[FunctionType, ...], refused: list[str]) -> Renames:
-    """What a function calls that can be replaced, itself or through other functions of its package."""
+def find_held(attributes: dict[str, Any]) -> list[tuple[str, str]]:
+    """The attributes of a module or class that are a published function under another name: (attribute, why left)."""
+    forms = {name: _form_name(value) for name, value in attributes.items() if name not in FORMS}
+    return [(name, f"it is {form}, held as an attribute") for name, form in forms.items() if form]
+
+
+def _find_renames(function: FunctionType, callers: tuple[FunctionType, ...], refused: dict[str, str]) -> Renames:
+    """What a function calls that can be replaced, itself or through other functions of its package.
+
+    What it calls that cannot be replaced is added to `refused`, with the reason.
+    """
+    code, names = function.__code__, function.__globals__
+    callers = (*callers, function)
+    loaded = _loaded(code)
+    targets = dict(sorted(_through_modules(names, dotted) for dotted in loaded))
     renames: list[tuple[str, Any]] = []
-    for name in sorted({name for code in codes(function.__code__) for name in code.co_names}):
-        target = function.__globals__.get(name)
-        if not isinstance(target, FunctionType) or target.__module__.startswith("hotkernels.compat."):
-            continue
-        found: Any = ()
-        if target.__name__ in FORMS:
-            found = find_form(target)
-        elif target not in (function, *callers) and _package(target) == _package(function):
-            found = _find_renames(target, (*callers, function), refused)
-        uses = _uses(function.__code__, name) if found else set()
-        if "LOAD_GLOBAL" not in uses:
-            continue
-        if isinstance(found, str) or uses != {"LOAD_GLOBAL"}:
-            refused.append(f"{name}: {found if isinstance(found, str) else 'it is also the name of an attribute'}")
-        else:
-            renames.append((name, found))
+    for path, target in targets.items():
+        found = _replacement(target, callers, refused)
+        if found and not isinstance(found, str):
+            first, *attributes = path.split(".")
+            if _uses(code, first) != {"LOAD_GLOBAL"}:
+                found = f"{first} is also the name of an attribute"
+            elif attributes and (first,) in loaded:
+                found = f"{first} is also used by itself"
+        if isinstance(found, str):
+            refused[path] = found
+        elif found:
+            renames.append((path, found))
+    for name, held in _closure(function).items():
+        inner: dict[str, str] = {}
+        if _form_name(held) or _replacement(held, callers, inner) or inner:
+            refused[name] = "a closure holds it"
+    for name in FORMS.keys() - {path.rpartition(".")[2] for path in targets} - refused.keys():
+        uses = _uses(code, name)
+        if "IMPORT_FROM" in uses:
+            refused[name] = "it is imported inside the function"
+        elif uses & {*_ATTRIBUTES}:
+            refused[name] = "it is an attribute of an object"
     return tuple(renames)
 
 
-def _package(function: FunctionType) -> str:
-    return function.__module__.partition(".")[0]
+def _replacement(target: Any, callers: tuple[FunctionType, ...], refused: dict[str, str]) -> Any:
+    """What to call in place of what a function calls: ours, the renames inside it, () for nothing, or why not."""
+    name = _form_name(target)
+    if not isinstance(target, FunctionType):
+        return f"it is a {type(target).__name__}" if name else ()
+    if name:
+        return find_form(target)
+    related = target not in callers and _related(target, callers[-1])
+    return _find_renames(target, callers, refused) if related else ()
+
+
+def _form_name(value: Any) -> str | None:
+    """The published name of a function, or of what a partial, a static method or a scripted function is made from."""
+    while isinstance(value, (partial, staticmethod, classmethod, MethodType)):
+        value = value.func if isinstance(value, partial) else value.__func__
+    if not isinstance(value, (FunctionType, torch.jit.ScriptFunction)):
+        return None
+    name = value.__name__ if isinstance(value, FunctionType) else value.name
+    return name if name in FORMS and not str(value.__module__).startswith("hotkernels.compat.") else None
+
+
+def _related(one: FunctionType, other: FunctionType) -> bool:
+    """Whether two functions are of one package, or of files in one folder."""
+    packages = {f.__module__.partition(".")[0] for f in (one, other)}
+    return len(packages) == 1 or len({os.path.dirname(f.__code__.co_filename) for f in (one, other)}) == 1
+
+
+def _bases(cls: type) -> list[type]:
+    """A class and its bases, without those of torch."""
+    return [base for base in cls.__mro__ if not base.__module__.startswith("torch.")]
 
 
 def _methods(cls: type) -> list[tuple[str, FunctionType]]:
-    """The methods of a class and of its bases, up to those of torch."""
     return [
         (name, attribute)
-        for base in cls.__mro__
-        if not base.__module__.startswith("torch.")
+        for base in _bases(cls)
         for name, attribute in vars(base).items()
         if isinstance(attribute, FunctionType)
     ]
+
+
+def _closure(function: FunctionType) -> dict[str, Any]:
+    return {
+        name: cell.cell_contents
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        if cell != CellType()  # an empty one
+    }
+
+
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+
+
+def _loaded(function: CodeType) -> set[tuple[str, ...]]:
+    """The names that a code loads from its file, each with the attributes that follow it: ("utils", "cluster")."""
+    found: list[list[str]] = []
+    for code in codes(function):
+        follows = False
+        for step in dis.get_instructions(code):
+            if step.opname == "LOAD_GLOBAL":
+                found.append([step.argval])
+                follows = True
+            elif follows and step.opname in _ATTRIBUTES:
+                found[-1].append(step.argval)
+            elif step.opname != "EXTENDED_ARG":
+                follows = False
+    return {tuple(names) for names in found}
+
+
+def _through_modules(names: dict[str, Any], dotted: tuple[str, ...]) -> tuple[str, Any]:
+    """How far a dotted name leads through modules, and to what; nothing is imported for it."""
+    target = names.get(dotted[0])
+    for i, name in enumerate(dotted[1:], 1):
+        if not isinstance(target, ModuleType):
+            return ".".join(dotted[:i]), target
+        target = vars(target).get(name)
+    return ".".join(dotted), target
 
 
 def _uses(function: CodeType, name: str) -> set[str]:

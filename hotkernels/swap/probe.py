@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 def same(expected: Any, got: Any) -> bool:
@@ -32,6 +33,27 @@ def _same_tensor(expected: Tensor, got: Tensor) -> bool:
     largest = expected.nan_to_num(0, 0, 0).abs().max().item() if expected.numel() else 0.0
     tolerance = torch.finfo(expected.dtype).eps ** 0.5 * largest
     return torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def leaves(module: nn.Module, args: Any) -> list[Tensor]:
+    """The parameters and the tensors in args that have a gradient, made to require it.
+
+    Not expanded ones: of those, only the sum of the gradient over what was expanded means something.
+    """
+    tensors = [*module.parameters(), *(leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor))]
+    return [tensor.requires_grad_() for tensor in tensors if tensor.is_floating_point() and 0 not in tensor.stride()]
+
+
+def gradients(out: Any, leaves: list[Tensor]) -> Tensor | None:
+    """All gradients of the leaves, one after another, from a fixed one of an output; None if it has none.
+
+    In one tensor, as `same` compares with the largest value: that of a bias of keys, which is zero, is rounding alone.
+    """
+    if not isinstance(out, Tensor) or not out.requires_grad:
+        return None
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
+    grads = torch.autograd.grad(out, leaves, weight, materialize_grads=True)
+    return torch.cat([grad.flatten() for grad in grads])
 
 
 @contextlib.contextmanager

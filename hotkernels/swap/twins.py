@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import FunctionType, ModuleType
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from ..errors import fail
 from ..nn.attention import Attention, CrossAttention, dropout_p
@@ -37,6 +39,11 @@ class Twin:
     def examples(cls, module: nn.Module) -> list[tuple[Any, ...]]:
         """Small random inputs of the module's dtype and device; on them both forwards are compared."""
         raise NotImplementedError
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> str:
+        """What a report says of a module that is served."""
+        return cls.kind
 
 
 T = TypeVar("T", bound=type[Twin])
@@ -113,30 +120,38 @@ def find_twin(module: nn.Module, verdicts: dict[Any, str | None]) -> type[Twin] 
 
 
 def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
-    """What a module does that its twin does not, in evaluation and in training without dropout; None if nothing."""
+    """What a module computes that its twin does not, in evaluation or in training without dropout; None if nothing."""
     original = type(module)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     if device.type == "meta":
         return "on the meta device nothing can be compared"
-    with probe.seeded(device):
+    with probe.seeded(device), torch.enable_grad():
         copy = probe.replica(module)
         for args in twin.examples(module):
+            leaves = probe.leaves(copy, args)
             for training in (False, True):
                 copy.train(training)
                 copy.__class__ = original
                 state = torch.get_rng_state()
                 try:
                     expected = copy.forward(*args)
+                    drawn = not torch.equal(state, torch.get_rng_state())
+                    gradients = probe.gradients(expected, leaves)
                 except Exception as error:  # an unknown module may raise anything
-                    return f"its forward fails on plain input ({type(error).__name__})"
-                if not torch.equal(state, torch.get_rng_state()):
+                    return f"its forward or its gradient fails on plain input ({type(error).__name__})"
+                if drawn:
                     return "its forward draws random numbers"
                 try:
                     copy.__class__ = subclass(original, twin)
                 except TypeError as error:
                     return f"its class cannot be derived from ({error})"
-                if not probe.same(expected, copy.forward(*args)):
-                    return f"its output differs from {twin.kind}" + (" in training" if training else "")
+                got = copy.forward(*args)
+                for what, theirs, ours in (
+                    ("output differs", expected, got),
+                    ("gradients differ", gradients, probe.gradients(got, leaves)),
+                ):
+                    if not probe.same(theirs, ours):
+                        return f"its {what} from {twin.kind}" + (" in training" if training else "")
     return None
 
 
@@ -154,18 +169,21 @@ def _obstacle(module: Any, takes: int, **linears: int) -> str | None:
         return "it is scripted"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
+    if hasattr(type(module).forward, "__wrapped__"):
+        return "its forward is decorated"
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     more = [p.name for p in parameters[takes:] if p.default is not None and p.default is not False]
     if more or len(parameters) < takes:
         return f"its forward takes {', '.join(p.name for p in parameters)}"
-    if getattr(module, "sr_ratio", 1) != 1:
-        return f"it reduces its keys first (sr_ratio = {module.sr_ratio})"
     own = [name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
     if own:
         return f"it has {own[0]}"
+    if not isinstance(getattr(module, "sr_ratio", 1), int):
+        return f"sr_ratio is {module.sr_ratio}"
     known = (*linears, "proj", "attn_drop", "proj_drop")
+    reducing = {"sr": nn.Conv2d, "norm": nn.LayerNorm} if _reduces(module) and "kv" in linears else {}
     for name, child in module.named_children():
-        if name not in known and not isinstance(child, nn.Identity):
+        if name not in known and not isinstance(child, reducing.get(name, nn.Identity)):
             return f"it has {name}, a {type(child).__name__}"
     for name in known:
         child, kinds = getattr(module, name, None), (nn.Dropout, nn.Identity) if "drop" in name else (nn.Linear,)
@@ -198,8 +216,12 @@ def _project(module: Any, attended: Tensor) -> Tensor:
     return module.proj_drop(linear(module.proj, attended))
 
 
-def _off(*values: Any) -> bool:
-    return all(value is None or value is False for value in values)
+def _served(module: Any, *more: Any) -> bool:
+    """Whether a call is fused: further arguments are off, and so is dropout on the probabilities.
+
+    That draws its random numbers in the layout of the probabilities, which is the module's own affair.
+    """
+    return not dropout_p(module.attn_drop) and all(value is None or value is False for value in more)
 
 
 def _tokens(linear: Any, *shape: int) -> Tensor:
@@ -208,8 +230,15 @@ def _tokens(linear: Any, *shape: int) -> Tensor:
     return torch.randn(*shape, linear.in_features, dtype=weight.dtype, device=weight.device)
 
 
+class _Published(Twin):
+    @classmethod
+    def describe(cls, module: Any) -> str:
+        p = getattr(module.attn_drop, "p", 0)
+        return f"{cls.kind}, in evaluation; training has attn_drop = {p}" if p else cls.kind
+
+
 @register_twin
-class _Attention(Twin):
+class _Attention(_Published):
     """timm's ViT, MixSTE, MHFormer: forward(x [B, N, C])."""
 
     kind = "attention"
@@ -223,13 +252,13 @@ class _Attention(Twin):
         return [(_tokens(module.qkv, 2, 5),)]
 
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
-        if not _off(*more, *named.values()):
+        if not _served(self, *more, *named.values()):
             return super().forward(x, *more, **named)
         return _project(self, Attention.attend(self, x))
 
 
 @register_twin
-class _FramesAttention(Twin):
+class _FramesAttention(_Published):
     """MotionAGFormer: forward(x [B, T, J, C]), over frames or joints as `mode` says."""
 
     kind = "attention over frames or joints"
@@ -243,13 +272,13 @@ class _FramesAttention(Twin):
         return [(_tokens(module.qkv, 2, 5, 3),)]
 
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
-        if self.mode not in _ALONG or not _off(*more, *named.values()):
+        if self.mode not in _ALONG or not _served(self, *more, *named.values()):
             return super().forward(x, *more, **named)
         return _project(self, Attention.attend(self, x, _ALONG[self.mode]))
 
 
 @register_twin
-class _SequenceAttention(Twin):
+class _SequenceAttention(_Published):
     """MotionBERT: forward(x [B * T, J, C], seqlen = T), over frames or joints as `mode` says."""
 
     kind = "attention over frames or joints"
@@ -267,7 +296,7 @@ class _SequenceAttention(Twin):
         return [(_tokens(module.qkv, 6, 5), 3), (_tokens(module.qkv, 2, 5),)]
 
     def forward(self: Any, x: Tensor, seqlen: int = 1, *more: Any, **named: Any) -> Any:
-        if self.mode not in _ALONG or not _off(*more, *named.values()):
+        if self.mode not in _ALONG or not _served(self, *more, *named.values()):
             return super().forward(x, seqlen, *more, **named)
         if self.mode == "spatial":
             return _project(self, Attention.attend(self, x))
@@ -275,7 +304,7 @@ class _SequenceAttention(Twin):
 
 
 @register_twin
-class _CrossAttention(Twin):
+class _CrossAttention(_Published):
     """HoT and MHFormer: forward(x_1 [B, L, C], x_2 [B, M, C], x_3 [B, M, C])."""
 
     kind = "cross-attention"
@@ -293,33 +322,57 @@ class _CrossAttention(Twin):
         return [(x, _tokens(module.linear_q, 3, 5), _tokens(module.linear_q, 3, 5)), (x[:1].expand(3, -1, -1), x, x)]
 
     def forward(self: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor, *more: Any, **named: Any) -> Any:
-        if not _off(*more, *named.values()):
+        if not _served(self, *more, *named.values()):
             return super().forward(x_1, x_2, x_3, *more, **named)
         return _project(self, CrossAttention.attend(self, x_1, x_2, x_3))
 
 
 @register_twin
-class _TokenAttention(Twin):
-    """TCFormer's dynamic tokens: forward(q_dict, kv_dict), whose token_score is added to the logits of its keys."""
+class _TokenAttention(_Published):
+    """TCFormer's dynamic tokens: forward(q_dict, kv_dict), whose token_score is added to the logits of its keys.
+
+    With sr_ratio > 1 the keys and their scores first become a map, by the `token2map` of the module's own file, and the
+    map is reduced.
+    """
 
     kind = "attention over tokens with scores"
+    _token2map: ClassVar[Callable[[dict[str, Any]], Tensor]]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._token2map = staticmethod(_token2map(vars(cls)["_hotkernels_original"]))
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        return _has(module, "q", "kv") and _arguments(module) == 2 and (_obstacle(module, 2, q=1, kv=2) or True)
+        if not _has(module, "q", "kv") or _arguments(module) != 2:
+            return False
+        if obstacle := _obstacle(module, 2, q=1, kv=2):
+            return obstacle
+        if _reduces(module) and _token2map(type(module)) is None:
+            return f"it reduces its keys (sr_ratio = {module.sr_ratio}) without a token2map of its file"
+        return True
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
-        query, keys = {"x": _tokens(module.q, 2, 5)}, {"x": _tokens(module.q, 2, 7)}
+        ratio = getattr(module, "sr_ratio", 1)
+        query, keys = _token_dict(module, 5, ratio, 3 * ratio), _token_dict(module, 7, ratio, ratio)
         return [(query, keys), (query, {**keys, "token_score": torch.randn_like(keys["x"][..., :1])})]
 
-    def forward(self, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Tensor:
-        return _attend(self, q_dict["x"], kv_dict["x"], kv_dict.get("token_score"))
+    def forward(self: Any, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Any:
+        if not _served(self):
+            return super().forward(q_dict, kv_dict)
+        keys, score = kv_dict["x"], kv_dict.get("token_score")
+        if _reduces(self):
+            both = keys if score is None else torch.cat([keys, score], -1)
+            pixels = self._token2map({**kv_dict, "x": both, "map_size": q_dict["map_size"]})
+            keys, score = _reduced(self, pixels[:, : keys.shape[-1]]), pixels[:, keys.shape[-1] :]
+            score = _pooled(self, score) if score.shape[1] else None
+        return _attend(self, q_dict["x"], keys, score)
 
 
 @register_twin
-class _GridAttention(Twin):
-    """PVT's and TCFormer's tokens on a grid: forward(x [B, H * W, C], H, W)."""
+class _GridAttention(_Published):
+    """PVT's and TCFormer's tokens on a grid: forward(x [B, H * W, C], H, W), with sr_ratio > 1 to a reduced grid."""
 
     kind = "attention over a grid"
 
@@ -329,22 +382,57 @@ class _GridAttention(Twin):
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
-        return [(_tokens(module.q, 2, 6), 2, 3)]
+        ratio = getattr(module, "sr_ratio", 1)
+        H, W = 2 * ratio, 3 * ratio
+        return [(_tokens(module.q, 2, H * W), H, W)]
 
-    def forward(self: Any, x: Tensor, H: int, W: int) -> Tensor:
-        return _attend(self, x, x, None)
+    def forward(self: Any, x: Tensor, H: int, W: int) -> Any:
+        if not _served(self):
+            return super().forward(x, H, W)
+        keys = _reduced(self, x.transpose(1, 2).unflatten(2, (H, W))) if _reduces(self) else x
+        return _attend(self, x, keys, None)
+
+
+def _token_dict(module: Any, N: int, H: int, W: int) -> dict[str, Any]:
+    """N random tokens for a map of H x W, on an initial grid of 2H x 3H."""
+    return {
+        "x": _tokens(module.q, 2, N),
+        "token_num": N,
+        "map_size": [H, W],
+        "init_grid_size": [2 * H, 3 * H],
+        "idx_token": torch.randint(N, (2, 6 * H * H), device=module.q.weight.device),
+        "agg_weight": _tokens(module.q, 2, 6 * H * H)[..., :1].abs(),
+    }
+
+
+def _reduces(module: Any) -> bool:
+    return getattr(module, "sr_ratio", 1) != 1
+
+
+def _token2map(cls: Any) -> Any:
+    """The function of that name that a class's forward can call: of its file, or of a module that this imports."""
+    if not isinstance(cls.forward, FunctionType):
+        return None
+    names = cls.forward.__globals__
+    files = (names[name] for name in cls.forward.__code__.co_names if isinstance(names.get(name), ModuleType))
+    return names.get("token2map") or next((f.token2map for f in files if "token2map" in vars(f)), None)
+
+
+def _reduced(module: Any, pixels: Tensor) -> Tensor:
+    """The keys [B, M, C] from a map [B, C, H, W]: by a strided convolution, or averaged where there is none."""
+    if "sr" not in module._modules:
+        return _pooled(module, pixels)
+    return module.norm(module.sr(pixels).flatten(2).transpose(1, 2))
+
+
+def _pooled(module: Any, pixels: Tensor) -> Tensor:
+    return F.avg_pool2d(pixels, module.sr_ratio).flatten(2).transpose(1, 2)
 
 
 def _attend(module: Any, x: Tensor, keys: Tensor, score: Tensor | None) -> Tensor:
     """Attention of x [B, N, C] to keys [B, M, C], with the projections q and kv and a score [B, M, 1] per key."""
     query = linear(module.q, x).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
     key, value = linear(module.kv, keys).unflatten(-1, (2, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    out: Any = gathered_attention(
-        query,
-        key,
-        value,
-        key_bias=None if score is None else score.squeeze(-1),
-        scale=module.scale,
-        dropout_p=dropout_p(module.attn_drop),
-    )
+    key_bias = None if score is None else score.squeeze(-1)
+    out: Any = gathered_attention(query, key, value, key_bias=key_bias, scale=module.scale)
     return _project(module, out.transpose(1, 2).flatten(2))
