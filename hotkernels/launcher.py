@@ -11,6 +11,7 @@ Here a kernel says in its signature what its arguments are, and only what it nee
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -77,51 +78,58 @@ def _compiled(variant: Variant, device: int) -> Any:
         return triton.compile(source, options=options)
 
 
-def launch(
-    kernel: Any,
-    programs: int,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int | float],
-    constants: tuple[Any, ...],
-    num_warps: int,
-    num_stages: int,
-    aligned: bool,
-) -> None:
-    """Run `programs` programs of a kernel, whose parameters are its tensors, then its numbers, then its constants.
+class Launch(NamedTuple):
+    """A kernel and all that it is given; its parameters are its tensors, then its numbers, then its constants."""
 
-    On the current stream of the first tensor's device.
-    """
-    if programs == 0:
+    kernel: Any
+    programs: int
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[int | float, ...]
+    constants: tuple[Any, ...]
+    num_warps: int
+    num_stages: int
+    aligned: bool  # see Variant
+
+    @property
+    def variant(self) -> Variant:
+        """What is compiled for it."""
+        dtypes = tuple([None if t is None else t.dtype for t in self.tensors])
+        return Variant(self.kernel, dtypes, self.constants, self.num_warps, self.num_stages, self.aligned)
+
+
+def launch(job: Launch) -> None:
+    """Run a kernel on the current stream of its first tensor's device."""
+    if job.programs == 0:
         return
-    if programs > MAX_PROGRAMS:
-        raise ValueError(f"{kernel.__name__}: at most {MAX_PROGRAMS} programs can be launched, got {programs}")
+    if job.programs > MAX_PROGRAMS:
+        raise ValueError(f"{job.kernel.__name__}: at most {MAX_PROGRAMS} programs can be launched, got {job.programs}")
     if INTERPRETED:
-        _interpret(kernel, programs, tensors, numbers, constants)
+        _interpret(job)
         return
-    assert tensors[0] is not None
-    device = tensors[0].get_device()
-    dtypes = tuple([None if t is None else t.dtype for t in tensors])
-    compiled = _compiled(Variant(kernel, dtypes, constants, num_warps, num_stages, aligned), device)
+    assert job.tensors[0] is not None
+    device = job.tensors[0].get_device()
+    compiled = _compiled(job.variant, device)
     if device == torch.cuda.current_device():
-        compiled[(programs, 1, 1)](*tensors, *numbers, *constants)
+        compiled[(job.programs, 1, 1)](*job.tensors, *job.numbers, *job.constants)
     else:
         with torch.cuda.device(device):
-            compiled[(programs, 1, 1)](*tensors, *numbers, *constants)
+            compiled[(job.programs, 1, 1)](*job.tensors, *job.numbers, *job.constants)
 
 
 def is_aligned(strides: Sequence[int], *tensors: Tensor) -> bool:
     """Whether rows of the first tensor's dtype, at these strides, can be read and written by vectors."""
     elements = VECTOR_BYTES // tensors[0].element_size()
-    return all([s % elements == 0 for s in strides]) and all([t.data_ptr() % VECTOR_BYTES == 0 for t in tensors])
+    return (
+        math.gcd(elements, *strides) == elements
+        and math.gcd(VECTOR_BYTES, *[t.data_ptr() for t in tensors]) == VECTOR_BYTES
+    )
 
 
-def _interpret(
-    kernel: Any, programs: int, tensors: Sequence[Tensor | None], numbers: Sequence[Any], constants: tuple[Any, ...]
-) -> None:
-    """Triton's interpreter takes the bits of a bfloat16 for an integer: it gets float32 copies with the same strides."""
-    given = [None if t is None else _in_float32(t) if t.dtype == torch.bfloat16 else t for t in tensors]
-    kernel[(programs,)](*given, *numbers, *constants)
-    for t, copy in zip(tensors, given, strict=True):
+def _interpret(job: Launch) -> None:
+    """Triton's interpreter takes a bfloat16 for the integer of its bits: it gets float32 copies of the same strides."""
+    given = [None if t is None else _in_float32(t) if t.dtype == torch.bfloat16 else t for t in job.tensors]
+    job.kernel[(job.programs,)](*given, *job.numbers, *job.constants)
+    for t, copy in zip(job.tensors, given, strict=True):
         if t is not None and copy is not None and copy is not t and not _repeats(t):
             t.copy_(copy)  # rounds to the nearest
 

@@ -9,14 +9,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...backends import Kernel, choose, fake, register, wants_grad
+from ...backends import TRITON_DEVICE, Kernel, choose, fake, implement_in_triton, register, wants_grad
 from ...errors import FLOATING, INTEGER, check_index, check_tensor, fail
 from ..invert_index import InvertedIndex
 from .reference import gathered_attention_reference
 
 _OP = "gathered_attention"
 MAX_HEAD_DIM = 256
-register(_OP, torch=Kernel(FLOATING), cpp=Kernel(FLOATING, device="cpu", library="_C_cpu"))
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+register(
+    _OP,
+    triton=Kernel(TRITON_DTYPES, device=TRITON_DEVICE, library="triton"),
+    cpp=Kernel(FLOATING, device="cpu", library="_C_cpu"),
+    torch=Kernel(FLOATING),
+)
+implement_in_triton("gathered_attention_fwd", module="hotkernels.ops.gathered_attention.kernels")
+implement_in_triton(
+    "gathered_attention_bwd",
+    "gathered_attention_packed_bwd",
+    module="hotkernels.ops.gathered_attention.kernels_backward",
+)
 
 
 class GatheredAttention(torch.autograd.Function):

@@ -1,12 +1,14 @@
 """Attention over gathered keys in Triton, forward: softmax(scale * q k^T + bias) v over each query's slots.
 
 Tensors are [B, J, H, N, D] behind any strides, J being 1 where there is one batch dim; rows are gathered as they are
-loaded. Logits are kept in powers of two: those of the definition times log2(e). Three kernels: `long`, an online softmax
-over blocks of slots; `short`, a few (sequence, head) pairs of at most 32 tokens per program; `each`, for keys per query.
+loaded. Logits are kept in powers of two: those of the definition times log2(e). Three kernels:
+- long: an online softmax over blocks of slots;
+- short: a few pairs of sequence and head per program, of at most 32 queries and slots each;
+- each: for slots of each query's own, without matrix products, which would have a single row.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import fail
-from ...launcher import INTERPRETED, is_aligned, launch
+from ...launcher import Launch, is_aligned, launch
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
@@ -94,7 +96,7 @@ def softmax_shift(top):
 @triton.jit
 def log_sum_exp(top, total):
     """In the definition's units: log(total * 2^top), -inf where total is 0."""
-    return tl.where(total == 0.0, float("-inf"), (top + tl.log2(total)) * LN2)
+    return tl.where(total == 0.0, float("-inf"), (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN2)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -141,14 +143,13 @@ def gathered_attention_long_fwd_kernel(
     Nq: tl.int32,
     Nk: tl.int32,
     S: tl.int32,
-    group: tl.int32,  # sequences per program
     scale: tl.float32,  # times log2(e)
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
-    SHARED_QUERY: tl.constexpr,  # the query has no batch: load it once
+    GROUP: tl.constexpr,  # sequences per program; more than one share a query, which is loaded once
 ):
     """One program per (group of sequences, block of queries, head); heads, which are neighbours in memory, fastest."""
     program = tl.program_id(0)
@@ -156,13 +157,14 @@ def gathered_attention_long_fwd_kernel(
     rest = program // H
     blocks = (Nq + BLOCK_M - 1) // BLOCK_M
     m = rest % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = rest // blocks * group
+    first = rest // blocks * GROUP
     q_row, q_there = m.to(tl.int64), m < Nq
-    if SHARED_QUERY:
+    if GROUP > 1:
         q = load_rows(q_ptr + h * stride_qh, q_row, q_there, stride_qn, HEAD_DIM, BLOCK_D)
-    for sequence in range(first, tl.minimum(first + group, sequences)):
+    for member in range(0, 1 if GROUP == 1 else tl.minimum(GROUP, sequences - first)):
+        sequence = first + member
         b, j = sequence_of(sequence, J)
-        if not SHARED_QUERY:
+        if GROUP == 1:
             q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
             q = load_rows(q_base, q_row, q_there, stride_qn, HEAD_DIM, BLOCK_D)
         k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
@@ -179,7 +181,6 @@ def gathered_attention_long_fwd_kernel(
             row, there = rows_of_slots(None if index_ptr is None else index_base + slot, slot, slot < S, Nk)
             added, there = added_to_logits(key_bias_base, row, there, key_bias_stride_n)
             k = load_rows(k_base, row, there, stride_kn, HEAD_DIM, BLOCK_D)
-            v = load_rows(v_base, row, there, stride_vn, HEAD_DIM, BLOCK_D)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + added[None, :]
             if bias_ptr is not None:
                 both = q_there[:, None] & there[None, :]
@@ -189,6 +190,7 @@ def gathered_attention_long_fwd_kernel(
             p = tl.exp2(logits - shift[:, None])
             rescale = tl.exp2(top - shift)
             total = total * rescale + tl.sum(p, 1)
+            v = load_rows(v_base, row, there, stride_vn, HEAD_DIM, BLOCK_D)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
             top = new_top
 
@@ -388,6 +390,7 @@ def gathered_attention_each_fwd_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 Strides = tuple[int, ...]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Problem:
@@ -478,9 +481,6 @@ class Problem:
         return like.new_empty(self.B, N, self.J, self.H, self.D).permute(0, 2, 3, 1, 4)
 
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 def strides(t: Tensor) -> Strides:
     """Strides, 0 for a dim of size 1."""
     return tuple([0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)])
@@ -496,3 +496,129 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+class Blocks(NamedTuple):
+    """How a program of the long kernel is cut. No configuration spills registers on sm_90: triton_resources.json."""
+
+    M: int
+    N: int
+    num_warps: int
+    num_stages: int
+
+
+# (float32, BLOCK_D up to) -> the largest blocks.
+_LONG = {
+    (False, 64): Blocks(128, 64, 8, 2),
+    (False, 128): Blocks(64, 32, 4, 2),
+    (False, 256): Blocks(32, 32, 4, 1),
+    (True, 64): Blocks(64, 32, 4, 2),
+    (True, 128): Blocks(32, 32, 8, 1),
+    (True, 256): Blocks(16, 16, 8, 1),
+}
+# A program that loads a shared query once for several sequences needs more registers; it is worth it if many remain.
+GROUP = 4
+MANY_PROGRAMS = 1024
+SHORT = 32  # the most queries, and slots, of the short kernel
+
+
+def long_blocks(p: Problem) -> Blocks:
+    """Blocks for a problem: smaller where they would be mostly padding. They depend on no batch, and so do the bits."""
+    M, N, num_warps, num_stages = _LONG[p.query.dtype == torch.float32, max(64, p.BLOCK_D)]
+    while M > 32 and p.Nq <= M // 2:
+        M, num_warps = M // 2, max(4, num_warps // 2)
+    if p.S <= 256 and (p.S - 1) % 64 < 32:  # 81 slots are three blocks of 32 or two of 64
+        N = min(N, 32)
+    return Blocks(M, N, num_warps, num_stages + (p.index is not None and num_stages > 1))
+
+
+def is_short(p: Problem) -> bool:
+    """Whether the short kernel serves a problem."""
+    widest = 64 if p.query.dtype == torch.float32 else 256
+    return p.Nq <= SHORT and p.S <= SHORT and widest >= p.BLOCK_D
+
+
+def attention_forward(p: Problem, scale: float) -> tuple[Tensor, Tensor]:
+    """out [*batch, H, Nq, D], stored [B, Nq, (J,) H, D], and lse [*batch, H, Nq]."""
+    out = p.token_major(p.query, p.Nq)
+    lse = p.query.new_empty((*p.batch, p.H, p.Nq), dtype=torch.float32)
+    launch(forward_launch(p, out, lse, scale))
+    return out, lse
+
+
+def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch:
+    """Which kernel runs for a problem, and with what."""
+    tensors = (p.query, p.key, p.value, out, lse, p.index, p.bias, p.key_bias)
+    rows = (*p.heads(p.query), *p.heads(p.key), *p.heads(p.value), *p.heads(out))
+    aligned = is_aligned(rows, p.query, p.key, p.value, out)
+    scale *= math.log2(math.e)
+    precision = dot_precision(p.query.dtype)
+    half = p.query.element_size() == 2
+    if p.per_query:
+        added = (*p.index_strides, *p.bias_strides, *p.key_bias_strides)
+        BLOCK_H = min(triton.next_power_of_2(p.H), max(1, 1024 // p.BLOCK_D))
+        BLOCK_S = min(triton.next_power_of_2(p.S), max(1, (8192 if half else 4096) // (BLOCK_H * p.BLOCK_D)))
+        num_warps = min(4, max(1, BLOCK_S * BLOCK_H * p.BLOCK_D // 2048))
+        return Launch(
+            gathered_attention_each_fwd_kernel,
+            p.sequences * p.Nq * triton.cdiv(p.H, BLOCK_H),
+            tensors,
+            (*rows, *added, p.J, p.H, p.Nq, p.Nk, p.S, scale),
+            (p.D, p.BLOCK_D, BLOCK_H, BLOCK_S, p.per_head),
+            num_warps,
+            2,
+            aligned,
+        )
+    numbers = (
+        *rows, p.index_strides[0], *p.bias_strides, *p.key_bias_strides,
+        p.sequences, p.J, p.H, p.Nq, p.Nk, p.S, scale,
+    )  # fmt: skip
+    if is_short(p):
+        BLOCK_M, BLOCK_N = (max(16, triton.next_power_of_2(n)) for n in (p.Nq, p.S))
+        pairs = max(1, (4096 if half else 2048) // (max(BLOCK_M, BLOCK_N) * p.BLOCK_D))
+        return Launch(
+            gathered_attention_short_fwd_kernel,
+            triton.cdiv(p.sequences * p.H, pairs),
+            tensors,
+            numbers,
+            (p.D, p.BLOCK_D, BLOCK_M, BLOCK_N, precision, pairs),
+            4 if half else 2,
+            1,
+            aligned,
+        )
+    blocks = long_blocks(p)
+    programs = p.sequences * p.H * triton.cdiv(p.Nq, blocks.M)
+    group = 1
+    if half and p.BLOCK_D <= 64 and p.heads(p.query)[:2] == (0, 0) and programs >= GROUP * MANY_PROGRAMS:
+        group = GROUP
+        programs = triton.cdiv(p.sequences, group) * p.H * triton.cdiv(p.Nq, blocks.M)
+    return Launch(
+        gathered_attention_long_fwd_kernel,
+        programs,
+        tensors,
+        numbers,
+        (p.D, p.BLOCK_D, blocks.M, blocks.N, precision, group),
+        blocks.num_warps,
+        blocks.num_stages,
+        aligned,
+    )
+
+
+def gathered_attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The raw operator."""
+    return attention_forward(Problem("gathered_attention", query, key, value, index, bias, key_bias), scale)
+
+
+def recovery_attention_fwd(
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The raw operator."""
+    return attention_forward(Problem("recovery_attention", query, key, value, key_bias=key_bias), scale)

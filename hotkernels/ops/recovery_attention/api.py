@@ -8,13 +8,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...backends import Kernel, fake, register, wants_grad
+from ...backends import TRITON_DEVICE, Kernel, fake, implement_in_triton, register, wants_grad
 from ...errors import FLOATING, check_tensor, fail
-from ..gathered_attention.api import check_heads, check_scale, choose_attention
+from ..gathered_attention.api import TRITON_DTYPES, check_heads, check_scale, choose_attention
 from .reference import mask_bias, recovery_attention_reference
 
 _OP = "recovery_attention"
-register(_OP, torch=Kernel(FLOATING), cpp=Kernel(FLOATING, device="cpu", library="_C_cpu"))
+register(
+    _OP,
+    triton=Kernel(TRITON_DTYPES, device=TRITON_DEVICE, library="triton"),
+    cpp=Kernel(FLOATING, device="cpu", library="_C_cpu"),
+    torch=Kernel(FLOATING),
+)
+implement_in_triton("recovery_attention_fwd", module="hotkernels.ops.gathered_attention.kernels")
+implement_in_triton("recovery_attention_bwd", module="hotkernels.ops.gathered_attention.kernels_backward")
 
 
 class RecoveryAttention(torch.autograd.Function):
