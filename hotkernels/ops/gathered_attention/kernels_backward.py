@@ -1,0 +1,960 @@
+"""Gradients of attention in Triton: probabilities are recomputed from lse, and every sum has one fixed order.
+
+With p = exp(scale * q k^T + bias + key_bias - lse) and delta = rowsum(grad_out * out) - grad_lse:
+grad_logits = p * (grad_out v^T - delta), grad_value = p^T grad_out, grad_query = scale * grad_logits k and
+grad_key = scale * grad_logits^T q. No program adds to what another one wrote.
+
+Under a set index, columns are the entries of the inverted index, and the first entry of a token stands for all of them:
+their logits differ by the bias only, so p is summed over them before anything else is done with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...errors import fail
+from ...launcher import Launch, is_aligned, launch
+from .api import unpack
+from .kernels import (
+    LOG2E,
+    Problem,
+    dot_precision,
+    load_rows,
+    rows_of_slots,
+    sequence_of,
+    store_rows,
+    strides,
+    with_contiguous_last,
+)
+
+# ---- what the kernels share ------------------------------------------------------------------------------------------
+# Rows and columns are [N], or [G, N] in a program of G sequences; a row's D channels are one dim more.
+
+
+@triton.jit
+def _down(x):
+    """Of each row of a tile of logits [.., rows, columns]."""
+    return tl.expand_dims(x, -1)
+
+
+@triton.jit
+def _across(x):
+    """Of each column of a tile of logits [.., rows, columns]."""
+    return tl.expand_dims(x, -2)
+
+
+@triton.jit
+def _transposed(x):
+    if len(x.shape) == 2:
+        return tl.trans(x)
+    else:
+        return tl.permute(x, (0, 2, 1))
+
+
+@triton.jit
+def _rows_of(base, G: tl.constexpr):
+    """The base of a tensor's rows as load_rows and store_rows take it: one per sequence of the program."""
+    return base if G == 1 else tl.expand_dims(base, -1)
+
+
+@triton.jit
+def _of_batch(there, sequence, sequences, G: tl.constexpr):
+    """Without the sequences that a program of G has beyond the last one."""
+    return there if G == 1 else there & (sequence < sequences)
+
+
+@triton.jit
+def _load_lse(lse_ptr, stat, there):
+    """In powers of two, and inf for a row that attends to nothing: its probabilities are 0."""
+    lse = tl.load(lse_ptr + stat, mask=there, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def _delta(grad_out, out, grad_lse_ptr, stat, there):
+    """rowsum(grad_out * out) - grad_lse."""
+    delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), -1)
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + stat, mask=there, other=0.0)
+    return delta
+
+
+@triton.jit
+def _tokens(entry, S, Nk, index_ptr, start_ptr, slots_ptr):
+    """(token, is it there, in how many slots) of each column: of a token's entries only the first is there."""
+    there = entry < S
+    if index_ptr is None:
+        return entry, there, 1
+    else:
+        slot = tl.load(slots_ptr + entry, mask=there, other=-1)
+        there &= (slot >= 0) & (slot < S)
+        token = tl.load(index_ptr + slot, mask=there, other=-1)
+        there &= (token >= 0) & (token < Nk)
+        there &= tl.load(start_ptr + token, mask=there, other=-1) == entry
+        end = tl.load(start_ptr + token + 1, mask=there, other=0)
+        return token, there, tl.minimum(end, S) - entry
+
+
+@triton.jit
+def _key_bias(key_bias_ptr, stride_n, token, there):
+    """(the bias of keys in powers of two, which keys are attended to: no others are read)."""
+    if key_bias_ptr is None:
+        return 0.0, there
+    else:
+        bias = tl.load(key_bias_ptr + token * stride_n, mask=there, other=float("-inf")) * LOG2E
+        return bias, there & (bias != float("-inf"))
+
+
+@triton.jit
+def _probabilities(logits, lse, row_there, attended, entry, copies, bias_ptr, stride_s, slots_ptr, S):
+    """exp2(logits + bias - lse) of a tile, summed over the slots of a column's token. All arguments broadcast to it."""
+    if bias_ptr is None:
+        p = tl.where(attended, tl.exp2(logits - lse), 0.0)
+        if slots_ptr is not None:
+            p *= copies.to(tl.float32)
+    elif slots_ptr is None:
+        bias = tl.load(bias_ptr + entry * stride_s, mask=attended & row_there, other=0.0)
+        p = tl.where(attended, tl.exp2(logits + bias * LOG2E - lse), 0.0)
+    else:
+        p = tl.zeros_like(logits)
+        for copy in range(0, tl.max(tl.where(attended, copies, 0)).to(tl.int32)):
+            there = attended & (copy < copies)
+            slot = tl.load(slots_ptr + entry + copy, mask=there, other=-1)
+            there &= (slot >= 0) & (slot < S)
+            bias = tl.load(bias_ptr + slot * stride_s, mask=there & row_there, other=0.0)
+            p += tl.where(there, tl.exp2(logits + bias * LOG2E - lse), 0.0)
+    return p
+
+
+@triton.jit
+def _clear_unnamed(
+    grad_k_base, grad_v_base, grad_key_bias_base, start_base, token, there, stride_n,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Zeros for those of these tokens that no slot names."""
+    begin = tl.load(start_base + token, mask=there, other=0)
+    there &= begin == tl.load(start_base + token + 1, mask=there, other=-1)
+    zeros = tl.zeros([1, BLOCK_D], tl.float32)
+    store_rows(_rows_of(grad_k_base, G), token, there, stride_n, zeros, HEAD_DIM, BLOCK_D)
+    store_rows(_rows_of(grad_v_base, G), token, there, stride_n, zeros, HEAD_DIM, BLOCK_D)
+    if grad_key_bias_base is not None:
+        tl.store(grad_key_bias_base + token, 0.0, mask=there)
+
+
+# ---- dense and set index ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gathered_attention_fused_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
+    grad_key_bias_ptr, index_ptr, start_ptr, slots_ptr, bias_ptr, key_bias_ptr,
+    stride_qb: tl.int64, stride_qj: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
+    stride_kb: tl.int64, stride_kj: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
+    stride_vb: tl.int64, stride_vj: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
+    stride_gb: tl.int64, stride_gj: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
+    stride_ob: tl.int64, stride_oj: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
+    stride_grad_qb: tl.int64, stride_grad_qj: tl.int64, stride_grad_qh: tl.int64, stride_grad_qn: tl.int64,
+    stride_grad_kb: tl.int64, stride_grad_kj: tl.int64, stride_grad_kh: tl.int64, stride_grad_kn: tl.int64,
+    bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
+    bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
+    index_stride_b: tl.int64, start_stride_b: tl.int64,
+    sequences: tl.int32, turns: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
+    scale: tl.float32,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, SHARED_QUERY: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """One program per (G sequences, head): all queries at once, keys block by block, every probability computed once.
+
+    With a shared query, one program per (part of the sequences, head), which takes `turns` sequences, one at a time;
+    its grad_query is then the part's, [parts, H, Nq, D].
+    """
+    h = (tl.program_id(0) % H).to(tl.int64)
+    group = tl.program_id(0) // H
+    if G == 1:
+        i, column, member = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), 0
+        grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    else:
+        i, column = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[None, :]
+        member = tl.arange(0, G)[:, None]
+        grad_q = tl.zeros([G, BLOCK_M, BLOCK_D], tl.float32)
+    i = i.to(tl.int64)
+    if SHARED_QUERY:
+        first = group * turns
+        rounds = tl.minimum(turns, sequences - first)
+        q = load_rows(q_ptr + h * stride_qh, i, i < Nq, stride_qn, HEAD_DIM, BLOCK_D)
+    else:
+        first = group * G
+        rounds = 1
+    for turn in range(0, rounds):
+        sequence = first + turn + member
+        b, j = sequence_of(sequence, J)
+        row_there = _of_batch(i < Nq, sequence, sequences, G)
+        stat = (sequence.to(tl.int64) * H + h) * Nq + i
+        if not SHARED_QUERY:
+            q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
+            q = load_rows(_rows_of(q_base, G), i, row_there, stride_qn, HEAD_DIM, BLOCK_D)
+        grad_out_base = grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh
+        out_base = out_ptr + b * stride_ob + j * stride_oj + h * stride_oh
+        grad_out = load_rows(_rows_of(grad_out_base, G), i, row_there, stride_gn, HEAD_DIM, BLOCK_D)
+        out = load_rows(_rows_of(out_base, G), i, row_there, stride_on, HEAD_DIM, BLOCK_D)
+        delta = _delta(grad_out, out, grad_lse_ptr, stat, row_there)
+        if delta_ptr is not None:
+            tl.store(delta_ptr + stat, delta, mask=row_there)
+        lse = _load_lse(lse_ptr, stat, row_there)
+        k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
+        v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
+        grad_at = b * stride_grad_kb + j * stride_grad_kj + h * stride_grad_kh
+        grad_k_base, grad_v_base = grad_k_ptr + grad_at, grad_v_ptr + grad_at
+        index_base = None if index_ptr is None else index_ptr + b * index_stride_b
+        slots_base = None if index_ptr is None else slots_ptr + b * index_stride_b
+        start_base = None if index_ptr is None else start_ptr + b * start_stride_b
+        bias_rows = None
+        if bias_ptr is not None:
+            bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
+            bias_rows = _across(bias_rows)
+        key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
+        grad_key_bias_base = None
+        if grad_key_bias_ptr is not None:
+            grad_key_bias_base = grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk
+        for block in range(0, S, BLOCK_N):
+            entry = (block + column).to(tl.int64)
+            token, there, copies = _tokens(entry, S, Nk, index_base, start_base, slots_base)
+            there = _of_batch(there, sequence, sequences, G)
+            key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
+            k = load_rows(_rows_of(k_base, G), token, attended, stride_kn, HEAD_DIM, BLOCK_D)
+            v = load_rows(_rows_of(v_base, G), token, attended, stride_vn, HEAD_DIM, BLOCK_D)
+            logits = tl.dot(k, _transposed(q), input_precision=PRECISION) * (scale * LOG2E)
+            if key_bias_ptr is not None:
+                logits += _down(key_bias)
+            p = _probabilities(
+                logits, _across(lse), _across(row_there), _down(attended), _down(entry),
+                1 if index_ptr is None else _down(copies), bias_rows, bias_stride_s,
+                None if index_ptr is None else slots_base if G == 1 else _down(slots_base), S,
+            )  # fmt: skip
+            grad_v = tl.dot(p.to(q.dtype), grad_out, input_precision=PRECISION)
+            store_rows(_rows_of(grad_v_base, G), token, there, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
+            grad_p = tl.dot(v, _transposed(grad_out), input_precision=PRECISION)
+            grad_logits = p * (grad_p - _across(delta))
+            if grad_key_bias_ptr is not None:
+                tl.store(grad_key_bias_base + token, tl.sum(grad_logits, -1), mask=there)
+            grad_logits = grad_logits.to(q.dtype)
+            grad_k = tl.dot(grad_logits, q, input_precision=PRECISION) * scale
+            store_rows(_rows_of(grad_k_base, G), token, there, stride_grad_kn, grad_k, HEAD_DIM, BLOCK_D)
+            grad_q += tl.dot(_transposed(grad_logits), k, input_precision=PRECISION)
+        if index_ptr is not None:
+            for block in range(0, Nk, BLOCK_N):
+                token = (block + column).to(tl.int64)
+                _clear_unnamed(
+                    grad_k_base, grad_v_base, grad_key_bias_base, start_base, token,
+                    _of_batch(token < Nk, sequence, sequences, G), stride_grad_kn, HEAD_DIM, BLOCK_D, G,
+                )  # fmt: skip
+    if SHARED_QUERY:
+        b, j, row_there = group.to(tl.int64), 0, i < Nq
+    else:
+        b, j = sequence_of(first + member, J)
+        row_there = _of_batch(i < Nq, first + member, sequences, G)
+    grad_q_base = grad_q_ptr + b * stride_grad_qb + j * stride_grad_qj + h * stride_grad_qh
+    store_rows(_rows_of(grad_q_base, G), i, row_there, stride_grad_qn, grad_q * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def gathered_attention_queries_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, grad_q_ptr, index_ptr, start_ptr,
+    slots_ptr, bias_ptr, key_bias_ptr,
+    stride_qb: tl.int64, stride_qj: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
+    stride_kb: tl.int64, stride_kj: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
+    stride_vb: tl.int64, stride_vj: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
+    stride_gb: tl.int64, stride_gj: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
+    stride_ob: tl.int64, stride_oj: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
+    stride_grad_qb: tl.int64, stride_grad_qj: tl.int64, stride_grad_qh: tl.int64, stride_grad_qn: tl.int64,
+    stride_grad_kb: tl.int64, stride_grad_kj: tl.int64, stride_grad_kh: tl.int64, stride_grad_kn: tl.int64,
+    bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
+    bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
+    index_stride_b: tl.int64, start_stride_b: tl.int64,
+    sequences: tl.int32, turns: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
+    scale: tl.float32,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, SHARED_QUERY: tl.constexpr,
+):  # fmt: skip
+    """grad_query and delta: one program per (sequence, or part of those that share a query, block of queries, head)."""
+    h = (tl.program_id(0) % H).to(tl.int64)
+    rest = tl.program_id(0) // H
+    blocks = tl.cdiv(Nq, BLOCK_M)
+    i = (rest % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    group = rest // blocks
+    row_there = i < Nq
+    if SHARED_QUERY:
+        first = group * turns
+        rounds = tl.minimum(turns, sequences - first)
+        q = load_rows(q_ptr + h * stride_qh, i, row_there, stride_qn, HEAD_DIM, BLOCK_D)
+    else:
+        first = group
+        rounds = 1
+    grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for turn in range(0, rounds):
+        sequence = first + turn
+        b, j = sequence_of(sequence, J)
+        stat = (sequence.to(tl.int64) * H + h) * Nq + i
+        if not SHARED_QUERY:
+            q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
+            q = load_rows(q_base, i, row_there, stride_qn, HEAD_DIM, BLOCK_D)
+        grad_out_base = grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh
+        out_base = out_ptr + b * stride_ob + j * stride_oj + h * stride_oh
+        grad_out = load_rows(grad_out_base, i, row_there, stride_gn, HEAD_DIM, BLOCK_D)
+        out = load_rows(out_base, i, row_there, stride_on, HEAD_DIM, BLOCK_D)
+        delta = _delta(grad_out, out, grad_lse_ptr, stat, row_there)
+        tl.store(delta_ptr + stat, delta, mask=row_there)
+        lse = _load_lse(lse_ptr, stat, row_there)
+        k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
+        v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
+        index_base = None if index_ptr is None else index_ptr + b * index_stride_b
+        slots_base = None if index_ptr is None else slots_ptr + b * index_stride_b
+        start_base = None if index_ptr is None else start_ptr + b * start_stride_b
+        bias_rows = None
+        if bias_ptr is not None:
+            bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
+            bias_rows = _down(bias_rows)
+        key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
+        for block in range(0, S, BLOCK_N):
+            entry = (block + tl.arange(0, BLOCK_N)).to(tl.int64)
+            token, there, copies = _tokens(entry, S, Nk, index_base, start_base, slots_base)
+            key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
+            k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D)
+            v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            if key_bias_ptr is not None:
+                logits += _across(key_bias)
+            p = _probabilities(
+                logits, _down(lse), _down(row_there), _across(attended), _across(entry),
+                1 if index_ptr is None else _across(copies), bias_rows, bias_stride_s, slots_base, S,
+            )  # fmt: skip
+            grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+            grad_logits = p * (grad_p - _down(delta))
+            grad_q = tl.dot(grad_logits.to(q.dtype), k, grad_q, input_precision=PRECISION)
+    if SHARED_QUERY:
+        b, j = group.to(tl.int64), 0
+    else:
+        b, j = sequence_of(first, J)
+    grad_q_base = grad_q_ptr + b * stride_grad_qb + j * stride_grad_qj + h * stride_grad_qh
+    store_rows(grad_q_base, i, row_there, stride_grad_qn, grad_q * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def gathered_attention_keys_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, grad_key_bias_ptr, index_ptr,
+    start_ptr, slots_ptr, bias_ptr, key_bias_ptr,
+    stride_qb: tl.int64, stride_qj: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
+    stride_kb: tl.int64, stride_kj: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
+    stride_vb: tl.int64, stride_vj: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
+    stride_gb: tl.int64, stride_gj: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
+    stride_ob: tl.int64, stride_oj: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
+    stride_grad_qb: tl.int64, stride_grad_qj: tl.int64, stride_grad_qh: tl.int64, stride_grad_qn: tl.int64,
+    stride_grad_kb: tl.int64, stride_grad_kj: tl.int64, stride_grad_kh: tl.int64, stride_grad_kn: tl.int64,
+    bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
+    bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
+    index_stride_b: tl.int64, start_stride_b: tl.int64,
+    sequences: tl.int32, turns: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
+    scale: tl.float32,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_key, grad_value and grad_key_bias: one program per (sequence, block of S, head)."""
+    h = (tl.program_id(0) % H).to(tl.int64)
+    rest = tl.program_id(0) // H
+    blocks = tl.cdiv(S, BLOCK_N)
+    column = rest % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    entry = column.to(tl.int64)
+    sequence = rest // blocks
+    b, j = sequence_of(sequence, J)
+    index_base = None if index_ptr is None else index_ptr + b * index_stride_b
+    slots_base = None if index_ptr is None else slots_ptr + b * index_stride_b
+    start_base = None if index_ptr is None else start_ptr + b * start_stride_b
+    key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
+    token, there, copies = _tokens(entry, S, Nk, index_base, start_base, slots_base)
+    key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
+    k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
+    v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
+    k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D)
+    q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
+    grad_out_base = grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh
+    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_key_bias = tl.zeros([BLOCK_N], tl.float32)
+    for block in range(0, Nq, BLOCK_M):
+        i = (block + tl.arange(0, BLOCK_M)).to(tl.int64)
+        row_there = i < Nq
+        stat = (sequence.to(tl.int64) * H + h) * Nq + i
+        q = load_rows(q_base, i, row_there, stride_qn, HEAD_DIM, BLOCK_D)
+        grad_out = load_rows(grad_out_base, i, row_there, stride_gn, HEAD_DIM, BLOCK_D)
+        lse = _load_lse(lse_ptr, stat, row_there)
+        delta = tl.load(delta_ptr + stat, mask=row_there, other=0.0)
+        bias_rows = None
+        if bias_ptr is not None:
+            bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
+            bias_rows = _across(bias_rows)
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+        if key_bias_ptr is not None:
+            logits += _down(key_bias)
+        p = _probabilities(
+            logits, _across(lse), _across(row_there), _down(attended), _down(entry),
+            1 if index_ptr is None else _down(copies), bias_rows, bias_stride_s, slots_base, S,
+        )  # fmt: skip
+        grad_v = tl.dot(p.to(q.dtype), grad_out, grad_v, input_precision=PRECISION)
+        grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        grad_logits = p * (grad_p - _across(delta))
+        if grad_key_bias_ptr is not None:
+            grad_key_bias += tl.sum(grad_logits, -1)
+        grad_k = tl.dot(grad_logits.to(q.dtype), q, grad_k, input_precision=PRECISION)
+    grad_at = b * stride_grad_kb + j * stride_grad_kj + h * stride_grad_kh
+    grad_k_base, grad_v_base = grad_k_ptr + grad_at, grad_v_ptr + grad_at
+    store_rows(grad_v_base, token, there, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
+    store_rows(grad_k_base, token, there, stride_grad_kn, grad_k * scale, HEAD_DIM, BLOCK_D)
+    grad_key_bias_base = None
+    if grad_key_bias_ptr is not None:
+        grad_key_bias_base = grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk
+        tl.store(grad_key_bias_base + token, grad_key_bias, mask=there)
+    if index_ptr is not None:
+        for block in range(0, Nk, blocks * BLOCK_N):
+            token = block + entry
+            _clear_unnamed(
+                grad_k_base, grad_v_base, grad_key_bias_base, start_base, token,
+                token < Nk, stride_grad_kn, HEAD_DIM, BLOCK_D, 1,
+            )  # fmt: skip
+
+
+@triton.jit
+def gathered_attention_bias_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_bias_ptr, index_ptr, bias_ptr, key_bias_ptr,
+    stride_qb: tl.int64, stride_qj: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
+    stride_kb: tl.int64, stride_kj: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
+    stride_vb: tl.int64, stride_vj: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
+    stride_gb: tl.int64, stride_gj: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
+    stride_ob: tl.int64, stride_oj: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
+    stride_grad_qb: tl.int64, stride_grad_qj: tl.int64, stride_grad_qh: tl.int64, stride_grad_qn: tl.int64,
+    stride_grad_kb: tl.int64, stride_grad_kj: tl.int64, stride_grad_kh: tl.int64, stride_grad_kn: tl.int64,
+    bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
+    bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
+    index_stride_b: tl.int64, start_stride_b: tl.int64,
+    sequences: tl.int32, turns: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
+    scale: tl.float32,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_bias [parts, H, Nq, slots]: one program per (part of `turns` sequences, tile of logits, head)."""
+    h = (tl.program_id(0) % H).to(tl.int64)
+    rest = tl.program_id(0) // H
+    column_blocks, row_blocks = tl.cdiv(S, BLOCK_N), tl.cdiv(Nq, BLOCK_M)
+    slot = (rest % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    rest = rest // column_blocks
+    i = (rest % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    part = rest // row_blocks
+    row_there = i < Nq
+    grad_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for sequence in range(part * turns, tl.minimum((part + 1) * turns, sequences)):
+        b, j = sequence_of(sequence, J)
+        index_at = None if index_ptr is None else index_ptr + b * index_stride_b + slot
+        token, there = rows_of_slots(index_at, slot, slot < S, Nk)
+        key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
+        key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
+        q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
+        k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
+        v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
+        grad_out_base = grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh
+        bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
+        stat = (sequence.to(tl.int64) * H + h) * Nq + i
+        lse = _load_lse(lse_ptr, stat, row_there)
+        delta = tl.load(delta_ptr + stat, mask=row_there, other=0.0)
+        q = load_rows(q_base, i, row_there, stride_qn, HEAD_DIM, BLOCK_D)
+        k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        if key_bias_ptr is not None:
+            logits += _across(key_bias)
+        p = _probabilities(
+            logits, _down(lse), _down(row_there), _across(attended), _across(slot),
+            1, _down(bias_rows), bias_stride_s, None, S,
+        )  # fmt: skip
+        grad_out = load_rows(grad_out_base, i, row_there, stride_gn, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D)
+        grad_bias += p * (tl.dot(grad_out, tl.trans(v), input_precision=PRECISION) - _down(delta))
+    grad_rows = grad_bias_ptr + ((part.to(tl.int64) * H + h) * Nq + i) * S
+    mask = _down(row_there) & _across(slot < S)
+    tl.store(_down(grad_rows) + _across(slot), grad_bias, mask=mask)
+
+
+# ---- index per query -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gathered_attention_each_queries_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, grad_q_ptr, grad_bias_ptr, index_ptr,
+    bias_ptr, key_bias_ptr,
+    stride_qb: tl.int64, stride_qj: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
+    stride_kb: tl.int64, stride_kj: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
+    stride_vb: tl.int64, stride_vj: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
+    stride_gb: tl.int64, stride_gj: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
+    stride_ob: tl.int64, stride_oj: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
+    stride_grad_qb: tl.int64, stride_grad_qj: tl.int64, stride_grad_qh: tl.int64, stride_grad_qn: tl.int64,
+    stride_grad_kb: tl.int64, stride_grad_kj: tl.int64, stride_grad_kh: tl.int64, stride_grad_kn: tl.int64,
+    bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
+    bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
+    index_stride_b: tl.int64, index_stride_j: tl.int64, index_stride_h: tl.int64, index_stride_q: tl.int64,
+    sequences: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
+    scale: tl.float32,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INT: tl.constexpr,
+):  # fmt: skip
+    """grad_query, grad_bias and delta: one program per (block of all sequences' queries, head)."""
+    h = (tl.program_id(0) % H).to(tl.int64)
+    row = (tl.program_id(0) // H).to(INT) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sequence = row // Nq
+    i = (row - sequence * Nq).to(tl.int64)
+    row_there = sequence < sequences
+    b, j = sequence_of(sequence, J)
+    stat = (sequence.to(tl.int64) * H + h) * Nq + i
+    q_base = _down(q_ptr + b * stride_qb + j * stride_qj + h * stride_qh)
+    grad_out_base = _down(grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh)
+    out_base = _down(out_ptr + b * stride_ob + j * stride_oj + h * stride_oh)
+    q = load_rows(q_base, i, row_there, stride_qn, HEAD_DIM, BLOCK_D).to(tl.float32)
+    grad_out = load_rows(grad_out_base, i, row_there, stride_gn, HEAD_DIM, BLOCK_D).to(tl.float32)
+    out = load_rows(out_base, i, row_there, stride_on, HEAD_DIM, BLOCK_D)
+    delta = _delta(grad_out, out, grad_lse_ptr, stat, row_there)
+    tl.store(delta_ptr + stat, delta, mask=row_there)
+    lse = _load_lse(lse_ptr, stat, row_there)
+    index_rows = index_ptr + b * index_stride_b + j * index_stride_j + h * index_stride_h + i * index_stride_q
+    k_base = _down(_down(k_ptr + b * stride_kb + j * stride_kj + h * stride_kh))
+    v_base = _down(_down(v_ptr + b * stride_vb + j * stride_vj + h * stride_vh))
+    bias_rows, key_bias_base = None, None
+    if bias_ptr is not None:
+        bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
+        bias_rows = _down(bias_rows)
+    if key_bias_ptr is not None:
+        key_bias_base = _down(key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j)
+    grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for block in range(0, S, BLOCK_N):
+        slot = _across((block + tl.arange(0, BLOCK_N)).to(tl.int64))
+        asked = _down(row_there) & (slot < S)
+        token = tl.load(_down(index_rows) + slot, mask=asked, other=-1)
+        key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, asked & (token >= 0) & (token < Nk))
+        k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D).to(tl.float32)
+        v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D).to(tl.float32)
+        logits = tl.sum(_across(q) * k, -1) * (scale * LOG2E)
+        if key_bias_ptr is not None:
+            logits += key_bias
+        p = _probabilities(logits, _down(lse), _down(row_there), attended, slot, 1, bias_rows, bias_stride_s, None, S)
+        grad_logits = p * (tl.sum(_across(grad_out) * v, -1) - _down(delta))
+        if grad_bias_ptr is not None:
+            tl.store(_down(grad_bias_ptr + stat * S) + slot, grad_logits, mask=asked)
+        grad_q += tl.sum(_down(grad_logits) * k, 1)
+    grad_q_base = _down(grad_q_ptr + b * stride_grad_qb + j * stride_grad_qj + h * stride_grad_qh)
+    store_rows(grad_q_base, i, row_there, stride_grad_qn, grad_q * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def gathered_attention_each_keys_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, grad_key_bias_ptr, start_ptr,
+    slots_ptr, bias_ptr, key_bias_ptr,
+    stride_qb: tl.int64, stride_qj: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
+    stride_kb: tl.int64, stride_kj: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
+    stride_vb: tl.int64, stride_vj: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
+    stride_gb: tl.int64, stride_gj: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
+    stride_ob: tl.int64, stride_oj: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
+    stride_grad_qb: tl.int64, stride_grad_qj: tl.int64, stride_grad_qh: tl.int64, stride_grad_qn: tl.int64,
+    stride_grad_kb: tl.int64, stride_grad_kj: tl.int64, stride_grad_kh: tl.int64, stride_grad_kn: tl.int64,
+    bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
+    bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
+    start_stride_b: tl.int64, start_stride_j: tl.int64, start_stride_h: tl.int64,
+    slots_stride_b: tl.int64, slots_stride_j: tl.int64, slots_stride_h: tl.int64,
+    sequences: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
+    scale: tl.float32,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INT: tl.constexpr,
+):  # fmt: skip
+    """grad_key, grad_value, grad_key_bias: one program per (block of all sequences' keys, head).
+
+    It walks the slots that name its keys in ascending order and recomputes what they got, from rows of query and
+    grad_out which the sums need anyway.
+    """
+    h = (tl.program_id(0) % H).to(tl.int64)
+    row = (tl.program_id(0) // H).to(INT) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sequence = row // Nk
+    token = (row - sequence * Nk).to(tl.int64)
+    there = sequence < sequences
+    b, j = sequence_of(sequence, J)
+    key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
+    key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
+    k_base = _down(k_ptr + b * stride_kb + j * stride_kj + h * stride_kh)
+    v_base = _down(v_ptr + b * stride_vb + j * stride_vj + h * stride_vh)
+    k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D).to(tl.float32)
+    v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D).to(tl.float32)
+    q_base = _down(_down(q_ptr + b * stride_qb + j * stride_qj + h * stride_qh))
+    grad_out_base = _down(_down(grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh))
+    stats = _down((sequence.to(tl.int64) * H + h) * Nq)
+    start_rows = start_ptr + b * start_stride_b + j * start_stride_j + h * start_stride_h + token
+    slots_base = _down(slots_ptr + b * slots_stride_b + j * slots_stride_j + h * slots_stride_h)
+    if bias_ptr is not None:
+        bias_base = _down(bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h)
+    entries = Nq.to(tl.int64) * S
+    begin = tl.maximum(tl.load(start_rows, mask=attended, other=0), 0)
+    end = tl.minimum(tl.load(start_rows + 1, mask=attended, other=0), entries)
+    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_key_bias = tl.zeros([BLOCK_N], tl.float32)
+    for block in range(0, tl.max(end - begin).to(INT), BLOCK_M):
+        entry = _down(begin) + _across((block + tl.arange(0, BLOCK_M)).to(tl.int64))
+        named = entry < _down(end)
+        at = tl.load(slots_base + entry, mask=named, other=-1)
+        named &= (at >= 0) & (at < entries)
+        i = (at.to(INT) // S).to(tl.int64)
+        q = load_rows(q_base, i, named, stride_qn, HEAD_DIM, BLOCK_D).to(tl.float32)
+        grad_out = load_rows(grad_out_base, i, named, stride_gn, HEAD_DIM, BLOCK_D).to(tl.float32)
+        lse = _load_lse(lse_ptr, stats + i, named)
+        delta = tl.load(delta_ptr + stats + i, mask=named, other=0.0)
+        logits = tl.sum(_across(k) * q, -1) * (scale * LOG2E)
+        if key_bias_ptr is not None:
+            logits += _down(key_bias)
+        bias_rows = None
+        if bias_ptr is not None:
+            bias_rows = bias_base + i * bias_stride_q
+        p = _probabilities(logits, lse, named, named, at - i * S, 1, bias_rows, bias_stride_s, None, S)
+        grad_logits = p * (tl.sum(_across(v) * grad_out, -1) - delta)
+        grad_v += tl.sum(_down(p) * grad_out, 1)
+        grad_k += tl.sum(_down(grad_logits) * q, 1)
+        grad_key_bias += tl.sum(grad_logits, 1)
+    grad_at = _down(b * stride_grad_kb + j * stride_grad_kj + h * stride_grad_kh)
+    store_rows(grad_k_ptr + grad_at, token, there, stride_grad_kn, grad_k * scale, HEAD_DIM, BLOCK_D)
+    store_rows(grad_v_ptr + grad_at, token, there, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
+    if grad_key_bias_ptr is not None:
+        tl.store(grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk + token, grad_key_bias, mask=there)
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------------
+
+PROGRAMS = 256  # of kernels that take several sequences per program: two for each multiprocessor of an H200
+
+
+class Blocks(NamedTuple):
+    """Tile sizes and how they are compiled."""
+
+    M: int
+    N: int
+    num_warps: int
+    num_stages: int = 1
+
+
+def fused_blocks(D: int, half: bool, Nq: int, S: int) -> Blocks | None:
+    """Tiles of the fused kernel; None if that many queries do not fit in one."""
+    M = max(16, triton.next_power_of_2(Nq))
+    N = max(16, triton.next_power_of_2(S))
+    if M > (256 if D <= 64 else 128 if D <= 128 else 64) // (1 if half else 2):
+        return None
+    return Blocks(M, min(N, 64), 4 if M <= 64 else 8)
+
+
+def split_blocks(D: int, half: bool) -> Blocks:
+    """Tiles of the kernels of queries, keys and bias."""
+    if half:
+        return Blocks(64, 64, 4, 2) if D <= 128 else Blocks(32, 32, 8)
+    return Blocks(64, 32, 4) if D <= 64 else Blocks(32, 32, 4) if D <= 128 else Blocks(16, 16, 8)
+
+
+def each_blocks(D: int, count: int) -> Blocks:
+    """Tiles of the kernels of an index per query, of `count` slots per row."""
+    N = max(1, min(triton.next_power_of_2(count), 2048 // D, 32))
+    return Blocks(max(1, 2048 // D // N), N, 1)
+
+
+class Backward:
+    """A call of the backward pass: its arguments checked, its gradients allocated, its launches prepared."""
+
+    def __init__(
+        self,
+        op: str,
+        grad_out: Tensor,  # [*batch, H, Nq, D], any strides
+        grad_lse: Tensor | None,  # [*batch, H, Nq]
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        index: Tensor | None,
+        start: Tensor | None,
+        slots: Tensor | None,
+        bias: Tensor | None,
+        key_bias: Tensor | None,
+        scale: float,
+        need_bias: bool,
+        need_key_bias: bool,
+        packed: bool = False,  # grad_query, grad_key and grad_value in one [B, N, (J,) 3, H, D]
+    ) -> None:
+        p = self.problem = Problem(op, query, key, value, index, bias, key_bias)
+        self.grad_out, self.out = with_contiguous_last(grad_out), with_contiguous_last(out)
+        self.lse, self.grad_lse = lse, None if grad_lse is None else grad_lse.contiguous()
+        self.start, self.slots, self.scale = start, slots, scale
+        self._check(op)
+        need_bias = need_bias and bias is not None
+        self.block_d = max(16, triton.next_power_of_2(p.D))
+        self.shared_query = p.query.dim() == 3
+        self.precision = dot_precision(query.dtype)
+        self.delta: Tensor | None = None  # [*batch, H, Nq]
+        self.launches: list[Launch] = []
+
+        heads = (*p.batch, p.H)
+        if packed:
+            self.grad_qkv = p.query.new_empty(p.B, p.Nq, *p.batch[1:], 3, p.H, p.D)
+            self.grad_query, self.grad_key, self.grad_value = unpack(self.grad_qkv)
+        else:
+            self.grad_key, self.grad_value = p.token_major(p.key, p.Nk), p.token_major(p.value, p.Nk)
+            if not self.shared_query:
+                self.grad_query = p.token_major(p.query, p.Nq)
+        self.grad_key_bias = lse.new_empty((*heads, p.Nk) if need_key_bias else 0)
+        self.grad_bias = lse.new_empty(0)
+        if p.per_query:
+            if need_bias:
+                self.grad_bias = lse.new_empty(*heads, p.Nq, p.S)
+            self._each()
+            return
+        blocks = fused_blocks(p.D, query.dtype != torch.float32, p.Nq, p.S)
+        if blocks is not None:
+            self._fuse(blocks, delta=need_bias)
+        else:
+            self._split(split_blocks(p.D, query.dtype != torch.float32))
+        if need_bias:
+            self._bias(split_blocks(p.D, query.dtype != torch.float32))
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Launch everything; return the gradients."""
+        for one in self.launches:
+            launch(one)
+        grad_query, grad_bias = self.grad_query, self.grad_bias
+        if self.shared_query:
+            grad_query = grad_query.sum(0)
+        if grad_bias.dim() > len(self.problem.batch) + 3:
+            grad_bias = grad_bias.sum(0)
+        return grad_query, self.grad_key, self.grad_value, grad_bias, self.grad_key_bias
+
+    def _check(self, op: str) -> None:
+        p = self.problem
+        rows = (*p.batch, p.H, p.Nq)
+        for arg, t in (("grad_out", self.grad_out), ("out", self.out)):
+            if t.shape != (*rows, p.D) or t.dtype != p.query.dtype:
+                fail(op, arg, f"{list((*rows, p.D))} of query's dtype", f"{t.dtype} {list(t.shape)}")
+        for arg, t in (("lse", self.lse), ("grad_lse", self.grad_lse)):
+            if t is not None and (t.shape != rows or t.dtype != torch.float32 or not t.is_contiguous()):
+                fail(op, arg, f"{list(rows)} of float32, contiguous", f"{t.dtype} {list(t.shape)}")
+        if p.index is None:
+            return
+        lead, entries = p.index.shape[: -2 if p.per_query else -1], p.Nq * p.S if p.per_query else p.S
+        for arg, t, size in (("start", self.start, p.Nk + 1), ("slots", self.slots, entries)):
+            if t is None or t.shape != (*lead, size) or t.dtype != torch.int64 or not t.is_contiguous():
+                got = "none" if t is None else f"{t.dtype} {list(t.shape)}"
+                fail(op, arg, "as invert_index returned it for this index", got)
+
+    def _parts(self, programs: int) -> tuple[int, int]:
+        """How many parts, of how many sequences each, are summed one by one: about PROGRAMS programs in all."""
+        sequences = self.problem.sequences
+        turns = max(1, triton.cdiv(sequences, max(1, PROGRAMS // programs)))
+        return triton.cdiv(sequences, turns), turns
+
+    def _add(
+        self,
+        kernel: Any,
+        programs: int,
+        tensors: tuple[Tensor | None, ...],
+        index_strides: tuple[int, ...],
+        sizes: tuple[int, ...],
+        constants: tuple[Any, ...],
+        blocks: Blocks,
+    ) -> None:
+        p = self.problem
+        rows = (
+            *p.heads(p.query), *p.heads(p.key), *p.heads(p.value), *p.heads(self.grad_out), *p.heads(self.out),
+            *p.heads(self.grad_query), *p.heads(self.grad_key),
+        )  # fmt: skip
+        self.launches.append(
+            Launch(
+                kernel,
+                programs,
+                tensors,
+                (*rows, *p.bias_strides, *p.key_bias_strides, *index_strides, *sizes, self.scale),
+                (p.D, self.block_d, blocks.M, blocks.N, *constants),
+                blocks.num_warps,
+                blocks.num_stages,
+                is_aligned(rows, *[t for t in tensors if t is not None]),
+            )
+        )
+
+    def _dense(
+        self, kernel: Any, programs: int, tensors: tuple[Tensor | None, ...], turns: int, constants: Any, blocks: Blocks
+    ) -> None:
+        """Launch one of the kernels without an index per query."""
+        p = self.problem
+        start_stride = 0 if self.start is None or self.start.shape[0] == 1 else p.Nk + 1
+        sizes = (p.sequences, turns, p.J, p.H, p.Nq, p.Nk, p.S)
+        index_strides = (p.index_strides[0], start_stride)
+        self._add(kernel, programs * p.H, tensors, index_strides, sizes, (self.precision, *constants), blocks)
+
+    def _fuse(self, blocks: Blocks, delta: bool) -> None:
+        p = self.problem
+        G, turns = max(1, 1024 // (max(blocks.M, blocks.N) * self.block_d)), 1
+        groups = triton.cdiv(p.sequences, G)
+        if self.shared_query:
+            G, (groups, turns) = 1, self._parts(p.H)
+            self.grad_query = self.lse.new_empty(groups, p.H, p.Nq, p.D)
+        if delta:
+            self.delta = torch.empty_like(self.lse)
+        tensors = (
+            p.query, p.key, p.value, self.grad_out, self.out, self.lse, self.grad_lse, self.delta,
+            self.grad_query, self.grad_key, self.grad_value, self._wanted(self.grad_key_bias),
+            p.index, self.start, self.slots, p.bias, p.key_bias,
+        )  # fmt: skip
+        constants = (self.shared_query, G)
+        self._dense(gathered_attention_fused_bwd_kernel, groups, tensors, turns, constants, blocks)
+
+    def _split(self, blocks: Blocks) -> None:
+        p = self.problem
+        row_blocks, groups, turns = triton.cdiv(p.Nq, blocks.M), p.sequences, 1
+        if self.shared_query:
+            groups, turns = self._parts(p.H * row_blocks)
+            self.grad_query = self.lse.new_empty(groups, p.H, p.Nq, p.D)
+        self.delta = torch.empty_like(self.lse)
+        index = (p.index, self.start, self.slots, p.bias, p.key_bias)
+        self._dense(
+            gathered_attention_queries_bwd_kernel,
+            groups * row_blocks,
+            (
+                p.query, p.key, p.value, self.grad_out, self.out, self.lse, self.grad_lse, self.delta,
+                self.grad_query, *index,
+            ),
+            turns,
+            (self.shared_query,),
+            blocks,
+        )  # fmt: skip
+        self._dense(
+            gathered_attention_keys_bwd_kernel,
+            p.sequences * triton.cdiv(p.S, blocks.N),
+            (
+                p.query, p.key, p.value, self.grad_out, self.lse, self.delta,
+                self.grad_key, self.grad_value, self._wanted(self.grad_key_bias), *index,
+            ),
+            1,
+            (),
+            blocks,
+        )  # fmt: skip
+
+    def _bias(self, blocks: Blocks) -> None:
+        """grad_bias of every sequence, or where the bias has no batch its sum, in parts."""
+        p = self.problem
+        assert p.bias is not None
+        tiles, parts, turns = triton.cdiv(p.Nq, blocks.M) * triton.cdiv(p.S, blocks.N), p.sequences, 1
+        if all(size == 1 for size in p.bias.shape[:-3]):
+            parts, turns = self._parts(p.H * tiles)
+            self.grad_bias = self.lse.new_empty(parts, *[1] * len(p.batch), p.H, p.Nq, p.S)
+        else:
+            self.grad_bias = self.lse.new_empty(*p.batch, p.H, p.Nq, p.S)
+        tensors = (
+            p.query, p.key, p.value, self.grad_out, self.lse, self.delta, self.grad_bias, p.index, p.bias, p.key_bias,
+        )  # fmt: skip
+        self._dense(gathered_attention_bias_bwd_kernel, parts * tiles, tensors, turns, (), blocks)
+
+    def _each(self) -> None:
+        p = self.problem
+        self.delta = torch.empty_like(self.lse)
+        wide = p.sequences * max(p.Nq, p.Nk) >= 2**31 - 2048 or p.Nq * p.S >= 2**31
+        constants = (tl.int64 if wide else tl.int32,)
+        sizes = (p.sequences, p.J, p.H, p.Nq, p.Nk, p.S)
+        blocks = each_blocks(self.block_d, p.S)
+        self._add(
+            gathered_attention_each_queries_bwd_kernel,
+            triton.cdiv(p.sequences * p.Nq, blocks.M) * p.H,
+            (
+                p.query, p.key, p.value, self.grad_out, self.out, self.lse, self.grad_lse, self.delta,
+                self.grad_query, self._wanted(self.grad_bias), p.index, p.bias, p.key_bias,
+            ),
+            p.index_strides,
+            sizes,
+            constants,
+            blocks,
+        )  # fmt: skip
+        assert self.start is not None
+        assert self.slots is not None
+        blocks = each_blocks(self.block_d, triton.cdiv(p.Nq * p.S, p.Nk))
+        self._add(
+            gathered_attention_each_keys_bwd_kernel,
+            triton.cdiv(p.sequences * p.Nk, blocks.N) * p.H,
+            (
+                p.query, p.key, p.value, self.grad_out, self.lse, self.delta,
+                self.grad_key, self.grad_value, self._wanted(self.grad_key_bias), self.start, self.slots, p.bias, p.key_bias,
+            ),
+            (*self._per_row(self.start), *self._per_row(self.slots)),
+            sizes,
+            constants,
+            blocks,
+        )  # fmt: skip
+
+    def _per_row(self, t: Tensor) -> tuple[int, int, int]:
+        """(b, j, h) strides of start or slots under an index per query."""
+        b, *rest = strides(t)[:-1]
+        j = rest.pop(0) if len(self.problem.batch) == 2 else 0
+        return b, j, rest[0] if rest else 0
+
+    def _wanted(self, grad: Tensor) -> Tensor | None:
+        return grad if grad.dim() > 1 else None
+
+
+def gathered_attention_bwd(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    index: Tensor | None,
+    start: Tensor | None,
+    slots: Tensor | None,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    need_bias: bool,
+    need_key_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(grad_query, grad_key, grad_value, grad_bias, grad_key_bias)."""
+    return Backward(
+        "gathered_attention", grad_out, grad_lse, query, key, value, out, lse, index, start, slots, bias, key_bias,
+        scale, need_bias, need_key_bias,
+    ).run()  # fmt: skip
+
+
+def gathered_attention_packed_bwd(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Tensor:
+    """grad_qkv [B, N, (J,) 3, H, D] of a projection whose views query, key and value are."""
+    backward = Backward(
+        "gathered_attention", grad_out, None, query, key, value, out, lse, None, None, None, None, None, scale,
+        False, False, packed=True,
+    )  # fmt: skip
+    backward.run()
+    return backward.grad_qkv
+
+
+def recovery_attention_bwd(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_query, grad_key, grad_value); grad_query of a query without batch is float32, the sum over the batch."""
+    return Backward(
+        "recovery_attention", grad_out, None, query, key, value, out, lse, None, None, None, None, key_bias, scale,
+        False, False,
+    ).run()[:3]  # fmt: skip
