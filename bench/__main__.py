@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
 
 import torch
@@ -13,8 +12,7 @@ from . import harness
 
 def main() -> int:
     """Run, print, save; 1 if an answer was wrong."""
-    here = Path(__file__).parent
-    ops = sorted(path.stem.removeprefix("bench_") for path in here.glob("bench_*.py"))
+    here, ops = Path(__file__).parent, harness.OPS
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"which to run: {', '.join(ops)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="small rows only, and few rounds: does it work?")
@@ -25,9 +23,8 @@ def main() -> int:
     for op in args.ops:
         if op not in ops:
             parser.error(f"op must be one of {', '.join(ops)}, got {op}")
-    for op in args.ops or ops:
-        importlib.import_module(f"bench.bench_{op}")
-    selected = [row for row in harness.ROWS if args.rows in row.name and (row.quick or not args.quick)]
+    rows = harness.import_rows(args.ops)
+    selected = [row for row in rows if row.cpu and args.rows in row.name and (row.quick or not args.quick)]
 
     torch.set_num_threads(1)  # on a small shared machine two threads mostly measure the scheduler
     about = harness.header()
@@ -40,7 +37,7 @@ def main() -> int:
         markdown += text + "\n"
         results.append(result)
     title = "# Benchmark results" + (" (quick)" if args.quick else "") + "\n\n"
-    print(f"\nwritten: {harness.save(args.out, about, title + markdown, results, args.quick)} and .json")
+    print(f"\nwritten: {harness.save(args.out, about['cpu'], about, title + markdown, results, args.quick)} and .json")
     return 1 if any(result["wrong"] for result in results) else 0
 
 

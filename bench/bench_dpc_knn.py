@@ -1,13 +1,13 @@
 """dpc_knn on the shapes at which published models call it. _b<n>: the batch is cut to n, to fit a small machine."""
 
-from bench.harness import at, rows
+from bench.harness import at, at_gpu, rows
 
 test_dpc_knn = rows(
     "dpc_knn",
-    at("tiny", (1, 16, 64), 4, k=5),
-    at("hot_mixste", (16, 243, 512), 81, k=2, memory=True),
+    at("tiny", (1, 16, 64), 4, k=5, gpu=True),
+    at("hot_mixste", (16, 243, 512), 81, k=2, memory=True, gpu=True),
     at("hot_mixste_smooth", (16, 243, 512), 81, k=2, smooth=True),
-    at("hot_mixste_b1", (1, 243, 512), 81, k=2),
+    at("hot_mixste_b1", (1, 243, 512), 81, k=2, gpu=True),
     at("hot_motionbert", (8, 243, 256), 81, k=2),
     at("hot_motionagformer", (8, 243, 128), 81, k=2),
     at("tpc_mixste_centre", (4, 243, 512), 61, k=2, center=121),
@@ -27,4 +27,8 @@ test_dpc_knn = rows(
     at("tokens_1024", (8, 1024, 256), 256, k=5, quick=False),
     at("tokens_4096", (2, 4096, 256), 1024, k=5, memory=True, quick=False),
     at("tokens_8192", (1, 8192, 256), 2048, k=5, memory=True, quick=False),
+    at_gpu("mhformer_centre", (256, 351, 1536), 117, k=2, center=175),
+    at_gpu("tokens_4096_b8", (8, 4096, 256), 1024, k=5, memory=True),
+    at_gpu("tokens_16384", (1, 16384, 1024), 4096, k=5, memory=True),
+    at_gpu("tcformer_stage1", (64, 3136, 128), 784, k=5),
 )

@@ -2,7 +2,7 @@
 
 import torch
 
-from bench.harness import At, at, rows
+from bench.harness import At, at, at_gpu, rows
 
 DENSE = ("eager", "compile", "sdpa", "ours")
 NO_GATHER = ("sdpa", "ours")  # rows on which the eager gather would take many seconds and GB
@@ -41,6 +41,32 @@ test_per_query = rows(
 test_per_query_inverted = rows(
     "gathered_attention",
     at("knn_n4096_k32_inverted", (1, 4096, 512), 4096, k=32, inverted=True, quick=False, contenders=NO_GATHER),
+    backward=True,
+)
+test_on_gpus = rows(
+    "gathered_attention",
+    at_gpu("tiny", (2, 17, 512), 17, contenders=DENSE),
+    *(
+        at_gpu(f"{name}_{'bf16' if dtype == torch.bfloat16 else 'fp32'}", shape, keys, dtype=dtype, contenders=DENSE)
+        for dtype in (torch.bfloat16, torch.float32)
+        for name, shape, keys in (
+            ("mixste_spatial_b16", (3888, 17, 512), 17),
+            ("hot_mixste_kept_b16", (272, 81, 512), 81),
+            ("mixste_temporal_b16", (272, 243, 512), 243),
+            ("hot_set_243_to_81_b16", (272, 243, 512), 81),
+        )
+    ),
+    at_gpu("mixste_temporal_b16_tf32", (272, 243, 512), 243, contenders=DENSE, tf32=True),
+    at_gpu("knn_n16384_k32_bf16", (1, 16384, 512), 16384, k=32, dtype=torch.bfloat16, contenders=DENSE),
+    at_gpu(
+        "knn_n16384_k32_inverted_bf16",
+        (1, 16384, 512),
+        16384,
+        k=32,
+        inverted=True,
+        dtype=torch.bfloat16,
+        contenders=NO_GATHER,
+    ),
     backward=True,
 )
 test_per_query_and_dense = rows(

@@ -5,8 +5,11 @@ The workloads themselves and the clock are hotkernels.bench, which also times a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +24,7 @@ import torch
 
 from hotkernels.bench import WORKLOADS, Workload, interleaved, machine, peak_memory
 
+OPS = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 CONTENDERS = ("eager", "compile", "sdpa", "ours")
 COLUMNS = [
     "row",
@@ -39,10 +43,13 @@ class Row:
     op: str
     name: str
     backward: bool
-    build: Callable[[], Workload]
+    build: Callable[..., Workload]  # takes `device`
     memory: bool = False  # whether to measure the peak memory of each contender
     quick: bool = True  # whether --quick runs it
     contenders: tuple[str, ...] = ("eager", "compile", "ours")
+    cpu: bool = True  # whether `python -m bench` runs it
+    gpu: bool = False  # whether `make gpu` runs it
+    tf32: bool = False  # whether float32 products may be rounded to TF32
 
     @property
     def passes(self) -> str:
@@ -71,10 +78,18 @@ def at(
     memory: bool = False,
     quick: bool = True,
     contenders: tuple[str, ...] = Row.contenders,
+    cpu: bool = True,
+    gpu: bool = False,
+    tf32: bool = False,
     **options: Any,
 ) -> At:
     """Name a workload after where it comes from."""
-    return At(name, args, options, {"memory": memory, "quick": quick, "contenders": contenders})
+    flags = {"memory": memory, "quick": quick, "contenders": contenders, "cpu": cpu, "gpu": gpu, "tf32": tf32}
+    return At(name, args, options, flags)
+
+
+# A workload for `make gpu` alone.
+at_gpu = functools.partial(at, cpu=False, gpu=True)
 
 
 def rows(op: str, *workloads: At, backward: bool = False) -> Callable[..., None]:
@@ -89,7 +104,7 @@ def rows(op: str, *workloads: At, backward: bool = False) -> Callable[..., None]
     ]
     ROWS.extend(added)
 
-    cases = [pytest.param(row, name, id=f"{row}-{name}") for row in added for name in row.contenders]
+    cases = [pytest.param(row, name, id=f"{row}-{name}") for row in added if row.cpu for name in row.contenders]
 
     @pytest.mark.parametrize(("row", "contender"), cases)
     def test(row: Row, contender: str, benchmark: Any) -> None:
@@ -156,10 +171,19 @@ def line(cells: Iterable[str]) -> str:
 
 
 def header() -> dict[str, Any]:
-    """The machine, and the commit that was measured."""
+    """The machine, and the commit that was measured; a copy without git is told it by the variable COMMIT."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    commit = os.environ.get("COMMIT", "")
+    with contextlib.suppress(OSError):
+        commit = commit or subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     return machine() | {"commit": commit or "unknown"}
+
+
+def import_rows(ops: Iterable[str] = ()) -> list[Row]:
+    """The rows of the bench_<op>.py of some ops, or of all."""
+    for op in ops or OPS:
+        importlib.import_module(f"bench.bench_{op}")
+    return ROWS
 
 
 def report(selected: list[Row], seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -176,12 +200,14 @@ def report(selected: list[Row], seconds: float) -> Iterator[tuple[str, dict[str,
         yield head + line(cells(result)), result
 
 
-def save(folder: Path, about: dict[str, Any], markdown: str, results: list[dict[str, Any]], quick: bool) -> Path:
-    """Write <cpu>-<date>.json and .md; return the latter's path."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)|@.*", "", about["cpu"].lower())).strip("-")
+def save(
+    folder: Path, on: str, about: dict[str, Any], markdown: str, results: list[dict[str, Any]], quick: bool
+) -> Path:
+    """Write <on>-<date>.json and .md, `on` being the processor's name; return the latter's path."""
+    on = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)|@.*", "", on.lower())).strip("-")
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (f"{cpu}-{date}" + ("-quick" if quick else ""))
+    path = folder / (f"{on}-{date}" + ("-quick" if quick else ""))
     path.with_name(path.name + ".json").write_text(json.dumps({"machine": about, "rows": results}, indent=1) + "\n")
     markdown_path = path.with_name(path.name + ".md")
     markdown_path.write_text(markdown)

@@ -28,14 +28,14 @@ from hotkernels.models.eager import HoTMixSTEEager
 OPTIONS: dict[str, Any] = {"frames": 243, "token_num": 81, "layer_index": 3, "channels": 512, "depth": 8}
 
 
-def build(options: dict[str, Any]) -> tuple[dict[str, nn.Module], float]:
+def build(options: dict[str, Any], device: str = "cpu") -> tuple[dict[str, nn.Module], float]:
     """The three with the same parameters, and the seconds that swapping took."""
     torch.manual_seed(0)
-    eager = HoTMixSTEEager(**options).eval()
+    eager = HoTMixSTEEager(**options).eval().to(device)
     with torch.no_grad():
         for p in (eager.pos_embed_token, eager.x_token, eager.Spatial_pos_embed, eager.Temporal_pos_embed):
             p.normal_(0, 0.02)
-    native = HoTMixSTE(**options, select="cluster_random").eval()
+    native = HoTMixSTE(**options, select="cluster_random").eval().to(device)
     native.load_state_dict(eager.state_dict())
     swapped = copy.deepcopy(eager)
     start = time.perf_counter()
@@ -45,7 +45,7 @@ def build(options: dict[str, Any]) -> tuple[dict[str, nn.Module], float]:
 
 def check(models: dict[str, nn.Module], x: Tensor, token_num: int) -> str | None:
     """What is wrong with an answer on the same kept frames, or None; float32 rounding through all layers is allowed."""
-    index = torch.stack([torch.randperm(x.shape[1])[:token_num].sort().values for _ in x])
+    index = torch.stack([torch.randperm(x.shape[1])[:token_num].sort().values for _ in x]).to(x.device)
     with torch.no_grad():
         expected = models["eager"](x, index)
         for name, model in models.items():

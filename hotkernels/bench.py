@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from . import __version__
@@ -66,6 +67,8 @@ class Workload:
     """Positions in `args` that gradients are taken of; () = the op has none."""
     sdpa: Callable[..., Any] | None = None
     """The call around PyTorch's own fused attention; None if it has no part in the op."""
+    flex: Callable[..., Any] | None = None
+    """The same around FlexAttention, to be compiled."""
 
     def thunk(self, function: Callable[..., Any], backward: bool, dtype: torch.dtype | None = None) -> Thunk:
         """The call without arguments: forward alone, or the gradients of one forward and backward pass."""
@@ -254,6 +257,9 @@ def gathered_attention_workload(
     def fused(qkv: Tensor, index: Tensor | None = None) -> Tensor:
         return merge(sdpa(*parts(qkv, index)))
 
+    def flex(qkv: Tensor, index: Tensor | None = None) -> Tensor:
+        return merge(flex_attention(*parts(qkv, index)))
+
     def eager(qkv: Tensor, index: Tensor | None = None) -> Tensor:
         if index is not None and index.dim() == 3:
             query, key, value = parts(qkv)
@@ -283,7 +289,7 @@ def gathered_attention_workload(
         kept = torch.rand(B, N, generator=generator).argsort(1)[:, :clusters].sort(1).values
         args = (*args, kept.to(device))
         what += f", {clusters} keys"
-    return Workload(what, args, eager, ours, grad_of=(0,), sdpa=fused)
+    return Workload(what, args, eager, ours, grad_of=(0,), sdpa=fused, flex=flex)
 
 
 def recovery_attention_workload(
@@ -315,8 +321,16 @@ def recovery_attention_workload(
 
         eager = attend(functools.partial(attention_eager, scale=D**-0.5))
         ours = attend(functools.partial(recovery_attention, backend=backend))
-        fused = attend(lambda query, key, value: sdpa(query.expand(B, J, -1, -1, -1), key, value))
-        return Workload(what, args, eager, ours, grad_of=(0, 1), sdpa=fused)
+
+        def one_batch_dim(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                out = attention(query.expand(B * J, -1, -1, -1), key.flatten(0, 1), value.flatten(0, 1))
+                return out.unflatten(0, (B, J))
+
+            return attend(call)
+
+        fused, flex = one_batch_dim(sdpa), one_batch_dim(flex_attention)
+        return Workload(what, args, eager, ours, grad_of=(0, 1), sdpa=fused, flex=flex)
 
     published, module = TokenRecoveryEager(C, F, heads, qkv_bias=True), TokenRecovery(C, F, heads, qkv_bias=True)
     generator = torch.Generator().manual_seed(1)
