@@ -35,6 +35,21 @@ __device__ inline void mma_m16n8k8(float (&d)[4], const float (&a)[4], const flo
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
+// Two floats rounded to float16, `low` in the lower half.
+__device__ inline uint32_t pack_half(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// d += a b, with a [16, 16] and b [16, 8] of float16 and d [16, 8] float32: rows and columns as above, and each operand
+// two neighbours in k,  a = {(g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)},  b = {(2t, g), (2t + 8, g)}.
+__device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // Asynchronous copies from global to shared memory of 4, 8 or 16 aligned bytes; of which the first `valid` are read, the
 // rest is filled with 0 (valid = 0 reads nothing). A thread's copies form groups; after async_wait<n> at most its n last
 // groups are still under way. Other threads see the copies after a barrier.

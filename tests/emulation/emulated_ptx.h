@@ -37,6 +37,37 @@ inline void mma_m16n8k8(float (&d)[4], const float (&a)[4], const float (&b)[2])
   });
 }
 
+inline uint32_t pack_half(float low, float high) {
+  const auto bits = [](float x) { return std::bit_cast<uint16_t>(static_cast<_Float16>(x)); };
+  return uint32_t{bits(high)} << 16 | bits(low);
+}
+
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operands {
+    float* d;
+    uint32_t a[4], b[2];
+  } mine{d, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  hk_emulation::warp_instruction(~0u, &mine, [](void* const(&payload)[32], unsigned) {
+    float left[16][16], right[16][8];
+    for (int l = 0; l < 32; ++l) {
+      const auto& o = *static_cast<Operands*>(payload[l]);
+      for (int i = 0; i < 8; ++i) {
+        const auto half = [i](uint32_t pair) { return std::bit_cast<_Float16>(static_cast<uint16_t>(pair >> 16 * (i % 2))); };
+        const int k = 2 * (l % 4) + i % 2 + 8 * (i / 4), row = l / 4 + 8 * (i / 2 % 2);
+        left[row][k] = half(o.a[i / 2]);
+        if (i < 4) right[2 * (l % 4) + i % 2 + 8 * (i / 2)][l / 4] = half(o.b[i / 2]);
+      }
+    }
+    for (int l = 0; l < 32; ++l) {
+      float* d = static_cast<Operands*>(payload[l])->d;
+      for (int i = 0; i < 4; ++i) {
+        const int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
+        for (int k = 0; k < 16; ++k) d[i] += left[row][k] * right[k][column];
+      }
+    }
+  });
+}
+
 template <int kBytes>
 inline void async_copy(void* shared, const void* global, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
