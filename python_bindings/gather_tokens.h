@@ -80,4 +80,26 @@ struct GatherTokensCall {
   }
 };
 
+// A checked backward call, but for the inverted index.
+struct GatherTokensGradCall {
+  Rows rows;
+  Tensor grad_x;
+  GatherTokensGrad p{};
+
+  GatherTokensGradCall(const Tensor& grad_out, const Tensor& index, int64_t num_tokens) : rows(grad_out) {
+    check_gather_index(index, grad_out);
+    HK_CHECK(index.size(1) == grad_out.size(1), kGatherTokens, "grad_out", "[B, M = " << index.size(1) << ", ..., C]",
+             shape_of(grad_out));
+    HK_CHECK(num_tokens >= 0, kGatherTokens, "num_tokens", "at least 0", num_tokens);
+    std::vector<int64_t> shape{grad_out.size(0), num_tokens};
+    for (int64_t d = 2; d < grad_out.dim(); ++d) shape.push_back(grad_out.size(d));
+    grad_x = torch::stable::new_empty(grad_out, shape);
+    p.B = grad_out.size(0), p.N = num_tokens, p.M = index.size(1), p.R = rows.R, p.C = rows.C;
+    p.grad_out = rows.tensor.const_data_ptr(), p.dtype = dtype_of(grad_out, kGatherTokens, "grad_out");
+    p.grad_stride_b = rows.tensor.stride(0), p.grad_stride_m = rows.tensor.stride(1), p.grad_stride_r = rows.stride_r;
+    p.grad_x = grad_x.mutable_data_ptr();
+    p.index = index.const_data_ptr<int64_t>();
+  }
+};
+
 }  // namespace hotkernels

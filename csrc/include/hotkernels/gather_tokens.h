@@ -29,11 +29,14 @@ struct GatherTokensGrad {
   int64_t grad_stride_b, grad_stride_m, grad_stride_r;
   void* grad_x;          // [B, N, R, C] contiguous
   DType dtype;
+  const int64_t* index;  // [B, M] contiguous
   const int64_t* start;  // [B, N + 1] and
-  const int64_t* slots;  // [B, M]: the inverted index, see invert_index.h
+  const int64_t* slots;  // [B, M]: the inverted index (invert_index.h); on a GPU null if M <= kMaxSortedInBlock
 };
 
 // Sums tokens [begin, end) of the B * N tokens.
 HK_CPU_KERNEL(void gather_tokens_bwd(const GatherTokensGrad& p, int64_t begin, int64_t end))
+// Sums all of them on `stream`; an index outside [0, N) counts as absent.
+CudaError gather_tokens_bwd_cuda(const GatherTokensGrad& p, CudaStream stream);
 
 }  // namespace hotkernels

@@ -1,6 +1,7 @@
 // out[b, m] = sum_i w_i x_i / (sum_i w_i + eps) over the tokens i with assignment[b, i] = m; an empty cluster gives 0.
 #pragma once
 #include "hotkernels/common.h"
+#include "hotkernels/cuda.h"
 
 namespace hotkernels {
 
@@ -20,6 +21,10 @@ struct MergeTokens {
   const void* grad_out;       // [B, M, C] contiguous; mean is read, total too
   void* grad_x;               // [B, N, C] contiguous
   void* grad_weight;          // [B, N] contiguous, or null
+
+  // Forward on GPUs only.
+  const int64_t* start;       // [B, M + 1] and
+  const int64_t* slots;       // [B, N]: the inverted assignment (invert_index.h), or null if N <= kMaxSortedInBlock
 };
 
 // Sums the weights of samples [begin, end) into total.
@@ -29,5 +34,10 @@ HK_CPU_KERNEL(void merge_tokens_total(const MergeTokens& p, int64_t begin, int64
 HK_CPU_KERNEL(void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t c_end, float* scratch))
 // Gradients of tokens [begin, end) of the B * N tokens.
 HK_CPU_KERNEL(void merge_tokens_bwd(const MergeTokens& p, int64_t begin, int64_t end))
+
+// The same for all of it on `stream`, total included. An assignment outside [0, M) counts as none: nobody looked at the
+// values before.
+CudaError merge_tokens_fwd_cuda(const MergeTokens& p, CudaStream stream);
+CudaError merge_tokens_bwd_cuda(const MergeTokens& p, CudaStream stream);
 
 }  // namespace hotkernels

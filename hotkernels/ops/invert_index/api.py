@@ -7,12 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...backends import Kernel, choose, fake, register
+from ...backends import LIBRARIES, Kernel, choose, fake, register
 from ...errors import INTEGER, check_index, check_int, check_tensor, fail
 from .reference import invert_index_reference
 
 _OP = "invert_index"
-register(_OP, torch=Kernel(INTEGER), cpp=Kernel(INTEGER, device="cpu", library="_C_cpu"))
+register(
+    _OP,
+    torch=Kernel(INTEGER),
+    cpp=Kernel(INTEGER, device="cpu", library="_C_cpu"),
+    cuda=Kernel(INTEGER, device="cuda", library="_C_cuda"),
+)
+if LIBRARIES["_C_cpu"] is None and LIBRARIES["_C_cuda"] is not None:
+    # On a GPU without our CUDA library, Triton's attention still inverts its index, inside its backward.
+    torch.library.impl("hotkernels::invert_index", "cuda")(invert_index_reference)
 
 
 class InvertedIndex(NamedTuple):
@@ -38,7 +46,7 @@ def invert_index(index: Tensor, num_tokens: int, *, dims: int = 1, backend: str 
         index: [..., L] int64 or int32 in [-1, num_tokens); -1 refers to nothing.
         num_tokens: N.
         dims: how many of the last dims are entries of one row: 1 for a set [B, M], 2 for keys per query [..., Nq, K].
-        backend: "torch", "cpp", or None for the fastest that can serve the call.
+        backend: "torch", "cpp", "cuda", or None for the fastest that can serve the call.
 
     Returns:
         InvertedIndex(index, start [..., N + 1], slots [..., L]); entries after start[..., N] are unspecified.
@@ -46,7 +54,8 @@ def invert_index(index: Tensor, num_tokens: int, *, dims: int = 1, backend: str 
     Raises:
         ValueError, TypeError: ``invert_index: <arg> must be <expected>, got <actual>``.
 
-    Cost: a counting sort, O(L + N) per row.
+    Cost: a counting sort, O(L + N) per row; on a GPU, rows of more than 8192 entries by a radix sort with 16 bytes of
+    scratch per entry.
 
     Example::
 
@@ -62,8 +71,10 @@ def invert_index(index: Tensor, num_tokens: int, *, dims: int = 1, backend: str 
         fail(_OP, "index", f"of at least dims = {dims} dims", list(index.shape))
     index = index.long().contiguous()
     rows = index.flatten(-dims) if dims > 1 else index
-    if choose(_OP, index, backend) == "torch":
+    chosen = choose(_OP, index, backend)
+    if chosen != "cpp":  # which looks for itself
         check_index(_OP, "index", index, num_tokens)
+    if chosen == "torch":
         return InvertedIndex(index, *invert_index_reference(rows, num_tokens))
     return InvertedIndex(index, *torch.ops.hotkernels.invert_index(rows, num_tokens))
 

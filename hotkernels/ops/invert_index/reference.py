@@ -12,4 +12,4 @@ def invert_index_reference(index: Tensor, num_tokens: int) -> tuple[Tensor, Tens
     counts = index.new_zeros(*index.shape[:-1], num_tokens + 2).scatter_add(
         -1, owner + 1, index.new_ones(()).expand_as(owner)
     )
-    return counts.cumsum(-1)[..., :-1], slots
+    return counts.cumsum(-1)[..., :-1].contiguous(), slots

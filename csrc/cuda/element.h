@@ -1,0 +1,75 @@
+// Element types as CUDA kernels see them: packs of them that one load moves, and what they are computed in.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "hotkernels/common.h"
+
+namespace hotkernels {
+
+constexpr int kPackBytes = 16;  // the widest load of one thread
+
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T value[V];
+};
+
+// Half types are computed in float32 and rounded once, as on the CPU.
+template <class T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ inline float get(float x) { return x; }
+__device__ inline double get(double x) { return x; }
+__device__ inline float get(__half x) { return __half2float(x); }
+__device__ inline float get(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ inline T put(Compute<T> x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return x;
+  }
+}
+
+// Calls body(T{}) for the element type of a tensor.
+template <class Body>
+inline auto with_element(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f16: return body(__half{});
+    case DType::bf16: return body(__nv_bfloat16{});
+    case DType::f64: return body(double{});
+    default: return body(float{});
+  }
+}
+
+inline bool aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// The smallest power of two that is at least `count`, up to `most`: how many threads share `count` packs.
+inline unsigned lanes_for(int64_t count, unsigned most) {
+  unsigned lanes = 1;
+  while (lanes < count && lanes < most) lanes *= 2;
+  return lanes;
+}
+
+// Calls launch(first, count) for runs of samples that together are no more work than a grid has blocks: kernels count
+// the blocks, and whatever else one launch covers, in 32 bits. per_sample must be less than 2^31.
+template <class Launch>
+inline cudaError_t launch_in_runs(int64_t samples, int64_t per_sample, const Launch& launch) {
+  const int64_t run = per_sample > 0 ? INT32_MAX / per_sample : INT32_MAX;
+  for (int64_t first = 0; first < samples; first += run) {
+    const cudaError_t error = launch(first, samples - first < run ? samples - first : run);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+inline unsigned blocks_for(int64_t work, unsigned per_block) { return static_cast<unsigned>((work + per_block - 1) / per_block); }
+
+}  // namespace hotkernels

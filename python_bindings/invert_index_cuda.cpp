@@ -1,0 +1,19 @@
+// invert_index on NVIDIA GPUs: the checks of the CPU binding, scratch, the launches on PyTorch's current stream.
+#include "cuda.h"
+#include "invert_index.h"
+
+namespace hotkernels {
+
+std::tuple<Tensor, Tensor> invert_index(const Tensor& index, int64_t num_tokens) {
+  const DeviceGuard guard(index.get_device_index());
+  const InvertIndexCall call(index, num_tokens);
+  check_32_bits(call.p.L, kInvertIndex, "index", "entries per row");
+  check_32_bits(num_tokens, kInvertIndex, "num_tokens", "tokens");
+  Tensor scratch = torch::stable::new_empty(index, {invert_index_scratch_cuda(call.p)}, ScalarType::Byte);
+  check_launch(invert_index_cuda(call.p, scratch.mutable_data_ptr(), current_stream(index.get_device_index())), kInvertIndex);
+  return {call.start, call.slots};
+}
+
+}  // namespace hotkernels
+
+STABLE_TORCH_LIBRARY_IMPL(hotkernels, CUDA, m) { m.impl("invert_index", TORCH_BOX(&hotkernels::invert_index)); }

@@ -1,0 +1,92 @@
+// What the CPU and the CUDA binding of merge_tokens share: checks, results, the filled-in contract.
+#pragma once
+#include "check.h"
+#include "hotkernels/merge_tokens.h"
+
+namespace hotkernels {
+
+constexpr const char* kMergeTokens = "merge_tokens";
+
+// Checked inputs of both directions. Assignment values are not looked at.
+struct MergeTokensInputs {
+  Tensor x;
+  MergeTokens p{};
+
+  MergeTokensInputs(const Tensor& given, const Tensor& assignment, int64_t num_clusters,
+                    const std::optional<Tensor>& weight)
+      : x(given) {
+    HK_CHECK(given.dim() == 3, kMergeTokens, "x", "[B, N, C]", shape_of(given));
+    HK_CHECK(num_clusters >= 1, kMergeTokens, "num_clusters", "at least 1", num_clusters);
+    p.B = x.size(0), p.N = x.size(1), p.M = num_clusters, p.C = x.size(2);
+    p.dtype = dtype_of(x, kMergeTokens, "x");
+    const auto check = [&](const Tensor& t, const char* arg, ScalarType type) {
+      HK_CHECK(t.device() == x.device() && t.scalar_type() == type && t.is_contiguous() && t.dim() == 2 &&
+                   t.size(0) == p.B && t.size(1) == p.N,
+               kMergeTokens, arg,
+               "a contiguous " << torch::headeronly::toString(type) << " tensor [" << p.B << ", " << p.N
+                               << "] on x's device",
+               torch::headeronly::toString(t.scalar_type()) << " " << shape_of(t));
+    };
+    check(assignment, "assignment", ScalarType::Long);
+    p.assignment = assignment.const_data_ptr<int64_t>();
+    if (weight) {
+      check(*weight, "weight", x.scalar_type());
+      p.weight = weight->const_data_ptr();
+    }
+    if (p.C > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
+    p.x = x.const_data_ptr();
+    p.x_stride_b = x.stride(0), p.x_stride_n = x.stride(1);
+  }
+
+  // What sums are kept in.
+  ScalarType compute_type() const { return p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+  bool half() const { return p.dtype == DType::f16 || p.dtype == DType::bf16; }
+};
+
+struct MergeTokensCall : MergeTokensInputs {
+  Tensor out, total, mean;
+
+  MergeTokensCall(const Tensor& given, const Tensor& assignment, int64_t num_clusters,
+                  const std::optional<Tensor>& weight, double eps, bool need_mean)
+      : MergeTokensInputs(given, assignment, num_clusters, weight) {
+    const bool keep_mean = half() && need_mean;
+    out = torch::stable::new_empty(x, {p.B, p.M, p.C});
+    total = torch::stable::new_empty(x, {p.B, p.M}, compute_type());
+    mean = torch::stable::new_empty(x, {keep_mean ? p.B : 0, p.M, p.C}, compute_type());
+    p.eps = eps, p.out = out.mutable_data_ptr(), p.total = total.mutable_data_ptr();
+    if (keep_mean) p.mean = mean.mutable_data_ptr();
+  }
+};
+
+struct MergeTokensGradCall : MergeTokensInputs {
+  Tensor grad_out, grad_x, grad_weight;
+
+  // mean is read, and need be in the type of sums, only for the weight's gradient.
+  MergeTokensGradCall(const Tensor& grad, const Tensor& mean, const Tensor& total, const Tensor& given,
+                      const Tensor& assignment, const std::optional<Tensor>& weight, bool need_weight)
+      : MergeTokensInputs(given, assignment, clusters_of(mean), weight), grad_out(torch::stable::contiguous(grad)) {
+    const auto check = [&](const Tensor& t, const char* arg, ScalarType type, bool rank3) {
+      HK_CHECK(t.device() == x.device() && t.scalar_type() == type && t.is_contiguous() && t.dim() == (rank3 ? 3 : 2) &&
+                   t.size(0) == p.B && t.size(1) == p.M && (!rank3 || t.size(2) == p.C),
+               kMergeTokens, arg, "as merge_tokens_fwd returned it",
+               torch::headeronly::toString(t.scalar_type()) << " " << shape_of(t));
+    };
+    check(grad_out, "grad_out", x.scalar_type(), true);
+    check(mean, "mean", need_weight ? compute_type() : mean.scalar_type(), true);
+    check(total, "total", compute_type(), false);
+    grad_x = torch::stable::new_empty(x, {p.B, p.N, p.C});
+    grad_weight = torch::stable::new_empty(x, {p.B, need_weight ? p.N : 0});
+    p.grad_out = grad_out.const_data_ptr();
+    p.mean = const_cast<void*>(mean.const_data_ptr()), p.total = const_cast<void*>(total.const_data_ptr());
+    p.grad_x = grad_x.mutable_data_ptr();
+    p.grad_weight = need_weight ? grad_weight.mutable_data_ptr() : nullptr;
+  }
+
+ private:
+  static int64_t clusters_of(const Tensor& mean) {
+    HK_CHECK(mean.dim() == 3, kMergeTokens, "mean", "[B, M, C]", shape_of(mean));
+    return mean.size(1);
+  }
+};
+
+}  // namespace hotkernels
