@@ -1,10 +1,12 @@
 """Checks a clustering step by step against float64: each step is held to what the steps before it returned.
 
-Discrete answers may differ wherever the float64 margin is within float32's rounding, and nowhere else.
+Discrete answers may differ wherever the float64 margin is within rounding, and nowhere else: float32's, and where a
+GPU kernel computes (a GPU tensor, or an emulated GPU) that of rounding the centred tokens themselves to TF32.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -14,6 +16,16 @@ from hotkernels import DensityPeaks
 from hotkernels.ops.dpc_knn.reference import NORM_LIMIT
 
 EPS = torch.finfo(torch.float32).eps
+
+
+def rounds_to_tf32(x: Tensor) -> bool:
+    """Whether the kernel that clusters x may round tokens to TF32."""
+    return x.is_cuda or bool(os.environ.get("HOTKERNELS_EMULATE_CUDA"))
+
+
+def tf32(x: Tensor) -> Tensor:
+    """x rounded to 10 bits of mantissa, ties away from zero."""
+    return ((x.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def check_dpc_knn(args: dict[str, Any], out: DensityPeaks) -> None:
@@ -62,24 +74,31 @@ def _check_sample(
     density, delta, score = (t[valid].double() for t in (out.density, out.delta, out.score))
     x = x[valid] - x[valid].mean(0)
     d2 = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square() / C
-    error2 = 32 * EPS * x.square().sum(-1).max() / C  # of a squared distance in float32
-    near, far = (d2 - error2).clamp(min=0).sqrt(), (d2 + error2).sqrt()
-    near.fill_diagonal_(0), far.fill_diagonal_(0)
+    # Each squared distance lies in [near2, far2]: moved by as much as its two tokens were, then rounded.
+    coarse = rounds_to_tf32(out.density)
+    moved = (x - tf32(x)).norm(dim=-1) / C**0.5 if coarse else x.new_zeros(n)
+    error2 = (128 if coarse else 32) * EPS * x.square().sum(-1).max() / C
+    moved = moved[:, None] + moved[None, :]
+    near2 = ((d2.sqrt() - moved).clamp(min=0).square() - error2).clamp(min=0).fill_diagonal_(0)
+    far2 = ((d2.sqrt() + moved).square() + error2).fill_diagonal_(0)
+    near, far = near2.sqrt(), far2.sqrt()
 
-    # Density.
-    r = d2.topk(min(k, n), largest=False).values.mean(-1)
-    exact = torch.exp(-r)
-    error = exact * (torch.expm1(error2.clamp(max=700)) + 4 * EPS * (1 + r)) + 1e-44
+    # Density, and the key that tokens are ordered by: each in [least, most].
+    def exponent(d2: Tensor) -> Tensor:
+        return d2.topk(min(k, n), largest=False).values.mean(-1)
+
+    r_least, r_most = (1 - 4 * EPS) * exponent(near2), (1 + 4 * EPS) * exponent(far2)
+    least, most = torch.exp(-r_most) * (1 - 4 * EPS), torch.exp(-r_least) * (1 + 4 * EPS)
     if noise is not None:
-        exact = exact + noise[valid]
-        error = error + EPS * exact.abs()
-    assert ((density - exact).abs() <= error).all(), "density"
+        error = EPS * (most + noise[valid].abs())
+        least, most = least + noise[valid] - error, most + noise[valid] + error
+    assert ((least - 1e-44 <= density) & (density <= most + 1e-44)).all(), "density"
+    if noise is None:
+        least, most = -r_most, -r_least
 
     # Delta: the nearest of those that are denser for certain is an upper bound, of those that may be a lower one.
-    key, margin = (-r, error2 + 4 * EPS * r) if noise is None else (exact, error)
-    lead = key[None, :] - key[:, None]
-    slack = margin[None, :] + margin[:, None]
-    surely, maybe = lead > slack, (lead >= -slack).fill_diagonal_(False)
+    surely = least[None, :] > most[:, None]
+    maybe = (most[None, :] >= least[:, None]).fill_diagonal_(False)
     farthest = far.max()
     upper = far.masked_fill(~surely, torch.inf).amin(-1).clamp(max=farthest)
     lower = near.masked_fill(~maybe, torch.inf).amin(-1).clamp(max=near.max())
@@ -89,9 +108,9 @@ def _check_sample(
 
     # Score and the choice.
     assert ((score - density * delta).abs() <= 4 * EPS * score.abs() + 1e-44).all(), "score"
-    log_density = -r if noise is None else density.clamp(min=0).log()
-    log_score = log_density + delta.log()
-    slack_of_score = 2 * (margin if noise is None else torch.full_like(r, 4 * EPS)) + 4 * EPS
+    if noise is not None:
+        least = most = density.clamp(min=0).log()
+    lowest, highest = least + delta.log() - 8 * EPS, most + delta.log() + 8 * EPS
     place_of = {int(position): token for token, position in enumerate(positions)}
     tail = [place_of[position] for position in dict.fromkeys(keep) if position in place_of]
     count = min(len(out.index) - len(keep), n - len(tail)) + len(tail)
@@ -106,7 +125,6 @@ def _check_sample(
         assert kept[count - len(tail) :] == tail, "keep comes after the best"
     best = torch.tensor([token for token in kept if token not in tail], dtype=torch.int64)
     rest = torch.tensor([token for token in range(n) if token not in set(kept)], dtype=torch.int64)
-    lowest, highest = log_score - slack_of_score, log_score + slack_of_score
     if len(best) and len(rest):
         assert lowest[rest].max() <= highest[best].min(), "a better token was left out"
     if len(best) and not ordered:

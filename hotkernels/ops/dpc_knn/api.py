@@ -17,6 +17,7 @@ register(
     _OP,
     torch=Kernel(FLOATING),
     cpp=Kernel((torch.float32, torch.float16, torch.bfloat16), device="cpu", library="_C_cpu"),
+    cuda=Kernel((torch.float32, torch.float16, torch.bfloat16), device="cuda", library="_C_cuda"),
 )
 
 

@@ -1,0 +1,749 @@
+// DPC-kNN of up to 352 tokens: a team of eight blocks per sample, whose distances never leave the chip.
+//
+// On sm_90 and later the team is a thread-block cluster and all of it is one launch; blocks write to each other's shared
+// memory. Elsewhere the same device functions run in three launches, with global memory between them.
+//
+//   products   Tiles of 32 x 32 dot products, on and above the diagonal only, stay in registers. Two groups of blocks
+//              share the tiles, the four blocks of a group the channels: each block reads a quarter of x, in chunks that
+//              hold every token. So a channel's mean is known where the channel is: subtract, round to TF32, multiply.
+//   distances  The four partial sums of a tile are added in order and sent to the blocks that own its rows, and its
+//              columns. Norms are the diagonal: d2 = (n_i + n_j) - 2 <i, j> is exactly 0 for copies, exactly symmetric.
+//   rows       A warp per token: density, then delta, then its place by counting, then its nearest kept token. Between
+//              these steps each token's number goes to every block.
+//
+// Which tokens count (no NaN, no norm over 1e14) is needed before the mean and takes a pass over x, so the cluster first
+// takes all tokens of the mask: if the mean and all centred norms are small, all tokens count. If not, it looks and starts
+// again. Tokens that do not count are left out from the start: nothing depends on where they stood.
+#pragma once
+#include <atomic>
+#include <climits>
+
+#include "dpc_knn_order.h"
+
+namespace hotkernels::dpc::small {
+
+constexpr int kTile = 32, kMaxAcross = 11, kMaxTokens = kTile * kMaxAcross;
+constexpr int kThreads = 384, kWarps = kThreads / kWarp;
+constexpr int kGroups = 2, kSplits = 4, kTeam = kGroups * kSplits;
+constexpr int kChunk = 16, kQuads = kChunk / 4;  // channels in a chunk; a thread holds four of one token
+constexpr int kRowsAtOnce = kThreads / kQuads, kPasses = (kMaxTokens + kRowsAtOnce - 1) / kRowsAtOnce;
+constexpr int kTilesPerWarp = 3;  // 96 accumulators per thread
+constexpr int kTileFloats = kTile * kTile;
+constexpr int kClusterSlots = 8, kStagedSlots = 4;  // chunks in shared memory: the latter leave room on 99 KB chips
+constexpr int64_t kStagedSamples = 64;              // per round of launches, which bounds the scratch
+constexpr int kNever = INT_MAX;
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int tiles_of(int across) { return across * (across + 1) / 2; }
+__host__ __device__ constexpr int tiles_of_group(int across) { return ceil_div(tiles_of(across), kGroups); }
+// Floats from one row of distances to the next: 8 banks further.
+__host__ __device__ constexpr int row_stride(int across) { return across * kTile + 8; }
+static_assert(tiles_of_group(kMaxAcross) <= kWarps * kTilesPerWarp && kMaxTokens <= kThreads && kGroups == 2);
+
+// The tokens that count, numbered 0 .. n-1 in ascending position, and what `products` needs.
+struct alignas(16) Tokens {
+  float sums[2][kWarps][kChunk];  // of each warp's rows, for this chunk and the next
+  int position[kMaxTokens];
+  int token[kMaxTokens];  // of a position, -1 if it does not count
+  unsigned words[kWarps];
+  float mean2;  // squared norm of the mean, of this block's channels
+};
+
+struct Shared : Tokens {
+  DensityKey key[kMaxTokens];
+  uint64_t score[kMaxTokens];    // score_key of each token
+  float2 r_far[kMaxTokens];      // r and the largest squared distance of each token
+  float norm[kMaxTokens];
+  float density[kMaxTokens];
+  float delta2[kMaxTokens];      // of this block's rows only, as is `nearest`
+  int nearest[kMaxTokens];
+  int keep[kMaxTokens];          // where `keep` has the token first, or kNever
+  int slot[kMaxTokens];          // place of the token, best first, or -1
+  int kept[kMaxTokens];          // token of each place
+  int place[kMaxTokens];         // place of each token, or -1
+  int counts[kMaxTokens];        // whether the token's norm is small enough
+};
+
+constexpr int64_t shared_bytes(int across) {  // of a block of a cluster
+  const int ring = kClusterSlots * across * kTile * kChunk;
+  const int rest = tiles_of_group(across) * kTileFloats + ceil_div(across * kTile, kTeam) * row_stride(across);
+  return static_cast<int64_t>(sizeof(Shared)) + 4 * (ring > rest ? ring : rest);
+}
+constexpr int64_t staged_shared_bytes(int across) {  // of a block of dpc_knn_products_kernel
+  return static_cast<int64_t>(sizeof(Tokens)) + 4 * kStagedSlots * across * kTile * kChunk;
+}
+static_assert(sizeof(Shared) % 16 == 0 && sizeof(Tokens) % 16 == 0);
+static_assert(shared_bytes(kMaxAcross) <= 227 * 1024 && staged_shared_bytes(kMaxAcross) <= 99 * 1024);
+static_assert(sizeof(Shared) <= 48 * 1024);
+
+// ---- tokens that count ------------------------------------------------------------------------------------------------------
+
+// Numbers the positions whose thread says so; returns how many. Called by all threads, thread = position.
+__device__ inline int number_tokens(Tokens& s, bool counts) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const unsigned word = __ballot_sync(kAllLanes, counts);
+  if (lane == 0) s.words[warp] = word;
+  __syncthreads();
+  int before = 0, n = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) before = n;
+    n += __popc(s.words[w]);
+  }
+  before += __popc(word & ((1u << lane) - 1));
+  if (threadIdx.x < kMaxTokens) s.token[threadIdx.x] = counts ? before : -1;
+  if (counts) s.position[before] = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  return n;
+}
+
+// Whether the squared norm of a token is within the limit; the same answer in all lanes of the warp that asks.
+template <class T>
+__device__ bool small_enough(const DpcKnn& p, int64_t b, int64_t position) {
+  const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b + position * p.x_stride_n;
+  float square = 0;
+  for (int64_t c = threadIdx.x % kWarp; c < p.C; c += kWarp) {
+    const float value = to_float(x[c * p.x_stride_c]);
+    square += value * value;
+  }
+  return warp_sum(square) <= kNormLimit;
+}
+
+// ---- products ---------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct alignas(4 * sizeof(T)) Quad {
+  T value[4];
+};
+
+// Starts to copy four channels of a token, the first `valid` of which exist, to shared memory: x's own type, 16 bytes apart.
+template <class T, bool kWide>
+__device__ inline void copy_quad(float* to, const T* x, int64_t offset, int64_t stride, int valid) {
+  if constexpr (kWide) {
+    ptx::async_copy<4 * sizeof(T)>(to, valid > 0 ? x + offset : x, valid * static_cast<int>(sizeof(T)));
+  } else if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) ptx::async_copy<4>(to + e, e < valid ? x + offset + e * stride : x, e < valid ? 4 : 0);
+  } else {
+    Quad<T> quad{};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (e < valid) quad.value[e] = x[offset + e * stride];
+    }
+    *reinterpret_cast<Quad<T>*>(to) = quad;
+  }
+}
+
+template <class T>
+__device__ inline float4 read_quad(const float* from) {
+  const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(from);
+  return make_float4(to_float(quad.value[0]), to_float(quad.value[1]), to_float(quad.value[2]), to_float(quad.value[3]));
+}
+
+__device__ inline float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
+// Tile number `tile` of the upper triangle, row by row.
+struct TileAt {
+  int row, column;
+  __device__ TileAt(int tile, int across) : row(0), column(tile) {
+    while (column >= across) {
+      ++row;
+      column += row - across;
+    }
+  }
+};
+
+// acc += the products of two times 32 tokens of a chunk. Row r of the chunk is 16 floats; lane 4g + t reads floats 4t ..
+// 4t + 3 of rows g, g + 8, ..: two steps of eight channels, in an order of channels that is the same on both sides.
+__device__ inline void multiply(float (&acc)[8][4], const float4 (&rows)[4], const float* columns) {
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const float4 column = *reinterpret_cast<const float4*>(columns + c * 8 * kChunk);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float4 &low = rows[2 * r], &high = rows[2 * r + 1];
+      ptx::mma_m16n8k8(acc[4 * r + c], {low.x, high.x, low.y, high.y}, {column.x, column.y});
+      ptx::mma_m16n8k8(acc[4 * r + c], {low.z, high.z, low.w, high.w}, {column.z, column.w});
+    }
+  }
+}
+
+// The dot products of tiles [of `group`], summed over the channels of `split`, in the order of the registers: `partial` is
+// [tile of the group, 8, lane, 4]. It may lie where `ring`, the chunks on their way, does.
+template <class T, bool kWide, int kSlots>
+__device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, int group, int split, float* ring, float* partial) {
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int quad = thread % kQuads, row0 = thread / kQuads;
+  const int across = ceil_div(n, kTile), slot_floats = across * kTile * kChunk;
+  const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b;
+  const int64_t all_chunks = (p.C + kChunk - 1) / kChunk, most = (all_chunks + kSplits - 1) / kSplits;
+  const int64_t first_chunk = split * most;
+  const int chunks = static_cast<int>(all_chunks <= first_chunk ? 0 : min(most, all_chunks - first_chunk));
+
+  const auto slot = [&](int chunk) { return ring + chunk % kSlots * slot_floats; };
+  const auto copy = [&](int chunk) {
+    if (chunk < chunks) {
+      const int64_t c = (first_chunk + chunk) * kChunk + quad * 4;
+      const int valid = static_cast<int>(p.C <= c ? 0 : min(p.C - c, int64_t{4}));
+#pragma unroll 1
+      for (int row = row0; row < n; row += kRowsAtOnce) {
+        copy_quad<T, kWide>(slot(chunk) + row * kChunk + quad * 4, x, s.position[row] * p.x_stride_n + c * p.x_stride_c,
+                            p.x_stride_c, valid);
+      }
+    }
+    ptx::async_commit();
+  };
+  float4 mine[kPasses];  // what this thread copied of the chunk that comes next
+  const auto read_and_sum = [&](int chunk) {
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = row0 + pass * kRowsAtOnce;
+      mine[pass] = row < n ? read_quad<T>(slot(chunk) + row * kChunk + quad * 4) : make_float4(0, 0, 0, 0);
+      sum = sum + mine[pass];
+    }
+#pragma unroll
+    for (int step = kQuads; step < kWarp; step *= 2) {
+      sum = sum + make_float4(__shfl_xor_sync(kAllLanes, sum.x, step), __shfl_xor_sync(kAllLanes, sum.y, step),
+                              __shfl_xor_sync(kAllLanes, sum.z, step), __shfl_xor_sync(kAllLanes, sum.w, step));
+    }
+    if (lane < kQuads) *reinterpret_cast<float4*>(&s.sums[chunk % 2][warp][4 * lane]) = sum;
+  };
+  float mean2 = 0;
+  const float share = 1.0f / static_cast<float>(n);
+  const auto centre = [&](int chunk) {
+    float4 mean = make_float4(0, 0, 0, 0);
+#pragma unroll 3  // more at once would take registers from the accumulators
+    for (int w = 0; w < kWarps; ++w) mean = mean + *reinterpret_cast<const float4*>(&s.sums[chunk % 2][w][4 * quad]);
+    mean = make_float4(mean.x * share, mean.y * share, mean.z * share, mean.w * share);
+    mean2 += mean.x * mean.x + mean.y * mean.y + mean.z * mean.z + mean.w * mean.w;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = row0 + pass * kRowsAtOnce;
+      const float4 v = mine[pass];
+      if (row < n) {
+        *reinterpret_cast<float4*>(slot(chunk) + row * kChunk + quad * 4) = make_float4(
+            ptx::tf32(v.x - mean.x), ptx::tf32(v.y - mean.y), ptx::tf32(v.z - mean.z), ptx::tf32(v.w - mean.w));
+      }
+    }
+  };
+
+  const int all_tiles = tiles_of(across), first_tile = group * (all_tiles / kGroups);
+  const int tiles = group == 0 ? all_tiles / kGroups : all_tiles - first_tile;
+  const int my_tile = tiles * warp / kWarps, my_tiles = tiles * (warp + 1) / kWarps - my_tile;
+  int row_at[kTilesPerWarp] = {}, column_at[kTilesPerWarp] = {};  // where a tile's tokens start in a slot
+  float acc[kTilesPerWarp][8][4];
+#pragma unroll
+  for (int u = 0; u < kTilesPerWarp; ++u) {
+    if (u < my_tiles) {
+      const TileAt at(first_tile + my_tile + u, across);
+      row_at[u] = at.row * kTile * kChunk, column_at[u] = at.column * kTile * kChunk;
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) acc[u][e][0] = acc[u][e][1] = acc[u][e][2] = acc[u][e][3] = 0;
+  }
+
+  const int padding = across * kTile - n;  // rows that complete the last tile
+  for (int e = thread; e < kSlots * padding * kQuads; e += kThreads) {
+    const int at = e / (padding * kQuads);
+    reinterpret_cast<float4*>(ring + at * slot_floats + n * kChunk)[e - at * padding * kQuads] = make_float4(0, 0, 0, 0);
+  }
+  for (int chunk = 0; chunk < kSlots - 1; ++chunk) copy(chunk);
+  if (chunks > 0) {
+    ptx::async_wait<kSlots - 2>();
+    read_and_sum(0);
+    __syncthreads();
+    centre(0);
+  }
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    if (chunk + 1 < chunks) {
+      ptx::async_wait<kSlots - 3>();
+      read_and_sum(chunk + 1);
+    }
+    __syncthreads();  // this chunk is centred, the next one's sums are there, nobody reads the one before any more
+    copy(chunk - 1 + kSlots);
+    if (chunk + 1 < chunks) centre(chunk + 1);
+    float4 rows[4];
+#pragma unroll
+    for (int u = 0; u < kTilesPerWarp; ++u) {
+      if (u < my_tiles) {
+        if (u == 0 || row_at[u] != row_at[u - 1]) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            rows[r] = *reinterpret_cast<const float4*>(slot(chunk) + row_at[u] + r * 8 * kChunk + 4 * lane);
+          }
+        }
+        multiply(acc[u], rows, slot(chunk) + column_at[u] + 4 * lane);
+      }
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int u = 0; u < kTilesPerWarp; ++u) {
+    if (u < my_tiles) {
+      float4* to = reinterpret_cast<float4*>(partial + (my_tile + u) * kTileFloats) + lane;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) to[e * kWarp] = make_float4(acc[u][e][0], acc[u][e][1], acc[u][e][2], acc[u][e][3]);
+    }
+  }
+  if (warp == 0) {  // lanes 0 .. 3 hold the four quads
+    mean2 += __shfl_xor_sync(kAllLanes, mean2, 1);
+    mean2 += __shfl_xor_sync(kAllLanes, mean2, 2);
+    if (lane == 0) s.mean2 = mean2;
+  }
+}
+
+// ---- teams ------------------------------------------------------------------------------------------------------------------
+
+// The blocks of a cluster, each with a part of the rows and of the partial products in its shared memory.
+struct Cluster {
+  static constexpr int kSize = kTeam;
+  int rank;
+  float *rows, *partial;
+
+  __device__ void sync() const { ptx::cluster_sync(); }
+  template <class E>
+  __device__ E* in(int block, E* shared) const { return ptx::in_block(shared, static_cast<uint32_t>(block)); }
+  __device__ const float* partial_of(int block) const { return in(block, partial); }
+};
+
+// One block that has them all, in global memory.
+struct Alone {
+  static constexpr int kSize = 1, rank = 0;
+  float *rows, *partial;
+  int partial_floats;  // of one block of `products`
+
+  __device__ void sync() const { __syncthreads(); }
+  template <class E>
+  __device__ E* in(int, E* shared) const { return shared; }
+  __device__ const float* partial_of(int block) const { return partial + int64_t{block} * partial_floats; }
+};
+
+// Which rows a block owns: [first, last).
+template <class Team>
+struct Rows {
+  int count, first, last, inverse;
+  __device__ Rows(const Team& team, int n)
+      : count(max(ceil_div(n, Team::kSize), 1)), first(min(team.rank * count, n)), last(min(first + count, n)),
+        inverse((1 << 20) / count + 1) {}
+  __device__ int owner(int row) const { return row * inverse >> 20; }  // row / count: exact up to kMaxTokens
+};
+
+// Adds the partial products up and brings each to the owners of its row and of its column; norms go to all.
+template <class Team>
+__device__ void collect(const Team& team, Shared& s, int n) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int across = ceil_div(n, kTile), tiles = tiles_of(across), stride = row_stride(across);
+  const Rows<Team> mine(team, n);
+  const auto put = [&](int row, int column, float value) {
+    const int owner = mine.owner(row);
+    team.in(owner, team.rows)[(row - owner * mine.count) * stride + column] = value;
+  };
+  for (int item = team.rank * kWarps + warp; item < 4 * tiles; item += Team::kSize * kWarps) {  // a quarter of a tile
+    const int tile = item / 4, group = tile >= tiles / kGroups;
+    const TileAt at(tile, across);
+    const int from = (tile - group * (tiles / kGroups)) * kTileFloats + item % 4 * (kTileFloats / 4) + 4 * lane;
+    float4 part[2][kSplits];
+#pragma unroll
+    for (int split = 0; split < kSplits; ++split) {
+      const float* block = team.partial_of(group * kSplits + split) + from;
+      part[0][split] = *reinterpret_cast<const float4*>(block);
+      part[1][split] = *reinterpret_cast<const float4*>(block + 4 * kWarp);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float4 sum = ((part[h][0] + part[h][1]) + part[h][2]) + part[h][3];
+      const float value[4] = {sum.x, sum.y, sum.z, sum.w};
+      const int e = item % 4 * 2 + h;  // as in `multiply`: rows e / 4 * 16 .., columns e % 4 * 8 ..
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const int i = at.row * kTile + e / 4 * 16 + lane / 4 + v / 2 * 8;
+        const int j = at.column * kTile + e % 4 * 8 + lane % 4 * 2 + v % 2;
+        if (i < j && j < n) {
+          put(i, j, value[v]);
+          put(j, i, value[v]);
+        } else if (i == j && i < n) {
+          for (int block = 0; block < Team::kSize; ++block) team.in(block, s.norm)[i] = value[v];
+        }
+      }
+    }
+  }
+}
+
+// Whether every token certainly counts: |x| <= |mean| + |x - mean|. The same answer in every warp of the team.
+template <class Team>
+__device__ bool all_count(const Team& team, const Shared& s, int n) {
+  float mean2 = 0;
+  for (int split = 0; split < kSplits; ++split) mean2 += *team.in(split, &s.mean2);
+  bool sure = mean2 <= kNormLimit / 8;
+  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < n; i += kWarp) sure = sure && s.norm[i] <= kNormLimit / 8;
+  return __all_sync(kAllLanes, sure) || n == 0;
+}
+
+// ---- rows -------------------------------------------------------------------------------------------------------------------
+
+// The sum of the k smallest of the warp's values, in ascending order, equal ones at once. Absent values are inf.
+__device__ inline float sum_of_smallest(const float (&value)[kMaxAcross], int k) {
+  float sum = 0, last = -1;
+  while (k > 0) {
+    float least = kInf;
+#pragma unroll
+    for (int e = 0; e < kMaxAcross; ++e) least = value[e] > last ? fminf(least, value[e]) : least;
+    least = warp_min_of_nonnegative(least);
+    int equal = 0;
+#pragma unroll
+    for (int e = 0; e < kMaxAcross; ++e) equal += value[e] == least;
+    equal = min(__reduce_add_sync(kAllLanes, equal), k);
+    sum += static_cast<float>(equal) * least;
+    k -= equal;
+    last = least;
+  }
+  return sum;
+}
+
+// All that follows the products, for the rows of this block.
+template <class Team>
+__device__ void choose(const DpcKnn& p, int64_t b, const Team& team, Shared& s, int n) {
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int N = static_cast<int>(p.N), M = static_cast<int>(p.M), num_keep = static_cast<int>(p.num_keep);
+  const int k = static_cast<int>(min(p.k, int64_t{n})), across = ceil_div(n, kTile), stride = row_stride(across);
+  const Rows<Team> mine(team, n);
+  const auto row = [&](int i) { return team.rows + (i - mine.first) * stride; };
+  const bool noisy = p.noise != nullptr;
+
+  // r, from distances that take the place of the products.
+  const float denominator = static_cast<float>(k) * static_cast<float>(p.C);
+  for (int i = mine.first + warp; i < mine.last; i += kWarps) {
+    float d2[kMaxAcross], far = 0;
+    const float norm = s.norm[i];
+#pragma unroll
+    for (int e = 0; e < kMaxAcross; ++e) {
+      const int j = e * kWarp + lane;
+      d2[e] = kInf;
+      if (j >= n) continue;
+      d2[e] = j == i ? 0 : fmaxf((norm + s.norm[j]) - 2 * row(i)[j], 0);
+      row(i)[j] = d2[e];
+      far = fmaxf(far, d2[e]);
+    }
+    const float r = sum_of_smallest(d2, k) / denominator;
+    far = warp_max_of_nonnegative(far);
+    if (lane < Team::kSize) team.in(lane, s.r_far)[i] = make_float2(r, far);
+  }
+  team.sync();
+
+  // The order, and which tokens `keep` names, in every block.
+  if (thread < n) {
+    const float r = s.r_far[thread].x;
+    const int position = s.position[thread];
+    const float density = density_of(r, noisy ? p.noise + b * p.N + position : nullptr);
+    s.density[thread] = density;
+    s.key[thread] = density_key(r, density, noisy, p.seed, position);
+    s.keep[thread] = kNever;
+  }
+  __syncthreads();
+  if (thread < num_keep) {
+    const int64_t position = keep_position(p, b, thread);
+    const int token = position < 0 ? -1 : s.token[position];
+    if (token >= 0) atomicMin(&s.keep[token], thread);
+  }
+  __syncthreads();
+
+  // delta: the nearest denser token.
+  for (int i = mine.first + warp; i < mine.last; i += kWarps) {
+    const DensityKey key = s.key[i];
+    float nearest = kInf, far = 0;
+    bool any = false;
+#pragma unroll
+    for (int e = 0; e < kMaxAcross; ++e) {
+      const int j = e * kWarp + lane;
+      if (j >= n) continue;
+      far = fmaxf(far, s.r_far[j].y);
+      if (denser(s.key[j], key)) {
+        nearest = fminf(nearest, row(i)[j]);
+        any = true;
+      }
+    }
+    const float delta2 = __any_sync(kAllLanes, any) ? warp_min_of_nonnegative(nearest) : warp_max_of_nonnegative(far);
+    const bool candidate = s.keep[i] == kNever;
+    const uint64_t score = candidate ? score_key(s.r_far[i].x, s.density[i], noisy, delta2, p.C) : kNotACandidate;
+    if (lane < Team::kSize) team.in(lane, s.score)[i] = score;
+    if (lane == 0) s.delta2[i] = delta2;
+  }
+  team.sync();
+
+  // A token's place is the number of better ones; tokens of `keep` come after the best.
+  int candidates = 0;
+  for (int j = lane; j < n; j += kWarp) candidates += s.keep[j] == kNever;
+  const int best = min(M - num_keep, __reduce_add_sync(kAllLanes, candidates));
+  for (int i = mine.first + warp; i < mine.last; i += kWarps) {
+    const uint64_t score = s.score[i];
+    const int keep = s.keep[i];
+    int before = 0;
+#pragma unroll
+    for (int e = 0; e < kMaxAcross; ++e) {
+      const int j = e * kWarp + lane;
+      if (j >= n) continue;
+      const uint64_t other = s.score[j];
+      before += keep == kNever ? other < score || (other == score && j < i) : s.keep[j] < keep;
+    }
+    before = __reduce_add_sync(kAllLanes, before);
+    const int slot = keep != kNever ? best + before : before < best ? before : -1;
+    if (lane < Team::kSize) team.in(lane, s.slot)[i] = slot;
+  }
+  if (thread < mine.last - mine.first) {
+    const int i = mine.first + thread;
+    const int64_t at = b * p.N + s.position[i];
+    const float delta = sqrtf(s.delta2[i] / static_cast<float>(p.C));
+    p.density[at] = s.density[i];
+    p.delta[at] = delta;
+    p.score[at] = s.density[i] * delta;
+  }
+  team.sync();
+
+  // Places, in every block: as they are, or renumbered by position.
+  const bool chosen = thread < n && s.slot[thread] >= 0;
+  const unsigned word = __ballot_sync(kAllLanes, chosen);
+  if (lane == 0) s.words[warp] = word;
+  __syncthreads();
+  int kept_count = 0, earlier = __popc(word & ((1u << lane) - 1));
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) earlier += __popc(s.words[w]);
+    kept_count += __popc(s.words[w]);
+  }
+  const int place = !chosen ? -1 : p.ordered ? earlier : s.slot[thread];
+  if (thread < n) s.place[thread] = place;
+  if (chosen) s.kept[place] = thread;
+  __syncthreads();
+  if (team.rank == 0 && thread < M) p.index[b * p.M + thread] = thread < kept_count ? s.position[s.kept[thread]] : -1;
+  if (team.rank == Team::kSize - 1 && thread < N && s.token[thread] < 0) {
+    const int64_t at = b * p.N + thread;
+    p.density[at] = p.delta[at] = p.score[at] = 0;
+    if (p.assign) p.assignment[at] = -1;
+  }
+  if (!p.assign) return;
+
+  for (int i = mine.first + warp; i < mine.last; i += kWarps) {
+    float nearest = kInf;
+    int where = kNever;
+    for (int m = lane; m < kept_count; m += kWarp) {
+      const float d2 = row(i)[s.kept[m]];
+      if (d2 < nearest) nearest = d2, where = m;
+    }
+    const float least = warp_min_of_nonnegative(nearest);
+    where = __reduce_min_sync(kAllLanes, nearest == least ? where : kNever);
+    if (s.place[i] >= 0) where = s.place[i];
+    if (lane == 0) s.nearest[i] = kept_count == 0 ? -1 : where;
+  }
+  __syncthreads();
+  if (thread < mine.last - mine.first) {
+    const int i = mine.first + thread;
+    p.assignment[b * p.N + s.position[i]] = s.nearest[i];
+  }
+}
+
+// ---- one launch: a cluster per sample -----------------------------------------------------------------------------------------
+
+__device__ inline bool in_mask(const DpcKnn& p, int64_t b) {
+  return threadIdx.x < p.N && (p.mask == nullptr || p.mask[b * p.N + threadIdx.x]);
+}
+
+template <class T, bool kWide>
+__global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, int64_t first_sample) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  Shared& s = *reinterpret_cast<Shared*>(ptx::shared_memory());
+  float* ring = reinterpret_cast<float*>(ptx::shared_memory() + sizeof(Shared));
+  const int64_t b = first_sample + blockIdx.x / kTeam;
+  const int rank = static_cast<int>(ptx::cluster_rank());
+  const int partial_floats = tiles_of_group(ceil_div(static_cast<int>(p.N), kTile)) * kTileFloats;
+  const Cluster team{rank, ring + partial_floats, ring};
+  int n = number_tokens(s, in_mask(p, b));
+  for (bool looked = false;; looked = true) {
+    products<T, kWide, kClusterSlots>(p, b, s, n, rank / kSplits, rank % kSplits, ring, ring);
+    team.sync();
+    collect(team, s, n);
+    team.sync();
+    if (looked || all_count(team, s, n)) break;
+    for (int i = rank * kWarps + static_cast<int>(threadIdx.x) / kWarp; i < n; i += kTeam * kWarps) {
+      const bool counts = small_enough<T>(p, b, s.position[i]);
+      if (threadIdx.x % kWarp < kTeam) team.in(threadIdx.x % kWarp, s.counts)[i] = counts;
+    }
+    team.sync();
+    const int token = threadIdx.x < kMaxTokens ? s.token[threadIdx.x] : -1;
+    n = number_tokens(s, token >= 0 && s.counts[token]);
+  }
+  choose(p, b, team, s, n);
+#endif
+}
+
+// ---- a few launches -------------------------------------------------------------------------------------------------------------
+
+// Scratch of one round: whether each token counts, the partial products and the distances of each sample.
+struct Staged {
+  bool* counts;
+  float *partial, *rows;
+  int64_t samples, partial_floats, row_floats, bytes;
+
+  Staged(const DpcKnn& p, void* scratch) : samples(min(p.B, kStagedSamples)) {
+    const int across = ceil_div(static_cast<int>(p.N), kTile);
+    partial_floats = int64_t{tiles_of_group(across)} * kTileFloats, row_floats = p.N * row_stride(across);
+    const int64_t flags = (samples * p.N + 255) / 256 * 256;
+    counts = static_cast<bool*>(scratch);
+    partial = reinterpret_cast<float*>(static_cast<char*>(scratch) + flags);
+    rows = partial + samples * kTeam * partial_floats;
+    bytes = flags + 4 * samples * (kTeam * partial_floats + row_floats);
+  }
+};
+
+// A warp per token: whether it counts.
+template <class T>
+__global__ void __launch_bounds__(kThreads) dpc_knn_valid_kernel(DpcKnn p, int64_t first_sample, int64_t tokens, bool* counts) {
+  const int64_t t = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
+  if (t >= tokens) return;
+  const int64_t at = first_sample * p.N + t, b = at / p.N;
+  const bool valid = (p.mask == nullptr || p.mask[at]) && small_enough<T>(p, b, at - b * p.N);
+  if (threadIdx.x % kWarp == 0) counts[t] = valid;
+}
+
+template <class T, bool kWide>
+__global__ void __launch_bounds__(kThreads, 1)
+dpc_knn_products_kernel(DpcKnn p, int64_t first_sample, const bool* counts, float* partial, int64_t partial_floats) {
+  Tokens& s = *reinterpret_cast<Tokens*>(ptx::shared_memory());
+  float* ring = reinterpret_cast<float*>(ptx::shared_memory() + sizeof(Tokens));
+  const int64_t sample = blockIdx.x / kTeam;
+  const int rank = static_cast<int>(blockIdx.x % kTeam);
+  const int n = number_tokens(s, threadIdx.x < p.N && counts[sample * p.N + threadIdx.x]);
+  products<T, kWide, kStagedSlots>(p, first_sample + sample, s, n, rank / kSplits, rank % kSplits, ring,
+                                   partial + blockIdx.x * partial_floats);
+}
+
+static __global__ void __launch_bounds__(kThreads)
+dpc_knn_choose_kernel(DpcKnn p, int64_t first_sample, const bool* counts, float* partial, int64_t partial_floats,
+                      float* rows, int64_t row_floats) {
+  Shared& s = *reinterpret_cast<Shared*>(ptx::shared_memory());
+  const int64_t sample = blockIdx.x;
+  const Alone team{rows + sample * row_floats, partial + sample * kTeam * partial_floats, static_cast<int>(partial_floats)};
+  const int n = number_tokens(s, threadIdx.x < p.N && counts[sample * p.N + threadIdx.x]);
+  collect(team, s, n);
+  team.sync();
+  choose(p, first_sample + sample, team, s, n);
+}
+
+// ---- launchers ------------------------------------------------------------------------------------------------------------------
+
+// Once per device and kernel: lets it have as much shared memory as it may need.
+template <class... P>
+cudaError_t allow_shared(void (*kernel)(P...), int64_t bytes, std::atomic<uint64_t>& devices) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (devices.load() & bit) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) devices.fetch_or(bit);
+  return error;
+}
+
+// The configuration of a launch in clusters of `cluster` blocks; 1: without clusters.
+struct ClusterLaunch {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(int64_t blocks, int64_t bytes, int cluster, cudaStream_t stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;  // config points into it
+};
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), int64_t blocks, int64_t bytes, int cluster, cudaStream_t stream, A... args) {
+  const ClusterLaunch how(blocks, bytes, cluster, stream);
+  return cudaLaunchKernelEx(&how.config, kernel, args...);
+}
+
+// Calls body(T{}, wide) with wide = std::true_type if four channels are always one aligned load.
+template <class Body>
+auto with_layout(const DpcKnn& p, const Body& body) {
+  return with_element(p.dtype, [&](auto element) {
+    constexpr int kBytes = 4 * sizeof(element);
+    const bool wide = reinterpret_cast<uintptr_t>(p.x) % kBytes == 0 && (p.x_stride_c == 1 || p.C == 1) &&
+                      p.x_stride_n % 4 == 0 && p.x_stride_b % 4 == 0;
+    return wide ? body(element, std::true_type{}) : body(element, std::false_type{});
+  });
+}
+
+// Whether the current device takes the cluster form: its code was compiled for sm_90 or later, rather than from the PTX of
+// an older generation, and the device has room for a whole cluster.
+inline bool has_clusters() {
+  static std::atomic<uint64_t> raised{0}, roomy{0}, narrow{0};
+  const auto kernel = dpc_knn_small_kernel<float, true>;
+  cudaFuncAttributes attributes{};
+  int device = 0;
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || cudaGetDevice(&device) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  if (attributes.ptxVersion < 90) return false;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((roomy.load() | narrow.load()) & bit) return roomy.load() & bit;
+  ClusterLaunch launch(kTeam, shared_bytes(kMaxAcross), kTeam, nullptr);
+  int clusters = 0;
+  const bool room = allow_shared(kernel, shared_bytes(kMaxAcross), raised) == cudaSuccess &&
+                    cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess && clusters > 0;
+  cudaGetLastError();
+  (room ? roomy : narrow).fetch_or(bit);
+  return room;
+}
+
+inline int across_of(const DpcKnn& p) { return ceil_div(static_cast<int>(p.N), kTile); }
+
+inline cudaError_t fwd_cluster(const DpcKnn& p, cudaStream_t stream) {
+  return with_layout(p, [&](auto element, auto wide) {
+    static std::atomic<uint64_t> raised{0};
+    const auto kernel = dpc_knn_small_kernel<decltype(element), decltype(wide)::value>;
+    constexpr int64_t kMost = INT32_MAX / kTeam;
+    cudaError_t error = allow_shared(kernel, shared_bytes(kMaxAcross), raised);
+    for (int64_t first = 0; first < p.B && error == cudaSuccess; first += kMost) {
+      const int64_t blocks = min(p.B - first, kMost) * kTeam;
+      error = launch(kernel, blocks, shared_bytes(across_of(p)), kTeam, stream, p, first);
+    }
+    return error;
+  });
+}
+
+inline cudaError_t fwd_staged(const DpcKnn& p, void* scratch, cudaStream_t stream) {
+  const Staged s(p, scratch);
+  return with_layout(p, [&](auto element, auto wide) {
+    static std::atomic<uint64_t> raised{0};
+    using T = decltype(element);
+    const auto multiply_kernel = dpc_knn_products_kernel<T, decltype(wide)::value>;
+    cudaError_t error = allow_shared(multiply_kernel, staged_shared_bytes(kMaxAcross), raised);
+    for (int64_t first = 0; first < p.B && error == cudaSuccess; first += s.samples) {
+      const int64_t samples = min(p.B - first, s.samples), tokens = samples * p.N;
+      error = launch(dpc_knn_valid_kernel<T>, (tokens + kWarps - 1) / kWarps, 0, 1, stream, p, first, tokens, s.counts);
+      if (error != cudaSuccess) break;
+      error = launch(multiply_kernel, samples * kTeam, staged_shared_bytes(across_of(p)), 1, stream, p, first, s.counts,
+                     s.partial, s.partial_floats);
+      if (error != cudaSuccess) break;
+      error = launch(dpc_knn_choose_kernel, samples, sizeof(Shared), 1, stream, p, first, s.counts, s.partial,
+                     s.partial_floats, s.rows, s.row_floats);
+    }
+    return error;
+  });
+}
+
+inline bool takes(const DpcKnn& p) { return p.N <= kMaxTokens; }
+
+inline int64_t scratch(const DpcKnn& p) { return has_clusters() ? 0 : Staged(p, nullptr).bytes; }
+
+inline cudaError_t fwd(const DpcKnn& p, void* scratch, cudaStream_t stream) {
+  return has_clusters() ? fwd_cluster(p, stream) : fwd_staged(p, scratch, stream);
+}
+
+}  // namespace hotkernels::dpc::small
