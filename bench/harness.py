@@ -201,14 +201,16 @@ def report(selected: list[Row], seconds: float) -> Iterator[tuple[str, dict[str,
 
 
 def save(
-    folder: Path, on: str, about: dict[str, Any], markdown: str, results: list[dict[str, Any]], quick: bool
+    folder: Path, on: str, about: dict[str, Any], markdown: str, results: list[dict[str, Any]], quick: bool, **more: Any
 ) -> Path:
     """Write <on>-<date>.json and .md, `on` being the processor's name; return the latter's path."""
     on = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)|@.*", "", on.lower())).strip("-")
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (f"{on}-{date}" + ("-quick" if quick else ""))
-    path.with_name(path.name + ".json").write_text(json.dumps({"machine": about, "rows": results}, indent=1) + "\n")
+    path.with_name(path.name + ".json").write_text(
+        json.dumps({"machine": about, **more, "rows": results}, indent=1) + "\n"
+    )
     markdown_path = path.with_name(path.name + ".md")
     markdown_path.write_text(markdown)
     return markdown_path

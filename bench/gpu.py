@@ -1,0 +1,477 @@
+"""Proves the GPU code on the machine it runs on: `make gpu`, in under nine minutes, without a network.
+
+Builds for this GPU, then runs the conformance loop and everything else that has tests on the backends "cuda" and
+"triton", compute-sanitizer, and the benchmark. Each stage has a time limit and runs whatever became of those before
+it. The summary is written anew after every stage. The exit status is 0 if nothing failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import harness
+from bench.supervise import missing, results, run, supervise, tail
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / "build/gpu_cache"
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
+# Stages of a group run at the same time. The benchmark has the GPU to itself.
+GROUPS = (("build",), ("doctor",), ("tests", "warm", *SANITIZERS), ("bench",))
+STAGES = tuple(stage for group in GROUPS for stage in group)
+# Where pip cannot install: the libraries alone, each on its own, so that one that fails does not take the other along.
+BUILD = """
+import pathlib, setup
+failed = []
+for name in ("_C_cpu", "_C_cuda"):
+    try:
+        setup.build_library(name, pathlib.Path("hotkernels", name + ".abi3.so").resolve(), pathlib.Path("build", name))
+    except Exception as error:
+        failed.append(f"{name}: {error}")
+raise SystemExit("; ".join(failed))
+"""
+
+
+@dataclass
+class Outcome:
+    """What became of a stage."""
+
+    stage: str
+    state: str  # passed, failed or skipped
+    detail: str
+    seconds: float = 0.0
+
+
+@dataclass
+class Session:
+    """What the stages share."""
+
+    device: str
+    quick: bool
+    stages: tuple[str, ...]
+    rows: str
+    seconds: float
+    out: Path
+    results: Path
+    begin: float = field(default_factory=time.monotonic)
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.work = Path(tempfile.mkdtemp(prefix="hotkernels_gpu_"))
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "log.txt").write_text("")
+        self.gpu = self.device != "cpu"
+        self.cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.env = os.environ | {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "2",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            # Compiled once, by whichever process needs it first.
+            "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"),
+            "TRITON_CACHE_DIR": str(CACHE / "triton"),
+        }
+        self.about = about(self.gpu)
+        self.lock = threading.Lock()
+
+    def log(self, name: str) -> Path:
+        """The log of a stage or of one of its processes."""
+        return self.work / f"{name}.log"
+
+    def journal(self, name: str) -> Path:
+        """The journal of one of a stage's processes."""
+        return self.work / f"{name}.jsonl"
+
+    def left(self, share: float = 1.0) -> float:
+        """Seconds until a share of the whole time is over."""
+        return max(1.0, self.begin + share * self.seconds - time.monotonic())
+
+    def run(self, name: str, *command: str, seconds: float, **env: str) -> int | None:
+        """Run a command; its exit status, or None if it took too long."""
+        return run(command, self.log(name), min(seconds, self.left()), ROOT, self.env | env)
+
+    def shards(self, name: str, count: int, *command: str, share: float, hang: float, **env: str) -> list[str]:
+        """Run `count` processes of a program that keeps a journal; what kept any of them from ending."""
+
+        def one(i: int) -> str | None:
+            full = [*command, "--journal", str(self.journal(f"{name}-{i}")), "--shard", f"{i}/{count}"]
+            shard = f"{name}-{i}"
+            deadline = time.monotonic() + self.left(share)
+            return supervise(full, self.journal(shard), self.log(shard), deadline, hang, ROOT, self.env | env)
+
+        with ThreadPoolExecutor(count) as pool:
+            ended = list(pool.map(one, range(count)))
+        return [f"process {i}: {why}" for i, why in enumerate(ended) if why]
+
+    def tasks(self, name: str) -> list[dict[str, Any]]:
+        """What the processes of a stage did."""
+        return [entry for path in sorted(self.work.glob(f"{name}-*.jsonl")) for entry in results(path)]
+
+    def not_done(self, name: str) -> int:
+        """What they did not come to."""
+        return sum(missing(path) for path in self.work.glob(f"{name}-*.jsonl"))
+
+
+def about(gpu: bool) -> dict[str, Any]:
+    """The machine and the commit."""
+    said = harness.header()
+    for package in ("triton", "pytest"):
+        with contextlib.suppress(ImportError):
+            said[package] = importlib.import_module(package).__version__
+    nvcc = find("nvcc")
+    if nvcc:
+        lines = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.splitlines()
+        said["nvcc"] = next((line.split("release ")[1] for line in lines if "release " in line), "?")
+    if gpu:
+        properties = torch.cuda.get_device_properties(0)
+        said |= {"gpus": torch.cuda.device_count(), "capability": f"{properties.major}.{properties.minor}"}
+        said |= {"multiprocessors": properties.multi_processor_count, "L2": properties.L2_cache_size}
+        said |= {"memory": properties.total_memory, "cuda": torch.version.cuda}
+        said["cudnn"] = torch.backends.cudnn.version()
+        query = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.max.sm,power.limit",
+            "--format=csv,noheader",
+            "-i",
+            "0",
+        ]
+        with contextlib.suppress(OSError):
+            said["driver, clock, power"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return said
+
+
+def find(tool: str) -> str | None:
+    """A tool of the CUDA toolkit."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [shutil.which(tool), *(f"{home}/{folder}/{tool}" for home in homes if home for folder in ("bin", tool))]
+    return next((place for place in places if place and os.access(place, os.X_OK) and Path(place).is_file()), None)
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+def lacking() -> list[str]:
+    """What this machine should have and has not."""
+    modules = [name for name in ("triton", "pytest", "setuptools") if importlib.util.find_spec(name) is None]
+    tools = [] if find("nvcc") else ["nvcc (set CUDA_HOME)"]
+    tools += [] if any(map(shutil.which, ("g++", "clang++", "c++"))) else ["a C++ compiler"]
+    tools += [] if importlib.util.find_spec("ninja") or shutil.which("ninja") else ["ninja"]
+    return [*(f"the Python package {name}" for name in modules), *tools]
+
+
+def architecture() -> str:
+    """What nvcc calls this GPU: 90a for Hopper, whose own instructions need the a."""
+    major, minor = torch.cuda.get_device_capability(0)
+    return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+
+
+def build(session: Session) -> Outcome:
+    """Build for this GPU alone: with pip where it can, else the libraries in place."""
+    without = lacking()
+    note = f"missing: {', '.join(without)}" if without else ""
+    env = {"HOTKERNELS_BUILD_CUDA": "1" if session.gpu else "0"}
+    if session.gpu:
+        env["HOTKERNELS_CUDA_ARCHS"] = os.environ.get("HOTKERNELS_CUDA_ARCHS") or architecture()
+    install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
+    ways = {"pip": install, "setup.build_library": ["-c", BUILD]}
+    for way, command in ways.items():
+        code = session.run("build", sys.executable, *command, seconds=150, **env)
+        if code == 0:
+            parts = [note, f"built by {way}", f"for sm_{env['HOTKERNELS_CUDA_ARCHS']}" if session.gpu else ""]
+            return Outcome("build", "passed", "; ".join(part for part in parts if part))
+    why = "out of time" if code is None else next((line for line in tail(session.log("build")) if "error" in line), "")
+    return Outcome("build", "failed", "; ".join(part for part in (note, why[:300]) if part))
+
+
+def doctor(session: Session) -> Outcome:
+    """What this installation is; whether the libraries load."""
+    code = session.run("doctor", sys.executable, "-m", "hotkernels", "doctor", seconds=60)
+    page = session.log("doctor").read_text()
+    loaded = [line.split()[0] for line in page.splitlines() if line.endswith(" loaded")]
+    wanted = {"_C_cpu", "_C_cuda", "triton"} if session.gpu else set()
+    good = code == 0 and wanted <= set(loaded)
+    return Outcome("doctor", "passed" if good else "failed", f"loaded: {', '.join(loaded) or 'nothing'}")
+
+
+def tests(session: Session) -> Outcome:
+    """The conformance loop, the tests of each op, and test_gpu.py, on the GPU backends."""
+    if importlib.util.find_spec("pytest") is None:
+        return Outcome("tests", "failed", "pytest is not installed")
+    files = [*(f"test_{op}.py" for op in harness.OPS), "test_conformance.py", "test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "journal", "-q", *(f"tests/{name}" for name in files)]
+    command += ["--only", "cuda,triton" if session.gpu else "cpp-base"]
+    if session.quick:
+        command += ["-k", "small and float32"]
+    count = max(1, session.cpus * 5 // 8)
+    stopped = session.shards("tests", count, *command, share=0.55, hang=90.0)
+    states = Counter(entry["state"] for entry in session.tasks("tests"))
+    never = session.not_done("tests")
+    told = [f"{states[state]} {state}" for state in ("passed", "failed", "skipped")]
+    told += [f"{never} not run"] * bool(never) + stopped
+    good = states["passed"] and not states["failed"] and not never and not stopped
+    return Outcome("tests", "passed" if good else "failed", ", ".join(told))
+
+
+def sanitize(session: Session, tool: str) -> Outcome:
+    """Every op under one of compute-sanitizer's tools."""
+    sanitizer = find("compute-sanitizer")
+    if sanitizer is None:
+        return Outcome(tool, "skipped", "compute-sanitizer is not installed")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "30"]
+    command += ["--target-processes", "application-only", sys.executable, "tests/run_once.py"]
+    command += ["--device", session.device, "--seconds", "2" if session.quick else "75"]
+    # One allocation per tensor: a byte past its end is another's, or nobody's.
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+    code = session.run(tool, *command, seconds=min(180.0, session.left(0.6)), **env)
+    lines = tail(session.log(tool), 10_000)
+    if any("Device not supported" in line for line in lines):
+        return Outcome(tool, "skipped", "compute-sanitizer does not support this machine")
+    told = [line.strip(" =") for line in lines if "SUMMARY" in line or "calls: each op" in line]
+    told += ["out of time"] if code is None else [f"exit status {code}"] if code not in (0, 9) else []
+    return Outcome(tool, "failed" if code else "passed" if code == 0 else "failed", "; ".join(told))
+
+
+def warm(session: Session) -> Outcome:
+    """Let torch.compile compile what the benchmark will call, while the tests run."""
+    stopped = session.shards("warm", max(1, session.cpus // 4), *_rows(session), "--warm", share=0.55, hang=200.0)
+    done = Counter(entry["state"] for entry in session.tasks("warm"))
+    # Nothing depends on it: what is not compiled now is compiled later.
+    return Outcome("warm", "passed", ", ".join([f"{done['passed']} rows, {done['failed']} failed", *stopped]))
+
+
+def _rows(session: Session) -> list[str]:
+    command = [sys.executable, "-m", "bench.gpu_rows", "--device", session.device, "--rows", session.rows]
+    return [*command, "--quick", "--seconds", "0.01"] if session.quick else command
+
+
+def bench(session: Session) -> Outcome:
+    """Every row, each checked before it is timed."""
+    # Which launch configuration is fastest was found beside other processes: it is to be found again.
+    for choice in (CACHE / "inductor").rglob("*.best_config"):
+        choice.unlink()
+    stopped = session.shards("bench", 1, *_rows(session), share=0.98, hang=120.0)
+    states = Counter(entry["state"] for entry in session.tasks("bench"))
+    never = session.not_done("bench")
+    told = [f"{states['passed']} rows measured", f"{states['failed']} wrong or failed"]
+    told += [f"{never} not reached: make gpu ARGS='--stages build,bench --rows TEXT'"] * bool(never)
+    good = states["passed"] and not states["failed"]
+    late = [why for why in stopped if "out of time" not in why]
+    return Outcome("bench", "passed" if good and not late else "failed", ", ".join([*told, *late]))
+
+
+def stage(session: Session, name: str) -> Outcome:
+    """Run a stage, whatever happens in it, and write down what became of it."""
+    functions: dict[str, Callable[[Session], Outcome]] = {
+        "build": build, "doctor": doctor, "tests": tests, "warm": warm, "bench": bench,
+    }  # fmt: skip
+    begin = time.monotonic()
+    try:
+        outcome = sanitize(session, name) if name in SANITIZERS else functions[name](session)
+    except Exception as error:  # of this program itself: the stages to come still run
+        outcome = Outcome(name, "failed", f"{type(error).__name__}: {error}")
+    outcome.seconds = round(time.monotonic() - begin, 1)
+    with session.lock:
+        session.outcomes.append(outcome)
+        print(f"{name}: {outcome.state}, {outcome.seconds} s: {outcome.detail}", flush=True)
+        with (session.out / "log.txt").open("a") as log:
+            for path in sorted(session.work.glob(f"{name}*.log")):
+                lines = tail(path, 40 if outcome.state == "passed" else 400)
+                log.write("\n".join([f"==== {path.stem}: {outcome.state}", *lines, ""]))
+        write(session)
+    return outcome
+
+
+# ---- the summary -----------------------------------------------------------------------------------------------------
+
+
+def kernels(session: Session) -> dict[tuple[str, str], Counter[str]]:
+    """(op, backend) -> how many of its tests passed, failed, were skipped."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for entry in session.tasks("tests"):
+        key = (entry.get("op", ""), entry.get("backend", ""))
+        counts.setdefault(key, Counter())[entry["state"]] += 1
+    return dict(sorted(counts.items()))
+
+
+def failures(entries: Iterable[dict[str, Any]]) -> list[str]:
+    """One line per distinct reason: how many tests, one of them, why."""
+    groups: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry["state"] == "failed":
+            first = " ".join((entry.get("why") or "?").split())[:200]
+            # Numbers differ from case to case.
+            groups.setdefault("".join("#" if c.isdigit() else c for c in first), [first]).append(entry["id"])
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    return [f"- {len(ids)}x, e.g. `{ids[0]}`: {first}" for first, *ids in ordered]
+
+
+def table(head: list[str], lines: Iterable[Iterable[Any]]) -> list[str]:
+    """A markdown table."""
+    rows = [head, ["---"] * len(head), *(list(map(str, line)) for line in lines)]
+    return ["| " + " | ".join(row) + " |" for row in rows] + [""]
+
+
+def bench_tables(entries: list[dict[str, Any]]) -> list[str]:
+    """Per op, microseconds of everyone, and beside them how many times as long as ours."""
+    told = {entry["id"]: entry["result"] for entry in entries if entry.get("result")}
+    lines: list[str] = []
+    copy = told.get("bandwidth", {}).get("copy")
+    if copy:
+        empty = told["bandwidth"]["empty graph"] * 1e6
+        lines += [f"A copy moves {copy / 1e9:.0f} GB/s, read and written; an empty graph takes {empty:.1f} us.", ""]
+    rows = [result for result in told.values() if result.get("call")]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        of_op = [row for row in rows if row["op"] == op]
+        order = dict.fromkeys(name for row in of_op for name in row["call"] if name != "ours")
+        head = ["row", "x", "pass", "how", "ours us", *order, "of copy", "host us: ours, eager, compile, sdpa"]
+        body = []
+        for row in of_op:
+            for how in ("call", "graph", "in a row"):
+                times = {name: t["median"] * 1e6 for name, t in row[how].items()}
+                ours = times.get("ours")
+                if ours is None:
+                    continue
+                others = [f"{times[n]:.1f} ({times[n] / ours:.2f}x)" if n in times else "" for n in order]
+                share = f"{row['bytes'] / ours * 1e6 / copy:.0%}" if copy and how == "graph" and "bytes" in row else ""
+                host = " / ".join(f"{t * 1e6:.0f}" for t in row["host"].values()) if how == "call" else ""
+                body.append([row["row"], row["x"], row["pass"], how, f"{ours:.1f}", *others, share, host])
+        lines += [f"### {op} ({', '.join(dict.fromkeys(row['backend'] for row in of_op))})", "", *table(head, body)]
+        held = {row["row"]: row["extra_bytes"] for row in of_op if row.get("extra_bytes")}
+        for name, extra in held.items():
+            lines.append(
+                f"- memory, {name}: " + ", ".join(f"{n} {b / 2**20:.0f} MB" for n, b in extra.items() if b is not None)
+            )
+        refused = dict.fromkeys(f"{n}: {why}" for row in of_op for n, why in row["refused"].items())
+        lines += [*(f"- could not take part: {line}" for line in refused), ""]
+    return lines + model_table({id_: result for id_, result in told.items() if id_.startswith("model ")})
+
+
+def model_table(told: dict[str, dict[str, Any]]) -> list[str]:
+    """Milliseconds of HoT-MixSTE."""
+    body = [
+        [id_.removeprefix("model "), result["x"], which, how, *(f"{t['median'] * 1e3:.3f}" for t in times.values())]
+        for id_, result in told.items()
+        for which in ("forward", "training step")
+        for how, times in result.get(which, {}).items()
+    ]
+    if not body:
+        return []
+    width = max(map(len, body))
+    body = [[*row, *[""] * (width - len(row))] for row in body]
+    head = ["model", "x", "pass", "how", "eager ms", "swapped ms", "native ms"][:width]
+    refused = dict.fromkeys(f"{n}: {why}" for result in told.values() for n, why in result.get("refused", {}).items())
+    return ["### HoT-MixSTE", "", *table(head, body), *(f"- {line}" for line in refused), ""]
+
+
+def summary(session: Session) -> str:
+    """Everything for a reader, in markdown."""
+    name = session.about.get("gpu", session.about["cpu"])
+    lines = [f"# {name}" + (" (quick)" if session.quick else ""), ""]
+    lines += [*(f"- {key}: {value}" for key, value in session.about.items()), "", "## Stages", ""]
+    lines += table(["stage", "outcome", "s", ""], ([o.stage, o.state, o.seconds, o.detail] for o in session.outcomes))
+    counts = kernels(session)
+    if counts:
+        lines += ["## Tests per kernel", ""]
+        body = ([*key, *(count[state] for state in ("passed", "failed", "skipped"))] for key, count in counts.items())
+        lines += table(["op", "backend", "passed", "failed", "skipped"], body)
+        run_on = f"{name}, {datetime.now(timezone.utc):%Y-%m-%d}, {session.about['commit']}"
+        proved = [
+            key
+            for key, count in counts.items()
+            if key[0] in harness.OPS and all(key) and count["passed"] and not count["failed"]
+        ]
+        if session.gpu and proved and not session.not_done("tests"):
+            lines += ["For `GPU_RUNS` in hotkernels/doctor.py:", "", *(f'    {key!r}: "{run_on}",' for key in proved)]
+            lines.append("")
+    for title, stage_name in (("Failed tests", "tests"), ("Failed rows", "bench")):
+        failed = failures(session.tasks(stage_name))
+        lines += [f"## {title}", "", *failed, ""] if failed else []
+    rows = bench_tables(session.tasks("bench"))
+    if rows:
+        lines += ["## Benchmark", "", "Medians in us; in brackets how many times as long as ours: under 1 we lose.", ""]
+        lines += [
+            "call: CUDA events around a call, L2 flushed; graph: the same around a replay; in a row: one of 20 calls"
+        ]
+        lines += ["within a graph. of copy: bytes read and written once, over ours, relative to a copy.", "", *rows]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(session: Session) -> None:
+    """The summary and the figures, as far as there are any."""
+    rows, proved = session.tasks("bench"), session.tasks("tests")
+    (session.out / "summary.md").write_text(summary(session))
+    figures = {"machine": session.about, "stages": [asdict(o) for o in session.outcomes], "rows": rows, "tests": proved}
+    (session.out / "summary.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def save(session: Session) -> list[Path]:
+    """<gpu>-<date>.md and .json, among the results and beside the summary. Tests that passed are only counted there."""
+    name = session.about.get("gpu", session.about["cpu"])
+    if set(session.stages) != set(STAGES):
+        name += " " + " ".join(session.stages)
+    counts = [{"op": op, "backend": backend, **count} for (op, backend), count in kernels(session).items()]
+    more = {"stages": [asdict(o) for o in session.outcomes], "tests": counts}
+    rows = session.tasks("bench")
+    return [
+        harness.save(folder, name, session.about, summary(session), rows, session.quick, **more)
+        for folder in (session.results, session.out)
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stages; 1 if one failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "build/gpu", help="where to write (default build/gpu)")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench/results", help="default bench/results")
+    parser.add_argument("--stages", default=",".join(STAGES), help="which to run (default %(default)s)")
+    parser.add_argument("--rows", default="", metavar="TEXT", help="of the benchmark: with this in '<op> <row>-<pass>'")
+    parser.add_argument("--seconds", type=float, default=510.0, help="for everything (default %(default)s)")
+    parser.add_argument("--device", default="cuda", help="default cuda; cpu, with --quick: to test this program")
+    parser.add_argument("--quick", action="store_true", help="little of everything: does it work?")
+    args = parser.parse_args(argv)
+    stages = tuple(args.stages.split(","))
+    unknown = set(stages) - set(STAGES)
+    if unknown:
+        parser.error(f"--stages must be some of {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        why = "torch has no CUDA" if torch.version.cuda is None else "torch sees no GPU"
+        print(f"bench.gpu: needs a machine with a GPU, got none ({why})", file=sys.stderr)
+        return 2
+    session = Session(
+        args.device, args.quick, stages, args.rows, args.seconds, args.out.resolve(), args.results.resolve()
+    )
+    print("; ".join(f"{key} {value}" for key, value in session.about.items()), flush=True)
+    if session.about["commit"] == "unknown":
+        print("the commit is unknown: make gpu COMMIT=...", flush=True)
+    for group in GROUPS:
+        wanted = [name for name in group if name in stages]
+        if wanted:
+            with ThreadPoolExecutor(len(wanted)) as pool:
+                list(pool.map(lambda name: stage(session, name), wanted))
+    written = save(session)
+    print("\n" + summary(session)[:9000])
+    print(f"written in {time.monotonic() - session.begin:.0f} s: {', '.join(map(str, written))}, and .json")
+    shutil.rmtree(session.work, ignore_errors=True)
+    return int(any(outcome.state == "failed" for outcome in session.outcomes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
