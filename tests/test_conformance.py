@@ -11,7 +11,7 @@ import attention_cases  # noqa: F401  # registers its ops
 import pytest
 import torch
 from cases import OPS, Args, Bad, OpCase, layouts, tensors, upcast
-from conftest import BACKENDS, FUSED
+from conftest import BACKENDS, FUSED, GPU_BACKENDS
 from torch import Tensor
 from torch.autograd.gradcheck import gradcheck
 
