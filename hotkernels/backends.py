@@ -144,7 +144,7 @@ def explain(op: str | Callable[..., Any], x: Tensor, *args: object, **kwargs: ob
         >>> import torch, hotkernels
         >>> hotkernels.explain("dpc_knn", torch.zeros(1, 16, 8, dtype=torch.float64))
         dpc_knn: served by torch
-          cuda   dpc_knn has no cuda kernel
+          cuda   it runs on cuda tensors, got cpu
           triton dpc_knn has no triton kernel
           cpp    it takes float32, float16 or bfloat16, got float64
           torch  serves this call

@@ -80,7 +80,7 @@ def dpc_knn(
         seed: of the hash that orders equal densities, any int64.
         assign: whether to compute `assignment`.
         ordered: return `index` in ascending position instead of best first.
-        backend: "torch", "cpp", or None for the fastest that can serve the call.
+        backend: "torch", "cpp", "cuda", or None for the fastest that can serve the call.
 
     Returns:
         DensityPeaks(index [B, M] int64, assignment [B, N] int64 or None, density, delta, score [B, N] float32). With
@@ -90,8 +90,10 @@ def dpc_knn(
     Raises:
         ValueError, TypeError: ``dpc_knn: <arg> must be <expected>, got <actual>``.
 
-    Numerics: float32 throughout, after subtracting each sample's mean; half inputs are upcast. The result is the same
-    bits on every run, for any number of threads and whatever else is in the batch.
+    Numerics: float32 throughout, after subtracting each sample's mean; half inputs are upcast. On "cuda" the centred
+    tokens are rounded to TF32 (10 bits of mantissa) and distances are those of the rounded tokens: the choice differs
+    from float32's where distances differ by less than that. The result is the same bits on every run, for any number of
+    threads and whatever else is in the batch.
 
     Cost: half of :math:`N^2 C` multiply-adds; O(N (k + C)) memory beyond the input, never N x N.
 
@@ -123,9 +125,10 @@ def dpc_knn(
     if keep is not None:
         keep = _keep_positions(keep, B, N, num_clusters, x.device)
     x = x.detach()
-    if choose(_OP, x, backend) == "torch":
-        if keep is not None:
-            check_index(_OP, "keep", keep, N)
+    backend = choose(_OP, x, backend)
+    if keep is not None and backend != "cpp":  # which looks for itself
+        check_index(_OP, "keep", keep, N)
+    if backend == "torch":
         index, assignment, *rest = dpc_knn_reference(x, num_clusters, k, mask, keep, noise, seed, assign, ordered)
         density, delta, score = (t.float() for t in rest)
     else:
