@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hotkernels import gather_tokens
+from hotkernels import checked, gather_tokens
 from hotkernels.autograd import GatherTokens
+from hotkernels.ops.gather_tokens.reference import gather_tokens_reference
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_no_tokens_to_gather_from(backend: str) -> None:
     out = gather_tokens(torch.zeros(2, 0, 4), torch.full((2, 3), -1), backend=backend)
     assert out.shape == (2, 3, 4)
     assert not out.any()
-    with pytest.raises(ValueError, match=r"^gather_tokens: index must be -1 or in \[0, 0\), got 0$"):
+    with checked(), pytest.raises(ValueError, match=r"^gather_tokens: index must be -1 or in \[0, 0\), got 0$"):
         gather_tokens(torch.zeros(2, 0, 4), torch.zeros(2, 3, dtype=torch.int64), backend=backend)
 
 
@@ -58,6 +59,27 @@ def test_gradient_of_a_repeated_token_is_summed_in_order(backend: str) -> None:
     else:
         assert torch.equal(grad[0, 2], expected)
     assert not grad[0, [0, 1, 3]].any()
+
+
+def test_gradient_of_many_places(backend: str) -> None:
+    """More places than a block of threads sorts on its own."""
+    grad_out, index = torch.randn(2, 9000, 3), torch.randint(-1, 7, (2, 9000))
+    x = torch.randn(2, 7, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(gather_tokens(x, index, backend=backend), x, grad_out)
+    for b in range(2):
+        for n in range(7):
+            expected = grad_out[b][index[b] == n].cumsum(0, dtype=torch.float64)[-1]
+            torch.testing.assert_close(grad[b, n], expected.float(), rtol=1e-4, atol=1e-3)
+
+
+def test_gradient_of_many_wide_tokens(backend: str) -> None:
+    """More tokens than a GPU has blocks at once, of more channels than a block has threads."""
+    grad_out, index = torch.randn(3, 40, 257), torch.randint(-1, 1000, (3, 40))
+    x = torch.randn(3, 1000, 257, requires_grad=True)
+    (grad,) = torch.autograd.grad(gather_tokens(x, index, backend=backend), x, grad_out)
+    expected = torch.zeros(3, 1001, 257)
+    expected.scatter_add_(1, index.where(index >= 0, 1000)[..., None].expand(-1, -1, 257), grad_out)
+    torch.testing.assert_close(grad, expected[:, :1000])
 
 
 def test_half_gradients_are_summed_in_float32(backend: str) -> None:
@@ -90,26 +112,49 @@ def test_any_number_of_threads(backend: str, threads: None) -> None:
             assert torch.equal(grad, answers[0][1])
 
 
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("M", [50, 9000])
+def test_on_a_gpu_what_is_out_of_range_is_absent(backend: str, M: int) -> None:
+    x, pos, index = torch.randn(2, 9, 5), torch.randn(M, 5), torch.randint(-1, 9, (2, M))
+    wild = torch.tensor([9, 10, 1 << 31, (1 << 62) + 5, -2, -(1 << 63)])[torch.randint(6, (2, M))]
+    out = torch.ops.hotkernels.gather_tokens_fwd(x, torch.where(index < 0, wild, index), pos)
+    assert torch.equal(out, gather_tokens(x, index, pos, backend=backend))
+    grad = torch.ops.hotkernels.gather_tokens_bwd(out, torch.where(index < 0, wild, index), 9)
+    assert torch.equal(grad, torch.ops.hotkernels.gather_tokens_bwd(out, index, 9))
+
+
+def test_a_gpu_without_our_library() -> None:
+    """PyTorch serves it there and waits for no value (tensors on "meta" have none); what is out of range is absent."""
+    x, pos = (torch.zeros(*shape, device="meta", requires_grad=True) for shape in ((2, 9, 3, 4), (5, 4)))
+    gather_tokens(x, torch.zeros(2, 5, dtype=torch.int64, device="meta"), pos).sum().backward()
+    assert x.grad.shape == x.shape
+    x, index = torch.randn(2, 9, 4), torch.tensor([[0, 9, -2], [1 << 62, 8, -1]])
+    absent = index.where((index >= 0) & (index < 9), -1)
+    assert torch.equal(gather_tokens_reference(x, index), gather_tokens(x, absent, backend="torch"))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
 def test_the_function_to_build_on(backend: str) -> None:
     x, index = torch.randn(2, 9, 4), torch.randint(9, (2, 5))
     assert torch.equal(GatherTokens.apply(x, index, None), gather_tokens(x, index, backend=backend))
 
 
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
 def test_raw_operators_check_for_themselves(backend: str) -> None:
     """Someone who calls torch.ops directly gets an error too, never a read out of bounds."""
     fwd, bwd = torch.ops.hotkernels.gather_tokens_fwd, torch.ops.hotkernels.gather_tokens_bwd
     x, index = torch.zeros(2, 9, 4), torch.zeros(2, 5, dtype=torch.int64)
-    for arg, call in {
+    calls = {
         "x": lambda: fwd(x[0], index, None),
-        "index": lambda: fwd(x, index + 9, None),
         "index ": lambda: fwd(x, index.int(), None),
         "index  ": lambda: fwd(x, index[:1], None),
         "pos": lambda: fwd(x, index, torch.zeros(4, 4)),
         "pos ": lambda: fwd(x, index, torch.zeros(5, 4).half()),
         "grad_out": lambda: bwd(x, index, 9),
-        "index   ": lambda: bwd(x[:, :5], index + 9, 9),
-    }.items():
+        "num_tokens": lambda: bwd(x[:, :5], index, -1),
+    }
+    if backend == "cpp":  # a GPU would have to be waited for
+        calls |= {"index": lambda: fwd(x, index + 9, None), "index   ": lambda: bwd(x[:, :5], index + 9, 9)}
+    for arg, call in calls.items():
         with pytest.raises((ValueError, RuntimeError), match=rf"\w+: {arg.strip()} must be .+, got .+"):
             call()

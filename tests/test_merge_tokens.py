@@ -7,6 +7,7 @@ import torch
 
 from hotkernels import dpc_knn, merge_tokens
 from hotkernels.autograd import MergeTokens
+from hotkernels.ops.merge_tokens.reference import merge_tokens_reference
 
 
 def test_mean_of_equal_tokens_is_that_token(backend: str) -> None:
@@ -97,6 +98,23 @@ def test_samples_do_not_depend_on_their_batch(backend: str) -> None:
         assert torch.equal(whole[b : b + 1], merge_tokens(x[b : b + 1], assignment[b : b + 1], 39, backend=backend))
 
 
+@pytest.mark.parametrize("N", [1000, 9000])
+def test_sums_are_in_ascending_order(backend: str, N: int) -> None:
+    """As float32 adds weights and tokens one by one; on either side of what a block of threads sorts on its own."""
+    x = torch.randn(1, N, 5) * 10.0 ** torch.arange(N).remainder(7)[None, :, None]
+    weight, assignment = torch.full((1, N), 0.5), torch.randint(-1, 3, (1, N))
+    out = merge_tokens(x, assignment, 3, weight, eps=0.0, backend=backend)
+    sums, total = torch.zeros(4, 5), torch.zeros(4)
+    for token, m in zip(x[0], assignment[0].tolist(), strict=True):
+        sums[m] += 0.5 * token
+        total[m] += 0.5
+    expected = sums[:3] * (1 / total[:3, None])
+    if backend == "torch":
+        torch.testing.assert_close(out[0], expected, rtol=1e-3, atol=1)
+    else:
+        assert torch.equal(out[0], expected)
+
+
 def test_takes_what_dpc_knn_returns(backend: str) -> None:
     x = torch.randn(2, 63, 9)
     mask = torch.rand(2, 63) < 0.9
@@ -107,23 +125,47 @@ def test_takes_what_dpc_knn_returns(backend: str) -> None:
             torch.testing.assert_close(merged[b, m], x[b][peaks.assignment[b] == m].mean(0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("N", [50, 9000])
+def test_on_a_gpu_what_is_out_of_range_is_in_no_cluster(backend: str, N: int) -> None:
+    fwd, bwd = torch.ops.hotkernels.merge_tokens_fwd, torch.ops.hotkernels.merge_tokens_bwd
+    x, weight, assignment = torch.randn(2, N, 5), torch.rand(2, N), torch.randint(-1, 9, (2, N))
+    wild = torch.tensor([9, 10, 1 << 31, (1 << 62) + 5, -2, -(1 << 63)])[torch.randint(6, (2, N))]
+    wild = torch.where(assignment < 0, wild, assignment)
+    out, total, _ = fwd(x, assignment, 9, weight, 1e-6, True)
+    for ours, expected in zip(fwd(x, wild, 9, weight, 1e-6, True), (out, total), strict=False):
+        assert torch.equal(ours, expected)
+    grads = (bwd(torch.ones_like(out), out, total, x, a, weight, True) for a in (wild, assignment))
+    for ours, expected in zip(*grads, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_a_gpu_without_our_library() -> None:
+    """PyTorch serves it there and waits for no value (tensors on "meta" have none); what is out of range is left out."""
+    x, weight = (torch.zeros(*shape, device="meta", requires_grad=True) for shape in ((2, 9, 4), (2, 9)))
+    merge_tokens(x, torch.zeros(2, 9, dtype=torch.int64, device="meta"), 3, weight).sum().backward()
+    assert x.grad.shape == x.shape
+    x, assignment = torch.randn(1, 5, 4), torch.tensor([[0, 3, -2, 1 << 62, 2]])
+    expected = merge_tokens(x, torch.tensor([[0, -1, -1, -1, 2]]), 3, backend="torch")
+    assert torch.equal(merge_tokens_reference(x, assignment, 3), expected)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
 def test_the_function_to_build_on(backend: str) -> None:
     x, assignment = torch.randn(2, 9, 4), torch.randint(3, (2, 9))
     expected = merge_tokens(x, assignment, 3, backend=backend)
     assert torch.equal(MergeTokens.apply(x, assignment, 3, None, 1e-6), expected)
 
 
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
 def test_raw_operators_check_for_themselves(backend: str) -> None:
     """Someone who calls torch.ops directly gets an error too, never a read out of bounds."""
     fwd, bwd = torch.ops.hotkernels.merge_tokens_fwd, torch.ops.hotkernels.merge_tokens_bwd
     x, assignment = torch.zeros(2, 9, 4), torch.zeros(2, 9, dtype=torch.int64)
     out, total, _ = fwd(x, assignment, 3, None, 1e-6, False)
-    for arg, call in {
+    calls = {
         "x": lambda: fwd(x[0], assignment, 3, None, 0.0, False),
         "num_clusters": lambda: fwd(x, assignment, 0, None, 0.0, False),
-        "assignment": lambda: fwd(x, assignment + 3, 3, None, 0.0, False),
         "assignment ": lambda: fwd(x, assignment[:1], 3, None, 0.0, False),
         "assignment  ": lambda: fwd(x, assignment.int(), 3, None, 0.0, False),
         "weight": lambda: fwd(x, assignment, 3, torch.ones(2, 8), 0.0, False),
@@ -133,7 +175,10 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
         "mean ": lambda: bwd(out, out[0], total, x, assignment, None, False),
         "total": lambda: bwd(out, out, total[:1], x, assignment, None, False),
         "total ": lambda: bwd(out, out, total.double(), x, assignment, None, False),
-    }.items():
-        arg = arg.strip()
-        with pytest.raises((ValueError, RuntimeError), match=rf"merge_tokens: {arg} must be .+, got .+"):
+        "mean  ": lambda: bwd(out, out.double(), total, x, assignment, None, True),
+    }
+    if backend == "cpp":  # a GPU would have to be waited for
+        calls["assignment"] = lambda: fwd(x, assignment + 3, 3, None, 0.0, False)
+    for arg, call in calls.items():
+        with pytest.raises((ValueError, RuntimeError), match=rf"merge_tokens: {arg.strip()} must be .+, got .+"):
             call()
