@@ -110,7 +110,16 @@ class GridAttention(nn.Module):
 
 
 class TCAttention(GridAttention):
-    """For dynamic tokens: forward(q_dict, kv_dict); a score per key is added to the logits."""
+    """For dynamic tokens: forward(q_dict, kv_dict); a score per key is added to the logits.
+
+    Without use_sr_layer keys are averaged where sr_ratio > 1.
+    """
+
+    def __init__(self, *args: Any, use_sr_layer: bool = True, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.use_sr_layer = use_sr_layer
+        if self.sr_ratio > 1 and not use_sr_layer:
+            del self.sr, self.norm
 
     def forward(self, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Tensor:
         x, keys = q_dict["x"], kv_dict["x"]
@@ -118,7 +127,10 @@ class TCAttention(GridAttention):
         if self.sr_ratio > 1:
             source = {**kv_dict, "x": torch.cat([keys, score], -1), "map_size": q_dict["map_size"]}
             pixels = token2map(source)
-            keys = self.norm(self.sr(pixels[:, :-1]).flatten(2).transpose(1, 2))
+            if self.use_sr_layer:
+                keys = self.norm(self.sr(pixels[:, :-1]).flatten(2).transpose(1, 2))
+            else:
+                keys = F.avg_pool2d(pixels[:, :-1], self.sr_ratio).flatten(2).transpose(1, 2)
             score = F.avg_pool2d(pixels[:, -1:], self.sr_ratio).flatten(2).transpose(1, 2)
         return self.attend(x, keys, score)
 

@@ -362,6 +362,26 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.05)
 
 
+def test_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model, x = made("ViT")
+        expected, _ = answer(model.eval(), x)
+        hotkernels.swap(model, example_inputs=x)
+        torch.testing.assert_close(answer(model, x)[0], expected)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_token2map_is_that_of_the_module(averaged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The map of tokens is made by the function that the file has, also where no convolution reduces it."""
+    theirs = published_tcformer.token2map
+    monkeypatch.setattr(published_tcformer, "token2map", lambda token_dict: theirs(token_dict) * 2)
+    module = TCAttention(32, 4, sr_ratio=2, use_sr_layer=not averaged)
+    args = tokens(12), tokens(20, score=True)
+    expected = module(*args)
+    hotkernels.swap(module)
+    torch.testing.assert_close(module(*args), expected)
+
+
 def test_arguments_beyond_go_to_the_original() -> None:
     module, x = VisionAttention(32, 4), torch.randn(2, 5, 32)
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
@@ -478,6 +498,13 @@ class Window(AttentionEager):
         return super().forward(windows.flatten(0, 1)).unflatten(0, windows.shape[:2]).flatten(1, 2)
 
 
+class Unfit(AttentionEager):
+    """No class can be derived from it without an argument."""
+
+    def __init_subclass__(cls, *, x: int) -> None:
+        super().__init_subclass__()
+
+
 class SomeAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -559,6 +586,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no token2map": (NoTokenMap, "it reduces its keys (sr_ratio = 2) without a token2map of its file"),
     "map of the keys": (MapOfKeys, "its output differs from attention over tokens with scores"),
     "detached score": (DetachedScore, "its gradients differ from attention over tokens with scores"),
+    "unfit class": (
+        lambda: Unfit(32, 4),
+        "its class cannot be derived from (Unfit.__init_subclass__() missing 1 required keyword-only argument: 'x')",
+    ),
     "no gradient": (Decorated, "its forward is decorated"),
     "torch's": (lambda: nn.MultiheadAttention(32, 4), "a form of attention that swap does not know"),
     "unknown": (SomeAttention, "a form of attention that swap does not know"),

@@ -81,8 +81,9 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
             ``swap: example_inputs must be ...`` where the model cannot run on them. The model is then as it was.
 
     Numerics: as the operators; the random numbers drawn are those of the original. Training with dropout on the
-        probabilities runs the original forward, as such dropout draws in its own layout. Probes run in the model's own dtypes and devices, with random parameters, and compare to the
-        root of the dtype's epsilon.
+        probabilities runs the original forward, as such dropout draws in its own layout. Probes run in the model's own
+        dtypes and devices, with random parameters, and compare to the root of the dtype's epsilon. `torch.func`
+        transforms and `torch.jit.trace` do not see into the fused operators: unswap for them.
 
     Cost: no memory; milliseconds per form and size of attention.
 

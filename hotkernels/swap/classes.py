@@ -27,7 +27,6 @@ def subclass(original: type[nn.Module], twin: type | None, calls: Calls = ()) ->
         if vars(known).get("_hotkernels_spec") == spec:
             return known
     namespace: dict[str, Any] = {
-        "_hotkernels_spec": spec,
         "_hotkernels_original": original,
         "__module__": original.__module__,
         "__doc__": original.__doc__,
@@ -37,7 +36,9 @@ def subclass(original: type[nn.Module], twin: type | None, calls: Calls = ()) ->
         namespace[method] = _calling(getattr(original, method), renames)
     bases = (original,) if twin is None else (twin, original)
     metaclass: Any = type(original)
-    return metaclass(f"Fused{original.__name__}", bases, namespace)
+    made = metaclass(f"Fused{original.__name__}", bases, namespace)
+    made._hotkernels_spec = spec  # not before: a class whose __init_subclass__ fails stays among __subclasses__()
+    return made
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:

@@ -45,23 +45,24 @@ def leaves(module: nn.Module, args: Any) -> list[Tensor]:
 
 
 def gradients(out: Any, leaves: list[Tensor]) -> Tensor | None:
-    """All gradients of the leaves, one after another, from a fixed one of an output; None if it has none.
+    """All gradients of the leaves, one after another, of a fixed sum over an output; None if it has none.
 
     In one tensor, as `same` compares with the largest value: that of a bias of keys, which is zero, is rounding alone.
     """
     if not isinstance(out, Tensor) or not out.requires_grad:
         return None
     weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
-    grads = torch.autograd.grad(out, leaves, weight, materialize_grads=True)
+    grads = torch.autograd.grad((out * weight).sum(), leaves, materialize_grads=True)
     return torch.cat([grad.flatten() for grad in grads])
 
 
 @contextlib.contextmanager
 def seeded(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast, and random numbers from a seed; the generators are put back."""
+    """No gradients, no autocast, no inference mode, and random numbers from a seed; the generators are put back."""
     accelerator = device.type not in ("cpu", "meta")
     with (
         torch.random.fork_rng([device] if accelerator else [], device_type=device.type if accelerator else "cuda"),
+        torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
     ):

@@ -336,11 +336,11 @@ class _TokenAttention(_Published):
     """
 
     kind = "attention over tokens with scores"
-    _token2map: ClassVar[Callable[[dict[str, Any]], Tensor]]
+    _file: ClassVar[dict[str, Any] | None]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._token2map = staticmethod(_token2map(vars(cls)["_hotkernels_original"]))
+        cls._file = _file_with_token2map(vars(cls)["_hotkernels_original"])
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
@@ -348,7 +348,7 @@ class _TokenAttention(_Published):
             return False
         if obstacle := _obstacle(module, 2, q=1, kv=2):
             return obstacle
-        if _reduces(module) and _token2map(type(module)) is None:
+        if _reduces(module) and _file_with_token2map(type(module)) is None:
             return f"it reduces its keys (sr_ratio = {module.sr_ratio}) without a token2map of its file"
         return True
 
@@ -364,7 +364,7 @@ class _TokenAttention(_Published):
         keys, score = kv_dict["x"], kv_dict.get("token_score")
         if _reduces(self):
             both = keys if score is None else torch.cat([keys, score], -1)
-            pixels = self._token2map({**kv_dict, "x": both, "map_size": q_dict["map_size"]})
+            pixels = self._file["token2map"]({**kv_dict, "x": both, "map_size": q_dict["map_size"]})
             keys, score = _reduced(self, pixels[:, : keys.shape[-1]]), pixels[:, keys.shape[-1] :]
             score = _pooled(self, score) if score.shape[1] else None
         return _attend(self, q_dict["x"], keys, score)
@@ -409,13 +409,13 @@ def _reduces(module: Any) -> bool:
     return getattr(module, "sr_ratio", 1) != 1
 
 
-def _token2map(cls: Any) -> Any:
-    """The function of that name that a class's forward can call: of its file, or of a module that this imports."""
+def _file_with_token2map(cls: Any) -> dict[str, Any] | None:
+    """The names of the file that has the function which a class's forward can call: its own or one that it imports."""
     if not isinstance(cls.forward, FunctionType):
         return None
-    names = cls.forward.__globals__
-    files = (names[name] for name in cls.forward.__code__.co_names if isinstance(names.get(name), ModuleType))
-    return names.get("token2map") or next((f.token2map for f in files if "token2map" in vars(f)), None)
+    own = cls.forward.__globals__
+    imported = [own[name] for name in cls.forward.__code__.co_names if isinstance(own.get(name), ModuleType)]
+    return next((names for names in (own, *map(vars, imported)) if "token2map" in names), None)
 
 
 def _reduced(module: Any, pixels: Tensor) -> Tensor:
