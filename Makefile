@@ -2,7 +2,8 @@
 #
 #   PYTHON=python3.11   the Python to make the environment with
 #   VENV=.venv          where the environment lives; `make test VENV=` uses PYTHON's own environment instead
-#   ARGS=...            further arguments of demo, test, asan (pytest) and bench
+#   ARGS=...            further arguments of demo, test, asan (pytest), bench and gpu
+#   OUT=build/gpu       where `make gpu` writes, COMMIT=... what it is told to have measured, where there is no git
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ endif
 SOURCES := setup.py pyproject.toml $(shell find csrc python_bindings -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench cuda-compile symbols asan clean
+.PHONY: demo test lint bench gpu cuda-compile symbols asan clean
 
 demo: $(READY)
 	$(PY) -m hotkernels demo $(ARGS)
@@ -35,6 +36,11 @@ lint: $(READY)
 
 bench: $(READY)
 	$(PY) -m bench $(ARGS)
+
+# Proves the GPU code: on a machine with a GPU, by PYTHON's own torch with CUDA, triton, pytest and nvcc; no network.
+OUT ?= build/gpu
+gpu:
+	$(PYTHON) -m bench.gpu --out "$(OUT)" $(ARGS)
 
 # Every CUDA source for every GPU generation the wheel serves, against the committed limits on registers and spills.
 cuda-compile: $(READY)

@@ -341,7 +341,7 @@ def bench_tables(entries: list[dict[str, Any]]) -> list[str]:
     for op in dict.fromkeys(row["op"] for row in rows):
         of_op = [row for row in rows if row["op"] == op]
         order = dict.fromkeys(name for row in of_op for name in row["call"] if name != "ours")
-        head = ["row", "x", "pass", "how", "ours us", *order, "of copy", "host us: ours, eager, compile, sdpa"]
+        head = ["row", "x", "pass", "how", "ours us", *order, "of copy", "host us"]
         body = []
         for row in of_op:
             for how in ("call", "graph", "in a row"):
@@ -351,7 +351,7 @@ def bench_tables(entries: list[dict[str, Any]]) -> list[str]:
                     continue
                 others = [f"{times[n]:.1f} ({times[n] / ours:.2f}x)" if n in times else "" for n in order]
                 share = f"{row['bytes'] / ours * 1e6 / copy:.0%}" if copy and how == "graph" and "bytes" in row else ""
-                host = " / ".join(f"{t * 1e6:.0f}" for t in row["host"].values()) if how == "call" else ""
+                host = ", ".join(f"{n} {t * 1e6:.0f}" for n, t in row["host"].items()) if how == "call" else ""
                 body.append([row["row"], row["x"], row["pass"], how, f"{ours:.1f}", *others, share, host])
         lines += [f"### {op} ({', '.join(dict.fromkeys(row['backend'] for row in of_op))})", "", *table(head, body)]
         held = {row["row"]: row["extra_bytes"] for row in of_op if row.get("extra_bytes")}

@@ -190,6 +190,7 @@ def measure(row: Row, bench: Bench, warm: bool = False) -> dict[str, Any]:
         if row.memory:
             result["extra_bytes"] = {n: peak_memory(t, bench.device) for n, t in thunks.items()}
         result["refused"] = refused
+        result["wrong"] = refused.get("ours in a graph")
     return result
 
 

@@ -16,7 +16,8 @@ from . import __version__
 from .backends import LIBRARIES, OPS, choose, instruction_set
 
 _ENVIRONMENT = ("HOTKERNELS_BACKEND", "HOTKERNELS_ISA")
-# (op, backend) -> "GPU, date, commit" of the last run of its tests there. Kernels that are not here are compiled only.
+# (op, backend) -> "GPU, date, commit" of the last run of its tests there, as `make gpu` prints it for what passed.
+# Kernels that are not here are compiled only.
 GPU_RUNS: dict[tuple[str, str], str] = {}
 
 
@@ -85,14 +86,14 @@ def _served(op: str, device: str) -> str:
     return "; ".join(f"{backend}: {', '.join(dtype for _, dtype in pairs)}" for backend, pairs in groups)
 
 
+def gpu_kernels() -> dict[tuple[str, str], str]:
+    """(op, backend) of each GPU kernel -> where it ran, or that it is compiled only."""
+    kernels = [(op, backend) for op in OPS for backend in ("cuda", "triton") if backend in OPS[op]]
+    return {key: f"run on {GPU_RUNS[key]}" if key in GPU_RUNS else "compiled only" for key in kernels}
+
+
 def _gpu_kernels() -> list[str]:
-    """One line per GPU kernel: where it ran, or that it is compiled only."""
-    lines = []
-    for op, kernels in OPS.items():
-        for backend in ("cuda", "triton"):
-            if backend in kernels:
-                run = GPU_RUNS.get((op, backend))
-                lines.append(f"  {op:<20}{backend}: {'compiled only' if run is None else f'run on {run}'}")
+    lines = [f"  {op:<20}{backend}: {state}" for (op, backend), state in gpu_kernels().items()]
     return lines or ["  none: no op offers a cuda or triton backend yet"]
 
 

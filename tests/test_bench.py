@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import json
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from hotkernels.bench import WORKLOADS, interleaved, machine, main, peak_memory
+from hotkernels.bench import WORKLOADS, EventClock, captured, interleaved, machine, main, peak_memory
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # bench/ is no part of the package
+
+from bench import gpu, gpu_rows, supervise  # noqa: E402
 
 SMALL = {
     "dpc_knn": (2, 40, 8),
@@ -128,3 +139,280 @@ def test_wrong_commands_say_why(argv: list[str], message: str, capsys: pytest.Ca
         main(argv)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# ---- make gpu, as far as it goes without one -------------------------------------------------------------------------
+
+FRAGILE = """
+import os, sys, time
+from pathlib import Path
+from bench.supervise import LOST, Journal
+journal = Journal(Path(sys.argv[1]))
+if not journal.known:
+    journal.write(tasks=5)
+for task in ("first", "crashes", "hangs", "loses", "last"):
+    if task in journal.known:
+        continue
+    journal.start(task)
+    if task == "crashes":
+        os.abort()
+    if task == "hangs":
+        print("here it hangs", flush=True)
+        time.sleep(600)
+    journal.end(task, "passed")
+    if task == "loses":
+        os._exit(LOST)
+"""
+
+
+def test_what_crashes_or_hangs_takes_nothing_else_along(tmp_path: Path) -> None:
+    journal, log = tmp_path / "journal.jsonl", tmp_path / "log"
+    command = [sys.executable, "-c", FRAGILE, str(journal)]
+    deadline = time.monotonic() + 60
+    assert supervise.supervise(command, journal, log, deadline, 3.0, ROOT, {"PYTHONPATH": str(ROOT)}) is None
+    states = {entry["id"]: (entry["state"], entry.get("why")) for entry in supervise.results(journal)}
+    assert [states[task][0] for task in ("first", "loses", "last")] == ["passed"] * 3
+    assert states["crashes"] == ("failed", "the process died with status -6")
+    assert states["hangs"] == ("failed", "hung for 3 s")
+    assert supervise.missing(journal) == 0
+    assert "here it hangs" in "\n".join(supervise.tail(log))
+
+
+def test_a_program_out_of_time_or_of_no_use_is_named(tmp_path: Path) -> None:
+    journal, log, now = tmp_path / "journal.jsonl", tmp_path / "log", time.monotonic()
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert supervise.supervise(command, journal, log, now + 0.5, 60, ROOT, {}) == "out of time"
+    command[-1] = "raise SystemExit(3)"
+    told = supervise.supervise(command, journal, log, now + 60, 60, ROOT, {})
+    assert told == "ended with status 3 without doing anything"
+    assert supervise.run([*command[:2], "import time; time.sleep(60)"], log, 0.5, ROOT, {}) is None
+
+
+SANITIZER = """#!/bin/sh
+while [ "${1#--}" != "$1" ]; do shift 2; done
+"$@" || exit $?
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+def test_every_stage_but_the_build_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other and at once; the last rows of the benchmark are the tiny ones of one op."""
+    tool = tmp_path / "bin/compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text(SANITIZER)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
+    monkeypatch.setenv("COMMIT", "abc1234")
+    out = tmp_path / "out"
+    stages = "doctor,tests,memcheck,warm,bench"
+    argv = f"--device cpu --quick --stages {stages} --rows gather_tokens --out {out} --results {tmp_path / 'results'}"
+    assert gpu.main(argv.split()) == 0, capsys.readouterr().out
+    told = json.loads((out / "summary.json").read_text())
+    assert [stage["state"] for stage in told["stages"]] == ["passed"] * 5
+    assert {row["id"] for row in told["rows"]} == {"gather_tokens tiny-fwd", "gather_tokens tiny-fwd+bwd"}
+    assert told["machine"]["commit"] == "abc1234"
+    page = (out / "summary.md").read_text()
+    assert "| gather_tokens | cpp-base | " in page
+    assert "| tiny | 1x16x64 -> 4 | fwd | graph | " in page
+    assert "ERROR SUMMARY: 0 errors" in page
+    assert len(list((tmp_path / "results").iterdir())) == 2
+    assert len(list(out.iterdir())) <= 8
+
+
+def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **journals: list[dict[str, Any]]) -> gpu.Session:
+    """A session whose stages left these journals."""
+    monkeypatch.setattr(gpu, "about", lambda gpu: {"gpu": "NVIDIA Test", "cpu": "a cpu", "commit": "abc1234"})
+    made = gpu.Session("cuda", False, gpu.STAGES, "", 510.0, tmp_path, tmp_path)
+    for name, entries in journals.items():
+        lines = [json.dumps(entry) + "\n" for entry in entries]
+        made.journal(f"{name}-0").write_text("".join(lines))
+    return made
+
+
+def timed(**microseconds: float) -> dict[str, Any]:
+    return {name.replace("_", " "): {"median": t * 1e-6} for name, t in microseconds.items()}
+
+
+def test_the_summary_says_what_passed_what_failed_and_who_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test(name: str, op: str, state: str, why: str = "") -> dict[str, Any]:
+        return {"id": name, "state": state, "op": op, "backend": "cuda", "why": why}
+
+    row = {
+        "op": "dpc_knn", "row": "hot", "x": "1x243x512", "pass": "fwd", "backend": "cuda", "bytes": 1_000_000,
+        "call": timed(ours=30, eager=90, sdpa_flash=20), "graph": timed(ours=10, eager=80), "in a row": {},
+        "host": {"ours": 2e-5, "eager": 1e-4}, "refused": {"flex": "no such case"}, "extra_bytes": {"ours": 1 << 20},
+    }  # fmt: skip
+    model = {
+        "x": "[1, 243, 17, 2] bf16",
+        "wrong": None,
+        "forward": {"call": timed(eager=3000, swapped=2000, native=1000)},
+    }
+    made = session(
+        tmp_path,
+        monkeypatch,
+        tests=[
+            {"tasks": 4},
+            test("a", "dpc_knn", "passed"),
+            test("b", "merge_tokens", "failed", "off by 0.25"),
+            test("c", "merge_tokens", "failed", "off by 0.50"),
+            test("d", "gpu", "passed"),
+        ],
+        bench=[
+            {"id": "bandwidth", "state": "passed", "result": {"copy": 4e12, "empty graph": 2e-6}},
+            {"id": "dpc_knn hot-fwd", "state": "passed", "result": row},
+            {"id": "model hot_mixste", "state": "passed", "result": model},
+            {"id": "merge_tokens hot-fwd", "state": "failed", "why": "wrong by 0.5", "result": {}},
+        ],
+    )
+    page = gpu.summary(made)
+    for line in (
+        "| dpc_knn | cuda | 1 | 0 | 0 |",
+        "- 2x, e.g. `b`: off by 0.25",
+        "- 1x, e.g. `merge_tokens hot-fwd`: wrong by 0.5",
+        "A copy moves 4000 GB/s, read and written; an empty graph takes 2.0 us.",
+        "| hot | 1x243x512 | fwd | call | 30.0 | 90.0 (3.00x) | 20.0 (0.67x) |  | ours 20, eager 100 |",
+        "| hot | 1x243x512 | fwd | graph | 10.0 | 80.0 (8.00x) |  | 2% |  |",
+        "- memory, hot: ours 1 MB",
+        "- could not take part: flex: no such case",
+        "| hot_mixste | [1, 243, 17, 2] bf16 | forward | call | 3.000 | 2.000 | 1.000 |",
+    ):
+        assert f"\n{line}\n" in page, line
+    runs = [line for line in page.splitlines() if line.startswith("    (")]
+    assert len(runs) == 1, "only what passed, and is a kernel"
+    assert runs[0].startswith("    ('dpc_knn', 'cuda'): \"NVIDIA Test, 20")
+    assert runs[0].endswith(', abc1234",')
+    assert gpu.save(made)[0].name.startswith("nvidia-test-20")
+
+
+def test_the_build_goes_on_without_pip_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = session(tmp_path, monkeypatch)
+    commands = []
+
+    def run(name: str, *command: str, seconds: float, **env: str) -> int:
+        commands.append((command, env))
+        made.log(name).write_text("fatal error: no such header")
+        return codes.pop(0)
+
+    monkeypatch.setattr(made, "run", run)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "lacking", lambda: ["ninja"])
+    monkeypatch.delenv("HOTKERNELS_CUDA_ARCHS", raising=False)
+    codes = [1, 0]
+    assert gpu.build(made).detail == "missing: ninja; built by setup.build_library; for sm_90a"
+    assert [command[1] for command, _ in commands] == ["-m", "-c"]
+    assert commands[0][1] == {"HOTKERNELS_BUILD_CUDA": "1", "HOTKERNELS_CUDA_ARCHS": "90a"}
+    codes = [1, 1]
+    assert gpu.build(made) == gpu.Outcome("build", "failed", "missing: ninja; fatal error: no such header")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert gpu.architecture() == "120"
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "state"),
+    [
+        (0, "ERROR SUMMARY: 0 errors", "passed"),
+        (9, "ERROR SUMMARY: 3 errors", "failed"),
+        (1, "Error: Device not supported", "skipped"),
+        (None, "", "failed"),
+    ],
+)
+def test_what_a_sanitizer_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None, log: str, state: str
+) -> None:
+    made = session(tmp_path, monkeypatch)
+    made.log("memcheck").write_text(log)
+    monkeypatch.setattr(made, "run", lambda *command, **options: code)
+    monkeypatch.setattr(gpu, "find", lambda tool: None)
+    assert gpu.sanitize(made, "memcheck").state == "skipped"
+    monkeypatch.setattr(gpu, "find", lambda tool: tool)
+    assert gpu.sanitize(made, "memcheck").state == state
+
+
+def test_a_stage_that_breaks_is_a_failed_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = session(tmp_path, monkeypatch)
+    monkeypatch.setattr(gpu, "doctor", lambda session: 1 / 0)
+    assert gpu.stage(made, "doctor").state == "failed"
+    assert "ZeroDivisionError" in (tmp_path / "summary.md").read_text()
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err.startswith("bench.gpu: needs a machine with a GPU, got none (torch ")
+    with pytest.raises(SystemExit):
+        gpu.main(["--stages", "build,bake"])
+    assert "got bake" in capsys.readouterr().err
+
+
+class Stream:
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """torch.cuda as far as clocks and graphs use it: an event is a point in time, a graph remembers nothing."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Any) -> float:
+            return (end.at - self.at) * 1e3
+
+    graph = SimpleNamespace(replay=lambda: None)
+    properties = SimpleNamespace(
+        L2_cache_size=1 << 20, major=9, minor=0, multi_processor_count=132, total_memory=1 << 37
+    )
+    pretend = {
+        "Event": Event, "Stream": Stream, "current_stream": Stream, "synchronize": lambda: None,
+        "stream": lambda stream: contextlib.nullcontext(), "graph": lambda graph: contextlib.nullcontext(),
+        "CUDAGraph": lambda: graph, "current_device": lambda: 0, "device_count": lambda: 1,
+        "get_device_properties": lambda device: properties, "empty_cache": lambda: None,
+    }  # fmt: skip
+    for name, value in pretend.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
+    return graph
+
+
+def test_events_and_graphs(pretended: SimpleNamespace) -> None:
+    assert 0.01 < EventClock()(lambda: time.sleep(0.01)) < 0.1
+    calls: list[int] = []
+    out, replay = captured(lambda: calls.append(1) or len(calls), calls=3)
+    assert (out, len(calls), replay) == (5, 5, pretended.replay)
+    bench = gpu_rows.Bench("cuda", 0.01)
+    assert isinstance(bench.clock, EventClock)
+    assert bench.graph(lambda: None) is pretended.replay
+    bench.forget()
+    assert gpu.about(True).items() >= {"capability": "9.0", "multiprocessors": 132, "gpus": 1}.items()
+
+
+def test_a_contender_that_cannot_take_part_says_why() -> None:
+    bench, refused = gpu_rows.Bench("cpu", 0.001), {}
+
+    def fails() -> None:
+        raise RuntimeError("no kernel\nfor this")
+
+    assert list(gpu_rows.usable({"good": list, "bad": fails}, bench, refused)) == ["good"]
+    assert refused == {"bad": "no kernel for this"}
+    bench.graph = lambda thunk, calls: fails()
+    assert gpu_rows.graphs({"good": list, "compile graphs": list}, bench, refused) == {}
+    assert refused["good in a graph"] == "no kernel for this"
+
+
+def test_make_gpu_calls_it() -> None:
+    command = ["make", "-n", "gpu", "OUT=there", "ARGS=--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert '-m bench.gpu --out "there" --quick' in done.stdout

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,16 @@ def test_doctor_tells_where_gpu_kernels_ran(monkeypatch):
     assert "triton: compiled only" in doctor.report()
     monkeypatch.setitem(doctor.GPU_RUNS, ("dpc_knn", "triton"), "a GPU, a date, a commit")
     assert "triton: run on a GPU, a date, a commit" in doctor.report()
+
+
+def test_the_readme_says_where_each_gpu_kernel_ran():
+    """The same as doctor: a row per op, its CUDA C++ kernel, its Triton kernel."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    states = doctor.gpu_kernels()
+    assert not doctor.GPU_RUNS.keys() - states.keys(), "a run of a kernel that is not there"
+    for op in dict.fromkeys(op for op, _ in states):
+        cells = " | ".join(states.get((op, backend), "none") for backend in ("cuda", "triton"))
+        assert f"\n| {op} | {cells} |\n" in readme
 
 
 def test_doctor_fails_on_a_built_extension_that_does_not_load(monkeypatch, capsys):
