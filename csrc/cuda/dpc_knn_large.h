@@ -23,7 +23,7 @@ constexpr int kGroup = 4;            // tiles of one piece of work of the second
 constexpr int kMaxSplits = 16;       // shares of the columns that are listed by themselves
 constexpr int kSortThreads = 1024;   // of the blocks that look after all tokens of a sample
 constexpr int kPlaceRows = 32;       // chosen tokens whose places one block finds
-constexpr uint64_t kNobody = ~uint64_t{0};  // an empty place in a list: after every distance
+constexpr uint64_t kNobody = uint64_t{0x7f800000} << 32 | 0xffffffff;  // an empty place in a list: infinitely far
 
 struct Tuning {
   int list_min = 16;  // neighbours kept per token: fewer leave more tokens to the other passes
@@ -734,13 +734,12 @@ __global__ void __launch_bounds__(kTile) list_assign_kernel(const Large s) {
     return;
   }
   const uint64_t* list = list_of(s, s.merged, t);
-  const uint64_t last = list[(s.list - 1) * kTile];
-  const float end = last == kNobody ? kInf : distance_of(last);  // only nearer ones: equally far ones may be missing
+  const float end = distance_of(list[(s.list - 1) * kTile]);  // only nearer ones: equally far ones may be missing
   float distance = end;
   int nearest = INT_MAX;
   for (int e = 0; e < s.list; ++e) {
     const uint64_t next = list[e * kTile];
-    if (next == kNobody || distance_of(next) >= end || (nearest < INT_MAX && distance_of(next) > distance)) break;
+    if (distance_of(next) >= end || (nearest < INT_MAX && distance_of(next) > distance)) break;
     const int slot = s.slot[t.b * s.T + token_of(next)];
     if (slot >= 0 && slot < nearest) nearest = slot, distance = distance_of(next);
   }
