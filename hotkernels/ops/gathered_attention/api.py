@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...backends import TRITON_DEVICE, Kernel, choose, fake, implement_in_triton, register, wants_grad
+from ...backends import TRITON_DEVICE, Kernel, choose, fake, implement_in_triton, register, wants_grad, why_not
 from ...errors import FLOATING, INTEGER, check_index, check_tensor, fail
 from ..invert_index import InvertedIndex
+from ..invert_index.reference import invert_index_reference
 from .reference import gathered_attention_reference
 
 _OP = "gathered_attention"
@@ -64,7 +65,7 @@ class GatheredAttention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         if index is not None and start is None:
             rows = index if index.dim() == 2 else index.flatten(-2)
-            start, slots = torch.ops.hotkernels.invert_index(rows, key.shape[-2])
+            start, slots = _inverted(rows, key.shape[-2])
         grad_query, grad_key, grad_value, grad_bias, grad_key_bias = torch.ops.hotkernels.gathered_attention_bwd(
             grad_out, grad_lse, query, key, value, out, lse, index, start, slots, bias, key_bias, ctx.scale,
             need_bias, need_key_bias,
@@ -80,6 +81,14 @@ class GatheredAttention(torch.autograd.Function):
             grad_key_bias.sum(-2).sum_to_size(key_bias.shape) if need_key_bias else None,
             None,
         )
+
+
+def _inverted(rows: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """invert_index where it has no kernel, too: Triton's attention needs no CUDA library, which has that kernel."""
+    if all(why_not("invert_index", backend, rows.device.type, rows.dtype) for backend in ("cpp", "cuda")):
+        return invert_index_reference(rows, num_tokens)
+    start, slots = torch.ops.hotkernels.invert_index(rows, num_tokens)
+    return start, slots
 
 
 class PackedAttention(torch.autograd.Function):
@@ -197,7 +206,7 @@ def gathered_attention(
         scale: of the logits; None = 1 / sqrt(D).
         dropout_p: dropout on the probabilities, always applied if > 0 (on the torch backend).
         return_lse: return (out, lse).
-        backend: "torch", "cpp", or None for the fastest that can serve the call.
+        backend: "torch", "cpp", "triton", or None for the fastest that can serve the call.
 
     Returns:
         out [*batch, H, Nq, D] of query's dtype, stored token by token, so that ``out.transpose(-3, -2).flatten(-2)`` is
@@ -209,7 +218,9 @@ def gathered_attention(
         ValueError, TypeError: ``gathered_attention: <arg> must be <expected>, got <actual>``.
 
     Numerics: softmax and sums in float32 (float64 for float64), also for half types. Gradients of keys under an index
-    are summed in ascending order of the slots that name them: the same bits every time.
+    are summed in ascending order of the slots that name them: the same bits every time. On GPUs, matrix products take
+    float32 in three TF32 ones, or in one where ``torch.backends.cuda.matmul`` allows TF32, and half types round the
+    probabilities to their own precision. There, a slot whose index is out of range counts as absent.
 
     Cost: no [Nq, Nk] tensor and no gathered copy of the keys, forward or backward; under an index per query, backward
     keeps two floats per slot.

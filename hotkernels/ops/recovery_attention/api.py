@@ -69,7 +69,7 @@ def recovery_attention(
         key_mask: [*batch, M] bool, True = attend; None = all.
         scale: of the logits; None = 1 / sqrt(D).
         dropout_p: dropout on the probabilities, always applied if > 0 (on the torch backend).
-        backend: "torch", "cpp", or None for the fastest that can serve the call.
+        backend: "torch", "cpp", "triton", or None for the fastest that can serve the call.
 
     Returns:
         [*batch, H, L, D] of query's dtype, stored token by token as `gathered_attention` does; 0 where nothing may be
@@ -79,9 +79,11 @@ def recovery_attention(
     Raises:
         ValueError, TypeError: ``recovery_attention: <arg> must be <expected>, got <actual>``.
 
-    Numerics: softmax and sums in float32 (float64 for float64); deterministic, forward and backward.
+    Numerics: softmax and sums in float32 (float64 for float64); deterministic, forward and backward. On GPUs as
+    `gathered_attention`.
 
-    Cost: a shared query is read, scaled and packed once per thread; no [L, M] tensor is kept.
+    Cost: a shared query is read, scaled and packed once per thread, or on a GPU once per program that serves several
+    sequences; no [L, M] tensor is kept.
 
     Source: the Token Recovering Attention of HoT (Li et al., CVPR 2024, section 3.3).
 

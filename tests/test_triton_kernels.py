@@ -1,0 +1,59 @@
+"""Gate on Triton kernels without a GPU: they compile for every generation, within the limits that they are held to."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import EMULATED
+
+triton = pytest.importorskip("triton")
+if EMULATED:
+    pytest.skip("under the interpreter nothing is compiled", allow_module_level=True)
+
+import triton_resources  # noqa: E402  # imports triton
+
+
+@pytest.fixture(scope="module")
+def resources() -> triton_resources.Resources:
+    return triton_resources.measured()
+
+
+def test_triton_compiles_for_every_generation_within_its_limits(resources: triton_resources.Resources) -> None:
+    table = json.loads(triton_resources.TABLE.read_text())
+    assert resources.keys() == table["kernels"].keys(), "after a change: python tests/triton_resources.py"
+    assert all(needs.keys() == triton_resources.GENERATIONS.keys() for needs in resources.values())
+    if triton.__version__ != table["triton"]:
+        pytest.skip(f"compiled, but the limits are for triton {table['triton']}, this is {triton.__version__}")
+    over = {
+        (name, generation, what): (count, table["kernels"][name][generation][what])
+        for name, generations in resources.items()
+        for generation, needs in generations.items()
+        for what, count in needs.items()
+        if count > table["kernels"][name][generation][what]
+    }
+    assert not over, "(needs, limit); where it is meant: python tests/triton_resources.py"
+
+
+def test_launches_fit_every_generation(resources: triton_resources.Resources) -> None:
+    """Shared memory is a hard limit: a kernel beyond it would not start."""
+    limits = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+    over = {
+        (name, generation): needs["shared_bytes"]
+        for name, generations in resources.items()
+        for generation, needs in generations.items()
+        if needs["shared_bytes"] > limits[generation]
+    }
+    assert not over
+
+
+def test_lengths_and_batches_compile_nothing_new() -> None:
+    """Machine code depends on classes of sizes, not on sizes: one kernel serves 12 to 24 tokens... of any number."""
+    target = triton_resources.GENERATIONS["sm_90"]
+    for sizes in (((7, 17), (64, 18), (3888, 31)), ((2, 241), (3, 242), (7, 243), (16, 244))):
+        variants = set()
+        for B, N in sizes:
+            with triton_resources.recorded(target) as jobs:
+                triton_resources.self_attend(B, N, 8, 64, triton_resources.HALF)
+            variants.add(tuple(job.variant for job in jobs))
+        assert len(variants) == 1
