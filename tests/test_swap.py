@@ -382,6 +382,24 @@ def test_token2map_is_that_of_the_module(averaged: bool, monkeypatch: pytest.Mon
     torch.testing.assert_close(module(*args), expected)
 
 
+@torch.no_grad()
+def test_token2map_of_an_imported_file_compiles() -> None:
+    names: dict[str, Any] = {"published_tcformer": published_tcformer}
+    exec(
+        "class Through(published_tcformer.TCAttention):\n"
+        "    def forward(self, q_dict, kv_dict):\n"
+        "        return published_tcformer.token2map and published_tcformer.TCAttention.forward(self, q_dict, kv_dict)",
+        names,
+    )
+    module, args = names["Through"](32, 4, sr_ratio=2), (tokens(12), tokens(20, score=True))
+    expected = module(*args)
+    report = hotkernels.swap(module)
+    assert report.replaced == [("", "attention over tokens with scores")]
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*args), expected)
+
+
 def test_arguments_beyond_go_to_the_original() -> None:
     module, x = VisionAttention(32, 4), torch.randn(2, 5, 32)
     mask = torch.ones(5, 5, dtype=torch.bool).tril()

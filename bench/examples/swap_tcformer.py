@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 import hotkernels
 from bench.examples import arguments, saved
-from hotkernels.baselines import AttentionEager, cluster_dpc_knn_eager, merge_tokens_eager
+from hotkernels.baselines import cluster_dpc_knn_eager, merge_tokens_eager
 
 
 # The functions of the model's own file, as TCFormer has them.
@@ -44,23 +45,59 @@ def merge_tokens(
     }
 
 
-class MergeStage(nn.Module):
-    """Merge N tokens to N / 4 by clusters, weighted by a score, then let them attend to each other."""
+def token2map(token_dict: dict[str, Any]) -> Tensor:
+    """The map [B, C, H, W] whose pixels are the mean of the tokens that lie there."""
+    x, idx_token, (H, W) = token_dict["x"], token_dict["idx_token"], token_dict["map_size"]
+    pixels = torch.arange(H * W).view(1, 1, H, W).float()
+    pixels = F.interpolate(pixels, token_dict["init_grid_size"]).long().flatten()
+    cells = x.gather(1, idx_token[..., None].expand(-1, -1, x.shape[-1]))
+    total = x.new_zeros(len(x), H * W, x.shape[-1]).index_add(1, pixels, cells)
+    return (total / pixels.bincount(minlength=H * W)[:, None]).transpose(1, 2).unflatten(2, (H, W))
 
-    def __init__(self, dim: int) -> None:
+
+class TCAttention(nn.Module):
+    """Merged tokens attend to those before merging, reduced on their map; a score per key is added to the logits."""
+
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int) -> None:
+        super().__init__()
+        self.num_heads, self.sr_ratio, self.scale = num_heads, sr_ratio, (dim // num_heads) ** -0.5
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+        self.sr, self.norm = nn.Conv2d(dim, dim, sr_ratio, sr_ratio), nn.LayerNorm(dim)
+
+    def forward(self, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Tensor:
+        """[B, M, C]."""
+        x, keys = q_dict["x"], kv_dict["x"]
+        both = torch.cat([keys, kv_dict.get("token_score", torch.zeros_like(keys[..., :1]))], -1)
+        pixels = token2map({**kv_dict, "x": both, "map_size": q_dict["map_size"]})
+        keys = self.norm(self.sr(pixels[:, :-1]).flatten(2).transpose(1, 2))
+        score = F.avg_pool2d(pixels[:, -1:], self.sr_ratio).flatten(2)[:, None]
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv(keys).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        probabilities = self.attn_drop((q @ k.mT * self.scale + score).softmax(-1))
+        return self.proj_drop(self.proj((probabilities @ v).transpose(1, 2).flatten(2)))
+
+
+class MergeStage(nn.Module):
+    """Merge N tokens to N / 4 by clusters, weighted by a score, then let them attend."""
+
+    def __init__(self, dim: int, sr_ratio: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.score = nn.Linear(dim, 1)
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = AttentionEager(dim, 8, qkv_bias=True)
+        self.attn = TCAttention(dim, 8, sr_ratio)
 
     def forward(self, token_dict: dict[str, Any]) -> dict[str, Any]:
         """One stage."""
-        token_dict = token_dict | {"x": self.norm(token_dict["x"])}
-        weight = self.score(token_dict["x"]).exp()
-        idx_cluster, cluster_num = cluster_dpc_knn(token_dict, token_dict["x"].shape[1] // 4)
-        token_dict = merge_tokens(token_dict, idx_cluster, cluster_num, weight)
-        return token_dict | {"x": token_dict["x"] + self.attn(self.norm1(token_dict["x"]))}
+        x = self.norm(token_dict["x"])
+        score = self.score(x)
+        token_dict = token_dict | {"x": x, "token_score": score}
+        idx_cluster, cluster_num = cluster_dpc_knn(token_dict, x.shape[1] // 4)
+        down = merge_tokens(token_dict, idx_cluster, cluster_num, score.exp())
+        down["map_size"] = [size // 2 for size in down["map_size"]]
+        asking, asked = down | {"x": self.norm1(down["x"])}, token_dict | {"x": self.norm1(x)}
+        return down | {"x": down["x"] + self.attn(asking, asked)}
 
 
 class Merger(nn.Module):
@@ -69,7 +106,7 @@ class Merger(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.embed = nn.Conv2d(3, dim, 7, 4, 3)
-        self.stages = nn.ModuleList(MergeStage(dim) for _ in range(2))
+        self.stages = nn.ModuleList(MergeStage(dim, sr_ratio) for sr_ratio in (4, 2))
         self.head = nn.Linear(dim, 10)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def _form_name(value: Any) -> str | None:
 
 def _related(one: FunctionType, other: FunctionType) -> bool:
     """Whether two functions are of one package, or of files in one folder."""
-    packages = {f.__module__.partition(".")[0] for f in (one, other)}
+    packages = {str(f.__module__).partition(".")[0] for f in (one, other)}
     return len(packages) == 1 or len({os.path.dirname(f.__code__.co_filename) for f in (one, other)}) == 1
 
 

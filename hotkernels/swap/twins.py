@@ -336,7 +336,7 @@ class _TokenAttention(_Published):
     """
 
     kind = "attention over tokens with scores"
-    _file: ClassVar[dict[str, Any] | None]
+    _file: ClassVar[Any]  # the names of the file that has token2map
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -409,7 +409,7 @@ def _reduces(module: Any) -> bool:
     return getattr(module, "sr_ratio", 1) != 1
 
 
-def _file_with_token2map(cls: Any) -> dict[str, Any] | None:
+def _file_with_token2map(cls: Any) -> Any:
     """The names of the file that has the function which a class's forward can call: its own or one that it imports."""
     if not isinstance(cls.forward, FunctionType):
         return None
