@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import emulation
 import pytest
 import torch
 from cases import cloud, layouts, motion
+from conftest import EMULATED
 from dpc_knn_steps import check_dpc_knn, rounds_to_tf32
 from torch import Tensor
 
@@ -115,7 +118,9 @@ def test_ties_are_decided_as_documented(backend: str, half: int, high: int, C: i
 def test_same_choice_as_the_published_function(backend: str, N: int, C: int, M: int, k: int) -> None:
     """The same noise on both sides, on data whose margins are far wider than rounding: once centred, it is in TF32."""
     x, noise = (64 * cloud(3, N, C)).round(), torch.rand(3, N) * 1e-6
-    x = (x - (torch.arange(N)[:, None] < x.sum(1, keepdim=True) % N).float()) / 64  # the mean is a multiple of 1/64, too
+    x = (
+        x - (torch.arange(N)[:, None] < x.sum(1, keepdim=True) % N).float()
+    ) / 64  # the mean is a multiple of 1/64, too
     ours = dpc_knn(x, M, k, noise=noise, backend=backend)
     index, assignment = cluster_dpc_knn_eager(x.double(), M, k, noise.double())
     assert torch.equal(ours.index, index)
@@ -369,6 +374,63 @@ def test_any_strides_give_the_same_bits(backend: str, N: int, dtype: torch.dtype
         plain = dpc_knn(view.contiguous(), 21, backend=backend)
         assert plain.index.any(), layout
         assert_same(dpc_knn(view, 21, backend=backend), plain)
+
+
+# ---- CUDA: clusters, and what does without them ----------------------------------------------------------------------
+
+SMALL = 352  # tokens that the CUDA kernel takes in one go, in tiles of 32
+
+
+@pytest.fixture
+def gpu(backend: str) -> Iterator[Callable[..., None]]:
+    """Chooses the emulated GPU and which of its threads run first; skips where nothing is emulated."""
+    if backend != "cuda" or EMULATED != "cuda":
+        pytest.skip("only an emulated GPU can be another one")
+    yield emulation.configure
+    emulation.configure()
+
+
+def hard_sample(N: int, C: int) -> dict[str, Any]:
+    """Copies, NaN, a mask, noise and `keep`, as far as N tokens have room for them."""
+    x, mask = motion(3, N, C), torch.rand(3, N) < 0.9
+    x[0, N // 2 :] = x[0, : N - N // 2].clone()
+    x[1, N // 3] = torch.nan
+    mask[2] = True
+    M = (N + 2) // 3
+    keep = [N - 1, -1, 0, N - 1][:M]
+    return {"x": x, "num_clusters": M, "k": min(5, N), "mask": mask, "noise": torch.rand(3, N) * 1e-6, "keep": keep}
+
+
+@pytest.mark.parametrize("C", [1, 3, 39, 130])
+@pytest.mark.parametrize("N", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 243, 320, 321, 351, SMALL])
+def test_both_forms_at_every_edge(backend: str, gpu: Callable[..., None], N: int, C: int) -> None:
+    """A cluster per sample, and the launches of a chip without clusters."""
+    for args in (hard_sample(N, C), {"x": cloud(1, N, C), "num_clusters": N, "k": N, "ordered": True, "seed": 3}):
+        for capability in (90, 80):
+            gpu(compute_capability=capability)
+            check_dpc_knn(args, dpc_knn(**args, backend=backend))
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize(("N", "C"), [(67, 130), (161, 17)])
+def test_any_order_of_threads_gives_the_same_bits(
+    backend: str, gpu: Callable[..., None], N: int, C: int, capability: int
+) -> None:
+    args, outs = hard_sample(N, C), []
+    for order in emulation.ORDERS:
+        gpu(order, capability)
+        outs.append(dpc_knn(**args, backend=backend))
+        assert_same(outs[-1], outs[0])
+    check_dpc_knn(args, outs[0])
+
+
+@pytest.mark.parametrize("factor", [1e-15, 1e-3, 1.0, 1e5, 1e12])
+@pytest.mark.parametrize("first", [0.0, 1e-6, 1.0, 1e4])
+def test_channels_of_any_magnitude(backend: str, factor: float, first: float) -> None:
+    """Whatever the first channels, from which the CUDA kernel takes a scale, say about the others."""
+    x = factor * torch.randn(1, 100, 150)
+    x[..., :16] *= first
+    check_dpc_knn({"x": x, "num_clusters": 33, "k": 2}, dpc_knn(x, 33, 2, backend=backend))
 
 
 # ---- real data, memory -----------------------------------------------------------------------------------------------

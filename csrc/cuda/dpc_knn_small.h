@@ -5,15 +5,17 @@
 //
 //   products   Tiles of 32 x 32 dot products, on and above the diagonal only, stay in registers. Two groups of blocks
 //              share the tiles, the four blocks of a group the channels: each block reads a quarter of x, in chunks that
-//              hold every token. So a channel's mean is known where the channel is: subtract, round to TF32, multiply.
+//              hold every token. So a channel's mean is known where the channel is: subtract it, scale by a power of two,
+//              round to float16, which has the 11 bits of TF32 at half the bytes and twice the rate, and multiply.
 //   distances  The four partial sums of a tile are added in order and sent to the blocks that own its rows, and its
 //              columns. Norms are the diagonal: d2 = (n_i + n_j) - 2 <i, j> is exactly 0 for copies, exactly symmetric.
 //   rows       A warp per token: density, then delta, then its place by counting, then its nearest kept token. Between
 //              these steps each token's number goes to every block.
 //
-// Which tokens count (no NaN, no norm over 1e14) is needed before the mean and takes a pass over x, so the cluster first
-// takes all tokens of the mask: if the mean and all centred norms are small, all tokens count. If not, it looks and starts
-// again. Tokens that do not count are left out from the start: nothing depends on where they stood.
+// Which tokens count (no NaN, no norm over 1e14) and how large their coordinates are would take a pass over x. So the
+// cluster first takes all tokens of the mask, and the scale from the first chunk: if then the mean and all norms are
+// small, every token counts and nothing overflowed. If not, it looks, and starts again. Tokens that do not count are
+// left out from the start: nothing depends on where they stood.
 #pragma once
 #include <atomic>
 #include <climits>
@@ -29,7 +31,8 @@ constexpr int kChunk = 16, kQuads = kChunk / 4;  // channels in a chunk; a threa
 constexpr int kRowsAtOnce = kThreads / kQuads, kPasses = (kMaxTokens + kRowsAtOnce - 1) / kRowsAtOnce;
 constexpr int kTilesPerWarp = 3;  // 96 accumulators per thread
 constexpr int kTileFloats = kTile * kTile;
-constexpr int kClusterSlots = 8, kStagedSlots = 4;  // chunks in shared memory: the latter leave room on 99 KB chips
+constexpr int kReadyFloats = kChunk / 2;           // of a token in a centred chunk: float16
+constexpr int kClusterSlots = 8, kStagedSlots = 3;  // chunks on their way: the latter leave room on 99 KB chips
 constexpr int64_t kStagedSamples = 64;              // per round of launches, which bounds the scratch
 constexpr int kNever = INT_MAX;
 
@@ -46,7 +49,8 @@ struct alignas(16) Tokens {
   int position[kMaxTokens];
   int token[kMaxTokens];  // of a position, -1 if it does not count
   unsigned words[kWarps];
-  float mean2;  // squared norm of the mean, of this block's channels
+  float peak[kWarps];  // of each warp: the largest coordinate
+  float mean2;         // squared norm of the mean, of this block's channels; inf if the scale could not be told
 };
 
 struct Shared : Tokens {
@@ -61,16 +65,16 @@ struct Shared : Tokens {
   int slot[kMaxTokens];          // place of the token, best first, or -1
   int kept[kMaxTokens];          // token of each place
   int place[kMaxTokens];         // place of each token, or -1
-  int counts[kMaxTokens];        // whether the token's norm is small enough
+  float bound[kMaxTokens];       // twice the largest coordinate of a token that counts, -1 of others
 };
 
 constexpr int64_t shared_bytes(int across) {  // of a block of a cluster
-  const int ring = kClusterSlots * across * kTile * kChunk;
+  const int ring = (kReadyFloats * 2 + kClusterSlots * kChunk) * across * kTile;
   const int rest = tiles_of_group(across) * kTileFloats + ceil_div(across * kTile, kTeam) * row_stride(across);
   return static_cast<int64_t>(sizeof(Shared)) + 4 * (ring > rest ? ring : rest);
 }
 constexpr int64_t staged_shared_bytes(int across) {  // of a block of dpc_knn_products_kernel
-  return static_cast<int64_t>(sizeof(Tokens)) + 4 * kStagedSlots * across * kTile * kChunk;
+  return static_cast<int64_t>(sizeof(Tokens)) + 4 * (kReadyFloats * 2 + kStagedSlots * kChunk) * across * kTile;
 }
 static_assert(sizeof(Shared) % 16 == 0 && sizeof(Tokens) % 16 == 0);
 static_assert(shared_bytes(kMaxAcross) <= 227 * 1024 && staged_shared_bytes(kMaxAcross) <= 99 * 1024);
@@ -96,16 +100,25 @@ __device__ inline int number_tokens(Tokens& s, bool counts) {
   return n;
 }
 
-// Whether the squared norm of a token is within the limit; the same answer in all lanes of the warp that asks.
+// Twice the largest coordinate of a token, which no centred one exceeds, or -1 if its squared norm is beyond the limit;
+// the same answer in all lanes of the warp that asks.
 template <class T>
-__device__ bool small_enough(const DpcKnn& p, int64_t b, int64_t position) {
+__device__ float bound_of(const DpcKnn& p, int64_t b, int64_t position) {
   const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b + position * p.x_stride_n;
-  float square = 0;
+  float square = 0, largest = 0;
   for (int64_t c = threadIdx.x % kWarp; c < p.C; c += kWarp) {
     const float value = to_float(x[c * p.x_stride_c]);
     square += value * value;
+    largest = fmaxf(largest, fabsf(value));
   }
-  return warp_sum(square) <= kNormLimit;
+  return warp_sum(square) <= kNormLimit ? 2 * warp_max_of_nonnegative(largest) : -1;
+}
+
+// The largest of those that are not negative, in every warp; 0 if there is none.
+__device__ inline float largest_bound(const float* bound, int n) {
+  float largest = 0;
+  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < n; i += kWarp) largest = fmaxf(largest, bound[i]);
+  return warp_max_of_nonnegative(largest);
 }
 
 // ---- products ---------------------------------------------------------------------------------------------------------------
@@ -115,31 +128,36 @@ struct alignas(4 * sizeof(T)) Quad {
   T value[4];
 };
 
-// Starts to copy four channels of a token, the first `valid` of which exist, to shared memory: x's own type, 16 bytes apart.
+// Starts to copy four channels of a token, of which the first `valid` exist, to shared memory.
 template <class T, bool kWide>
-__device__ inline void copy_quad(float* to, const T* x, int64_t offset, int64_t stride, int valid) {
+__device__ inline void copy_quad(Quad<T>* to, const T* x, int64_t offset, int64_t stride, int valid) {
   if constexpr (kWide) {
-    ptx::async_copy<4 * sizeof(T)>(to, valid > 0 ? x + offset : x, valid * static_cast<int>(sizeof(T)));
-  } else if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) ptx::async_copy<4>(to + e, e < valid ? x + offset + e * stride : x, e < valid ? 4 : 0);
+    ptx::async_copy<sizeof(*to)>(to, valid > 0 ? x + offset : x, valid * static_cast<int>(sizeof(T)));
   } else {
-    Quad<T> quad{};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if (e < valid) quad.value[e] = x[offset + e * stride];
+      if constexpr (sizeof(T) == 4) {
+        ptx::async_copy<4>(&to->value[e], e < valid ? x + offset + e * stride : x, e < valid ? 4 : 0);
+      } else {
+        to->value[e] = e < valid ? x[offset + e * stride] : T{};
+      }
     }
-    *reinterpret_cast<Quad<T>*>(to) = quad;
   }
 }
 
 template <class T>
-__device__ inline float4 read_quad(const float* from) {
-  const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(from);
+__device__ inline float4 read_quad(const Quad<T>* from) {
+  const Quad<T> quad = *from;
   return make_float4(to_float(quad.value[0]), to_float(quad.value[1]), to_float(quad.value[2]), to_float(quad.value[3]));
 }
 
 __device__ inline float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+__device__ inline float4 operator-(float4 a, float4 b) { return make_float4(a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w); }
+__device__ inline float4 operator*(float4 a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
+__device__ inline float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
+__device__ inline float largest(float4 a) {
+  return fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(a.z), fabsf(a.w)));
+}
 
 // Tile number `tile` of the upper triangle, row by row.
 struct TileAt {
@@ -152,53 +170,67 @@ struct TileAt {
   }
 };
 
-// acc += the products of two times 32 tokens of a chunk. Row r of the chunk is 16 floats; lane 4g + t reads floats 4t ..
-// 4t + 3 of rows g, g + 8, ..: two steps of eight channels, in an order of channels that is the same on both sides.
-__device__ inline void multiply(float (&acc)[8][4], const float4 (&rows)[4], const float* columns) {
+// acc += the products of two times 32 tokens of a centred chunk. A token is 32 bytes; lane 4g + t reads channels 4t ..
+// 4t + 3 of tokens g, g + 8, ..: a step of 16 channels, in an order that is the same on both sides.
+__device__ inline void multiply(float (&acc)[8][4], const uint2 (&rows)[4], const float* columns) {
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    const float4 column = *reinterpret_cast<const float4*>(columns + c * 8 * kChunk);
+    const uint2 column = *reinterpret_cast<const uint2*>(columns + c * 8 * kReadyFloats);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float4 &low = rows[2 * r], &high = rows[2 * r + 1];
-      ptx::mma_m16n8k8(acc[4 * r + c], {low.x, high.x, low.y, high.y}, {column.x, column.y});
-      ptx::mma_m16n8k8(acc[4 * r + c], {low.z, high.z, low.w, high.w}, {column.z, column.w});
+      const uint2 &low = rows[2 * r], &high = rows[2 * r + 1];
+      ptx::mma_m16n8k16(acc[4 * r + c], {low.x, high.x, low.y, high.y}, {column.x, column.y});
     }
   }
 }
 
-// The dot products of tiles [of `group`], summed over the channels of `split`, in the order of the registers: `partial` is
-// [tile of the group, 8, lane, 4]. It may lie where `ring`, the chunks on their way, does.
+// A power of two that brings `peak` to [2^power, 2^(power + 1)).
+__device__ inline int exponent_for(float peak, int power) {
+  return max(-60, min(60, 127 + power - static_cast<int>(__float_as_uint(peak) >> 23)));
+}
+__device__ inline float power_of_two(int exponent) { return __uint_as_float(static_cast<unsigned>(127 + exponent) << 23); }
+
+// The dot products of the tiles of `group`, summed over the channels of `split`, in the order of the registers: `partial`
+// is [tile of the group, 8, lane, 4]. It may lie where `ring` does: two centred chunks and those on their way.
+// No coordinate exceeds `bound`; if that is negative, the first chunk tells how large they are. Others may be 1000 times
+// as large before they overflow, or 2^19 times smaller before they lose a bit.
 template <class T, bool kWide, int kSlots>
-__device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, int group, int split, float* ring, float* partial) {
+__device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bound, int group, int split, float* ring,
+                         float* partial) {
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   const int quad = thread % kQuads, row0 = thread / kQuads;
-  const int across = ceil_div(n, kTile), slot_floats = across * kTile * kChunk;
+  const int across = ceil_div(n, kTile), padded = across * kTile;
   const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b;
   const int64_t all_chunks = (p.C + kChunk - 1) / kChunk, most = (all_chunks + kSplits - 1) / kSplits;
   const int64_t first_chunk = split * most;
   const int chunks = static_cast<int>(all_chunks <= first_chunk ? 0 : min(most, all_chunks - first_chunk));
 
-  const auto slot = [&](int chunk) { return ring + chunk % kSlots * slot_floats; };
+  // A thread copies, reads and centres the same four channels of the same tokens.
+  const auto ready = [&](int chunk) { return ring + chunk % 2 * padded * kReadyFloats; };
+  Quad<T>* arriving = reinterpret_cast<Quad<T>*>(ring + 2 * padded * kReadyFloats) + thread;
+  const auto arriving_at = [&](int chunk, int pass) {
+    return arriving + chunk % kSlots * padded * kQuads + pass * kThreads;
+  };
   const auto copy = [&](int chunk) {
     if (chunk < chunks) {
       const int64_t c = (first_chunk + chunk) * kChunk + quad * 4;
       const int valid = static_cast<int>(p.C <= c ? 0 : min(p.C - c, int64_t{4}));
-#pragma unroll 1
-      for (int row = row0; row < n; row += kRowsAtOnce) {
-        copy_quad<T, kWide>(slot(chunk) + row * kChunk + quad * 4, x, s.position[row] * p.x_stride_n + c * p.x_stride_c,
-                            p.x_stride_c, valid);
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const int row = row0 + pass * kRowsAtOnce;
+        if (row >= n) continue;
+        copy_quad<T, kWide>(arriving_at(chunk, pass), x, s.position[row] * p.x_stride_n + c * p.x_stride_c, p.x_stride_c,
+                            valid);
       }
     }
     ptx::async_commit();
   };
-  float4 mine[kPasses];  // what this thread copied of the chunk that comes next
+  float4 mine[kPasses];
   const auto read_and_sum = [&](int chunk) {
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = row0 + pass * kRowsAtOnce;
-      mine[pass] = row < n ? read_quad<T>(slot(chunk) + row * kChunk + quad * 4) : make_float4(0, 0, 0, 0);
+      mine[pass] = row0 + pass * kRowsAtOnce < n ? read_quad(arriving_at(chunk, pass)) : make_float4(0, 0, 0, 0);
       sum = sum + mine[pass];
     }
 #pragma unroll
@@ -208,21 +240,38 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, int group
     }
     if (lane < kQuads) *reinterpret_cast<float4*>(&s.sums[chunk % 2][warp][4 * lane]) = sum;
   };
+  int exponent = bound < 0 ? 0 : exponent_for(bound, 14);
   float mean2 = 0;
   const float share = 1.0f / static_cast<float>(n);
   const auto centre = [&](int chunk) {
     float4 mean = make_float4(0, 0, 0, 0);
-#pragma unroll 3  // more at once would take registers from the accumulators
+#pragma unroll 4  // more at once would take registers from the accumulators
     for (int w = 0; w < kWarps; ++w) mean = mean + *reinterpret_cast<const float4*>(&s.sums[chunk % 2][w][4 * quad]);
-    mean = make_float4(mean.x * share, mean.y * share, mean.z * share, mean.w * share);
-    mean2 += mean.x * mean.x + mean.y * mean.y + mean.z * mean.z + mean.w * mean.w;
+    mean = mean * share;
+    mean2 += dot(mean, mean);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) mine[pass] = mine[pass] - mean;
+    if (chunk == 0 && bound < 0) {
+      float peak = 0;
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        if (row0 + pass * kRowsAtOnce < n) peak = fmaxf(peak, largest(mine[pass]));
+      }
+      peak = warp_max_of_nonnegative(peak);
+      if (lane == 0) s.peak[warp] = peak;
+      __syncthreads();
+      for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, s.peak[w]);
+      exponent = exponent_for(peak, 5);
+      if (peak == 0) mean2 = kInf;
+    }
+    const float scale = power_of_two(exponent);
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int row = row0 + pass * kRowsAtOnce;
-      const float4 v = mine[pass];
+      const float4 v = mine[pass] * scale;
       if (row < n) {
-        *reinterpret_cast<float4*>(slot(chunk) + row * kChunk + quad * 4) = make_float4(
-            ptx::tf32(v.x - mean.x), ptx::tf32(v.y - mean.y), ptx::tf32(v.z - mean.z), ptx::tf32(v.w - mean.w));
+        reinterpret_cast<uint2*>(ready(chunk) + row * kReadyFloats)[quad] =
+            make_uint2(ptx::pack_half(v.x, v.y), ptx::pack_half(v.z, v.w));
       }
     }
   };
@@ -230,59 +279,57 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, int group
   const int all_tiles = tiles_of(across), first_tile = group * (all_tiles / kGroups);
   const int tiles = group == 0 ? all_tiles / kGroups : all_tiles - first_tile;
   const int my_tile = tiles * warp / kWarps, my_tiles = tiles * (warp + 1) / kWarps - my_tile;
-  int row_at[kTilesPerWarp] = {}, column_at[kTilesPerWarp] = {};  // where a tile's tokens start in a slot
+  int row_at[kTilesPerWarp] = {}, column_at[kTilesPerWarp] = {};  // where a tile's tokens start in a centred chunk
   float acc[kTilesPerWarp][8][4];
 #pragma unroll
   for (int u = 0; u < kTilesPerWarp; ++u) {
     if (u < my_tiles) {
       const TileAt at(first_tile + my_tile + u, across);
-      row_at[u] = at.row * kTile * kChunk, column_at[u] = at.column * kTile * kChunk;
+      row_at[u] = at.row * kTile * kReadyFloats, column_at[u] = at.column * kTile * kReadyFloats;
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) acc[u][e][0] = acc[u][e][1] = acc[u][e][2] = acc[u][e][3] = 0;
   }
 
-  const int padding = across * kTile - n;  // rows that complete the last tile
-  for (int e = thread; e < kSlots * padding * kQuads; e += kThreads) {
-    const int at = e / (padding * kQuads);
-    reinterpret_cast<float4*>(ring + at * slot_floats + n * kChunk)[e - at * padding * kQuads] = make_float4(0, 0, 0, 0);
+  for (int chunk = 0; chunk < kSlots; ++chunk) copy(chunk);
+  const int padding = (padded - n) * kReadyFloats;  // tokens that complete the last tile
+  for (int e = thread; e < 2 * padding; e += kThreads) {
+    ring[n * kReadyFloats + (e < padding ? e : e - padding + padded * kReadyFloats)] = 0;
   }
-  for (int chunk = 0; chunk < kSlots - 1; ++chunk) copy(chunk);
-  if (chunks > 0) {
-    ptx::async_wait<kSlots - 2>();
-    read_and_sum(0);
-    __syncthreads();
-    centre(0);
-  }
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    if (chunk + 1 < chunks) {
-      ptx::async_wait<kSlots - 3>();
-      read_and_sum(chunk + 1);
+  for (int chunk = 0; chunk <= chunks; ++chunk) {
+    if (chunk < chunks) {
+      ptx::async_wait<kSlots - 1>();
+      read_and_sum(chunk);
     }
-    __syncthreads();  // this chunk is centred, the next one's sums are there, nobody reads the one before any more
-    copy(chunk - 1 + kSlots);
-    if (chunk + 1 < chunks) centre(chunk + 1);
-    float4 rows[4];
+    __syncthreads();  // the sums are there, the chunk before is centred, nobody reads the one before that any more
+    if (chunk < chunks) {
+      copy(chunk + kSlots);
+      centre(chunk);
+    }
+    if (chunk == 0) continue;
+    const float* here = ready(chunk - 1) + 2 * lane;
+    uint2 rows[4];
 #pragma unroll
     for (int u = 0; u < kTilesPerWarp; ++u) {
       if (u < my_tiles) {
         if (u == 0 || row_at[u] != row_at[u - 1]) {
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            rows[r] = *reinterpret_cast<const float4*>(slot(chunk) + row_at[u] + r * 8 * kChunk + 4 * lane);
-          }
+          for (int r = 0; r < 4; ++r) rows[r] = *reinterpret_cast<const uint2*>(here + row_at[u] + r * 8 * kReadyFloats);
         }
-        multiply(acc[u], rows, slot(chunk) + column_at[u] + 4 * lane);
+        multiply(acc[u], rows, here + column_at[u]);
       }
     }
   }
   __syncthreads();
+  const float inverse = power_of_two(-2 * exponent);
 #pragma unroll
   for (int u = 0; u < kTilesPerWarp; ++u) {
     if (u < my_tiles) {
       float4* to = reinterpret_cast<float4*>(partial + (my_tile + u) * kTileFloats) + lane;
 #pragma unroll
-      for (int e = 0; e < 8; ++e) to[e * kWarp] = make_float4(acc[u][e][0], acc[u][e][1], acc[u][e][2], acc[u][e][3]);
+      for (int e = 0; e < 8; ++e) {
+        to[e * kWarp] = make_float4(acc[u][e][0], acc[u][e][1], acc[u][e][2], acc[u][e][3]) * inverse;
+      }
     }
   }
   if (warp == 0) {  // lanes 0 .. 3 hold the four quads
@@ -369,7 +416,8 @@ __device__ void collect(const Team& team, Shared& s, int n) {
   }
 }
 
-// Whether every token certainly counts: |x| <= |mean| + |x - mean|. The same answer in every warp of the team.
+// Whether every token certainly counts, since |x| <= |mean| + |x - mean|, and nothing overflowed, which would have left
+// inf or NaN. The same answer in every warp of the team.
 template <class Team>
 __device__ bool all_count(const Team& team, const Shared& s, int n) {
   float mean2 = 0;
@@ -556,19 +604,20 @@ __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, in
   const int partial_floats = tiles_of_group(ceil_div(static_cast<int>(p.N), kTile)) * kTileFloats;
   const Cluster team{rank, ring + partial_floats, ring};
   int n = number_tokens(s, in_mask(p, b));
-  for (bool looked = false;; looked = true) {
-    products<T, kWide, kClusterSlots>(p, b, s, n, rank / kSplits, rank % kSplits, ring, ring);
+  for (float bound = -1;;) {
+    products<T, kWide, kClusterSlots>(p, b, s, n, bound, rank / kSplits, rank % kSplits, ring, ring);
     team.sync();
     collect(team, s, n);
     team.sync();
-    if (looked || all_count(team, s, n)) break;
+    if (bound >= 0 || all_count(team, s, n)) break;
     for (int i = rank * kWarps + static_cast<int>(threadIdx.x) / kWarp; i < n; i += kTeam * kWarps) {
-      const bool counts = small_enough<T>(p, b, s.position[i]);
-      if (threadIdx.x % kWarp < kTeam) team.in(threadIdx.x % kWarp, s.counts)[i] = counts;
+      const float own = bound_of<T>(p, b, s.position[i]);
+      if (threadIdx.x % kWarp < kTeam) team.in(threadIdx.x % kWarp, s.bound)[i] = own;
     }
     team.sync();
+    bound = largest_bound(s.bound, n);
     const int token = threadIdx.x < kMaxTokens ? s.token[threadIdx.x] : -1;
-    n = number_tokens(s, token >= 0 && s.counts[token]);
+    n = number_tokens(s, token >= 0 && s.bound[token] >= 0);
   }
   choose(p, b, team, s, n);
 #endif
@@ -576,52 +625,52 @@ __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, in
 
 // ---- a few launches -------------------------------------------------------------------------------------------------------------
 
-// Scratch of one round: whether each token counts, the partial products and the distances of each sample.
+// Scratch of one round: bound_of each token, the partial products and the distances of each sample.
 struct Staged {
-  bool* counts;
-  float *partial, *rows;
+  float *bound, *partial, *rows;
   int64_t samples, partial_floats, row_floats, bytes;
 
   Staged(const DpcKnn& p, void* scratch) : samples(min(p.B, kStagedSamples)) {
     const int across = ceil_div(static_cast<int>(p.N), kTile);
     partial_floats = int64_t{tiles_of_group(across)} * kTileFloats, row_floats = p.N * row_stride(across);
-    const int64_t flags = (samples * p.N + 255) / 256 * 256;
-    counts = static_cast<bool*>(scratch);
-    partial = reinterpret_cast<float*>(static_cast<char*>(scratch) + flags);
+    const int64_t bounds = (samples * p.N + 63) / 64 * 64;
+    bound = static_cast<float*>(scratch);
+    partial = bound + bounds;
     rows = partial + samples * kTeam * partial_floats;
-    bytes = flags + 4 * samples * (kTeam * partial_floats + row_floats);
+    bytes = 4 * (bounds + samples * (kTeam * partial_floats + row_floats));
   }
 };
 
-// A warp per token: whether it counts.
+// A warp per token.
 template <class T>
-__global__ void __launch_bounds__(kThreads) dpc_knn_valid_kernel(DpcKnn p, int64_t first_sample, int64_t tokens, bool* counts) {
+__global__ void __launch_bounds__(kThreads) dpc_knn_bound_kernel(DpcKnn p, int64_t first_sample, int64_t tokens, float* bound) {
   const int64_t t = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   if (t >= tokens) return;
   const int64_t at = first_sample * p.N + t, b = at / p.N;
-  const bool valid = (p.mask == nullptr || p.mask[at]) && small_enough<T>(p, b, at - b * p.N);
-  if (threadIdx.x % kWarp == 0) counts[t] = valid;
+  const float own = p.mask == nullptr || p.mask[at] ? bound_of<T>(p, b, at - b * p.N) : -1;
+  if (threadIdx.x % kWarp == 0) bound[t] = own;
 }
 
 template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads, 1)
-dpc_knn_products_kernel(DpcKnn p, int64_t first_sample, const bool* counts, float* partial, int64_t partial_floats) {
+dpc_knn_products_kernel(DpcKnn p, int64_t first_sample, const float* bound, float* partial, int64_t partial_floats) {
   Tokens& s = *reinterpret_cast<Tokens*>(ptx::shared_memory());
   float* ring = reinterpret_cast<float*>(ptx::shared_memory() + sizeof(Tokens));
   const int64_t sample = blockIdx.x / kTeam;
   const int rank = static_cast<int>(blockIdx.x % kTeam);
-  const int n = number_tokens(s, threadIdx.x < p.N && counts[sample * p.N + threadIdx.x]);
-  products<T, kWide, kStagedSlots>(p, first_sample + sample, s, n, rank / kSplits, rank % kSplits, ring,
-                                   partial + blockIdx.x * partial_floats);
+  bound += sample * p.N;
+  const int n = number_tokens(s, threadIdx.x < p.N && bound[threadIdx.x] >= 0);
+  products<T, kWide, kStagedSlots>(p, first_sample + sample, s, n, largest_bound(bound, static_cast<int>(p.N)),
+                                   rank / kSplits, rank % kSplits, ring, partial + blockIdx.x * partial_floats);
 }
 
 static __global__ void __launch_bounds__(kThreads)
-dpc_knn_choose_kernel(DpcKnn p, int64_t first_sample, const bool* counts, float* partial, int64_t partial_floats,
+dpc_knn_choose_kernel(DpcKnn p, int64_t first_sample, const float* bound, float* partial, int64_t partial_floats,
                       float* rows, int64_t row_floats) {
   Shared& s = *reinterpret_cast<Shared*>(ptx::shared_memory());
   const int64_t sample = blockIdx.x;
   const Alone team{rows + sample * row_floats, partial + sample * kTeam * partial_floats, static_cast<int>(partial_floats)};
-  const int n = number_tokens(s, threadIdx.x < p.N && counts[sample * p.N + threadIdx.x]);
+  const int n = number_tokens(s, threadIdx.x < p.N && bound[sample * p.N + threadIdx.x] >= 0);
   collect(team, s, n);
   team.sync();
   choose(p, first_sample + sample, team, s, n);
@@ -726,12 +775,12 @@ inline cudaError_t fwd_staged(const DpcKnn& p, void* scratch, cudaStream_t strea
     cudaError_t error = allow_shared(multiply_kernel, staged_shared_bytes(kMaxAcross), raised);
     for (int64_t first = 0; first < p.B && error == cudaSuccess; first += s.samples) {
       const int64_t samples = min(p.B - first, s.samples), tokens = samples * p.N;
-      error = launch(dpc_knn_valid_kernel<T>, (tokens + kWarps - 1) / kWarps, 0, 1, stream, p, first, tokens, s.counts);
+      error = launch(dpc_knn_bound_kernel<T>, (tokens + kWarps - 1) / kWarps, 0, 1, stream, p, first, tokens, s.bound);
       if (error != cudaSuccess) break;
-      error = launch(multiply_kernel, samples * kTeam, staged_shared_bytes(across_of(p)), 1, stream, p, first, s.counts,
+      error = launch(multiply_kernel, samples * kTeam, staged_shared_bytes(across_of(p)), 1, stream, p, first, s.bound,
                      s.partial, s.partial_floats);
       if (error != cudaSuccess) break;
-      error = launch(dpc_knn_choose_kernel, samples, sizeof(Shared), 1, stream, p, first, s.counts, s.partial,
+      error = launch(dpc_knn_choose_kernel, samples, sizeof(Shared), 1, stream, p, first, s.bound, s.partial,
                      s.partial_floats, s.rows, s.row_floats);
     }
     return error;
