@@ -1,4 +1,4 @@
-// What the CPU and the CUDA binding of gather_tokens share: checks, the view of a token as rows, the filled-in contract.
+// What the CPU and the CUDA binding of gather_tokens share: checks, the view of a token as rows, filled-in contracts.
 #pragma once
 #include "check.h"
 #include "hotkernels/gather_tokens.h"

@@ -18,8 +18,8 @@ struct InvertIndexCall {
   InvertIndex p{};
 
   InvertIndexCall(const Tensor& index, int64_t num_tokens) {
-    HK_CHECK(index.scalar_type() == ScalarType::Long && index.dim() >= 1 && index.is_contiguous(), kInvertIndex, "index",
-             "a contiguous int64 tensor [..., L]",
+    HK_CHECK(index.scalar_type() == ScalarType::Long && index.dim() >= 1 && index.is_contiguous(), kInvertIndex,
+             "index", "a contiguous int64 tensor [..., L]",
              torch::headeronly::toString(index.scalar_type()) << " " << shape_of(index));
     HK_CHECK(num_tokens >= 0, kInvertIndex, "num_tokens", "at least 0", num_tokens);
     std::vector<int64_t> shape;

@@ -141,7 +141,7 @@ def test_on_a_gpu_what_is_out_of_range_is_in_no_cluster(backend: str, N: int) ->
 
 
 def test_a_gpu_without_our_library() -> None:
-    """PyTorch serves it there and waits for no value (tensors on "meta" have none); what is out of range is left out."""
+    """PyTorch serves it there and waits for no value ("meta" tensors have none); what is out of range is left out."""
     x, weight = (torch.zeros(*shape, device="meta", requires_grad=True) for shape in ((2, 9, 4), (2, 9)))
     merge_tokens(x, torch.zeros(2, 9, dtype=torch.int64, device="meta"), 3, weight).sum().backward()
     assert x.grad.shape == x.shape

@@ -41,17 +41,17 @@ __host__ __device__ constexpr int sort_in_block_ints(int threads, int buckets) {
   return buckets + 1 + (threads / kWarp) * (buckets + 1);
 }
 
-// Sorts entries [0, L) by bucket_of(l), which is in [0, buckets), or -1 for an entry to leave out. Afterwards the entries
-// of bucket c are at places shared[c] .. shared[c + 1], ascending, and place(at, l, c) has been called for each of them;
-// it may read shared[c] already. For all threads of a block of whole warps; begins and ends with a barrier.
+// Sorts entries [0, L) by bucket_of(l), which is in [0, buckets), or -1 for an entry to leave out. Afterwards the
+// entries of bucket c are at places shared[c] .. shared[c + 1], ascending, and place(at, l, c) has been called for each
+// of them; it may read shared[c] already. For all threads of a block of whole warps; begins and ends with a barrier.
 template <class BucketOf, class Place>
 __device__ void sort_in_block(int L, int buckets, int* shared, const BucketOf& bucket_of, const Place& place) {
   const int thread = thread_of_block(), threads = threads_per_block(), warps = threads / kWarp;
   const int warp = thread / kWarp, lane = thread % kWarp;
   int *start = shared, *sums = start + buckets + 1, *counts = sums + warps;
   // Each warp takes one run of entries, a whole number of rounds, and counts it on its own.
-  const int run = (L + threads - 1) / threads * kWarp;
-  const int begin = min(warp * run, L), end = min(begin + run, L);
+  const int entries = (L + threads - 1) / threads * kWarp;
+  const int begin = min(warp * entries, L), end = min(begin + entries, L);
   int* count = counts + warp * buckets;
   const auto load = [&](int(&bucket)[kLoadsInFlight], int base) {
 #pragma unroll
@@ -74,22 +74,27 @@ __device__ void sort_in_block(int L, int buckets, int* shared, const BucketOf& b
   }
   __syncthreads();
 
-  // Bucket by bucket, and within a bucket warp by warp: counts become the places where each warp's entries begin.
+  // Counts become where each warp's entries begin within their bucket, and sizes of buckets where those begin.
   const int share = (buckets + threads - 1) / threads;
   const int first = min(thread * share, buckets), last = min(first + share, buckets);
   int total = 0;
   for (int c = first; c < last; ++c) {
-    for (int w = 0; w < warps; ++w) {
-      const int n = counts[w * buckets + c];
-      counts[w * buckets + c] = total;
-      total += n;
+    start[c] = total;
+    int before = 0;
+    for (int run = 0; run < warps; run += kLoadsInFlight) {
+      int n[kLoadsInFlight];
+#pragma unroll
+      for (int i = 0; i < kLoadsInFlight; ++i) n[i] = run + i < warps ? counts[(run + i) * buckets + c] : 0;
+#pragma unroll
+      for (int i = 0; i < kLoadsInFlight; ++i) {
+        if (run + i < warps) counts[(run + i) * buckets + c] = before;
+        before += n[i];
+      }
     }
+    total += before;
   }
   const Scan scan = scan_block(total, sums);
-  for (int c = first; c < last; ++c) {
-    for (int w = 0; w < warps; ++w) counts[w * buckets + c] += scan.before;
-    start[c] = counts[c];
-  }
+  for (int c = first; c < last; ++c) start[c] += scan.before;
   if (thread == 0) start[buckets] = scan.total;
   __syncthreads();
 
@@ -104,7 +109,7 @@ __device__ void sort_in_block(int L, int buckets, int* shared, const BucketOf& b
       __syncwarp();  // all have read where their bucket goes on
       if (c >= 0 && same >> lane == 1) count[c] = at + 1;  // the last of them
       __syncwarp();
-      if (c >= 0) place(at, base + i * kWarp + lane, c);
+      if (c >= 0) place(start[c] + at, base + i * kWarp + lane, c);
     }
   }
   __syncthreads();

@@ -70,6 +70,8 @@ inline cudaError_t launch_in_runs(int64_t samples, int64_t per_sample, const Lau
   return cudaSuccess;
 }
 
-inline unsigned blocks_for(int64_t work, unsigned per_block) { return static_cast<unsigned>((work + per_block - 1) / per_block); }
+inline unsigned blocks_for(int64_t work, unsigned per_block) {
+  return static_cast<unsigned>((work + per_block - 1) / per_block);
+}
 
 }  // namespace hotkernels

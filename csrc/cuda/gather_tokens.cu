@@ -13,7 +13,8 @@ constexpr int64_t kMaxPieces = 65535;  // what a grid's y may be
 // blockDim = (threads per token, tokens per block); blockIdx.y: which piece of a token of more than blockDim.x packs.
 // R rows of `packs` packs of V elements; pos may be null.
 template <class T, int V, bool kAddPos>
-__global__ void __launch_bounds__(kThreads) gather_tokens_fwd_kernel(GatherTokens p, int64_t first_sample, unsigned tokens, int R, int packs) {
+__global__ void __launch_bounds__(kThreads)
+    gather_tokens_fwd_kernel(GatherTokens p, int64_t first_sample, unsigned tokens, int R, int packs) {
   using Packed = Pack<T, V>;
   const unsigned t = blockIdx.x * blockDim.y + threadIdx.y;
   if (t >= tokens) return;
@@ -47,7 +48,8 @@ cudaError_t launch(const GatherTokens& p, int64_t R, int64_t C, cudaStream_t str
     const auto tokens = static_cast<unsigned>(samples * p.M);
     cudaLaunchConfig_t config{};
     config.blockDim = dim3(lanes, tokens_per_block);
-    config.gridDim = dim3(blocks_for(tokens, tokens_per_block), static_cast<unsigned>(pieces < kMaxPieces ? pieces : kMaxPieces));
+    config.gridDim = dim3(blocks_for(tokens, tokens_per_block),
+                          static_cast<unsigned>(pieces < kMaxPieces ? pieces : kMaxPieces));
     config.stream = stream;
     return cudaLaunchKernelEx(&config, gather_tokens_fwd_kernel<T, V, kAddPos>, p, first, tokens, static_cast<int>(R),
                               static_cast<int>(packs));
@@ -59,8 +61,9 @@ cudaError_t launch_widest(const GatherTokens& p, cudaStream_t stream) {
   constexpr int V = kPackBytes / sizeof(T);
   const bool whole = !kAddPos && p.x_stride_r == p.C;  // a token is one run; pos repeats per row
   const int64_t R = whole ? 1 : p.R, C = whole ? p.R * p.C : p.C;
-  const bool packed = C % V == 0 && aligned(p.x, kPackBytes) && aligned(p.out, kPackBytes) && aligned(p.pos, kPackBytes) &&
-                      p.x_stride_b % V == 0 && p.x_stride_n % V == 0 && (R == 1 || p.x_stride_r % V == 0);
+  const bool packed = C % V == 0 && aligned(p.x, kPackBytes) && aligned(p.out, kPackBytes) &&
+                      aligned(p.pos, kPackBytes) && p.x_stride_b % V == 0 && p.x_stride_n % V == 0 &&
+                      (R == 1 || p.x_stride_r % V == 0);
   return packed ? launch<T, V, kAddPos>(p, R, C, stream) : launch<T, 1, kAddPos>(p, R, C, stream);
 }
 

@@ -1,4 +1,4 @@
-// invert_index: short rows by a counting sort within a block, long ones by a radix sort, both stable and without floats.
+// invert_index: short rows by a counting sort within a block, long ones by a radix sort. Both are stable.
 #include <cuda_runtime.h>
 
 #include "block_sort.h"
@@ -12,10 +12,11 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxRange = 511;  // tokens whose entries one block counts: 18 KB of counters
 
-// ---- short rows -------------------------------------------------------------------------------------------------------
+// ---- short rows ----------------------------------------------------------------------------------------------------
 
 // A block per row and range of tokens. It looks at the whole row, and counts what goes before its range as well.
-__global__ void __launch_bounds__(kThreads) invert_short_rows_kernel(InvertIndex p, int64_t first_row, int range, unsigned ranges) {
+__global__ void __launch_bounds__(kThreads)
+    invert_short_rows_kernel(InvertIndex p, int64_t first_row, int range, unsigned ranges) {
   int* shared = reinterpret_cast<int*>(ptx::shared_memory());
   const int64_t g = first_row + blockIdx.x / ranges, first = int64_t{blockIdx.x % ranges} * range;
   const int count = static_cast<int>(min(p.N - first, int64_t{range}));
@@ -48,9 +49,9 @@ cudaError_t invert_short_rows(const InvertIndex& p, cudaStream_t stream) {
   });
 }
 
-// ---- long rows --------------------------------------------------------------------------------------------------------
-// Least significant digit first, 8 bits at a time. A key is a token, or N for an entry that refers to nothing; each pass
-// counts the digits of every tile, adds up the counts before each tile, and moves keys and slots to their places.
+// ---- long rows -----------------------------------------------------------------------------------------------------
+// Least significant digit first, 8 bits at a time. A key is a token, or N for an entry that refers to nothing; each
+// pass counts the digits of every tile, adds up the counts before each tile, and moves keys and slots to their places.
 
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;  // as many as a block has threads: a thread has a digit of its own

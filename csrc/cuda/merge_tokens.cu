@@ -11,7 +11,8 @@ constexpr int kThreads = 256;
 // blockDim = (threads per token, tokens per block); with kWeight the threads of a token are in one warp, and share the
 // products that are its weight's gradient.
 template <class T, int V, bool kWeight>
-__global__ void __launch_bounds__(kThreads) merge_tokens_bwd_kernel(MergeTokens p, int64_t first_sample, unsigned tokens, int packs) {
+__global__ void __launch_bounds__(kThreads)
+    merge_tokens_bwd_kernel(MergeTokens p, int64_t first_sample, unsigned tokens, int packs) {
   using Packed = Pack<T, V>;
   using Sum = Compute<T>;
   const unsigned number = blockIdx.x * blockDim.y + threadIdx.y, N = static_cast<unsigned>(p.N), sample = number / N;
@@ -54,7 +55,8 @@ cudaError_t launch_bwd(const MergeTokens& p, cudaStream_t stream) {
     config.blockDim = dim3(lanes, tokens_per_block);
     config.gridDim = dim3(blocks_for(tokens, tokens_per_block));
     config.stream = stream;
-    return cudaLaunchKernelEx(&config, merge_tokens_bwd_kernel<T, V, kWeight>, p, first, tokens, static_cast<int>(packs));
+    return cudaLaunchKernelEx(&config, merge_tokens_bwd_kernel<T, V, kWeight>, p, first, tokens,
+                              static_cast<int>(packs));
   });
 }
 

@@ -1,6 +1,6 @@
 // Sums of tokens per segment, in ascending order of the tokens: what merging forward and gathering backward both are.
-// Each block finds the tokens of its own segments by a sort in shared memory, so that all of it is one launch; where rows
-// are too long for that, it follows an inverted index.
+// Each block finds the tokens of its own segments by a sort in shared memory, so that all of it is one launch; where
+// rows are too long for that, it follows an inverted index.
 #pragma once
 #include "block_sort.h"
 #include "element.h"
@@ -33,16 +33,17 @@ struct SegmentWork {
   unsigned ranges;          // per sample
 };
 
-constexpr int kSumThreads = 256;
-constexpr int64_t kSumBlocks = 1024;  // enough for every SM of a large GPU; more would only sort the same rows again
+constexpr int kSumThreads = 512;      // many, as each block reads the whole row of the index
+constexpr unsigned kMaxLanes = 256;
+constexpr int64_t kSumBlocks = 512;   // enough for every SM of a large GPU; more would only sort the same rows again
 constexpr int kMaxSumRange = 512;
-constexpr int kTokensInFlight = 4;
 
 // blockDim = (threads that share a token's packs, segments at a time). kMean: weights, total and mean are there.
 template <class T, int V, bool kMean>
-__global__ void __launch_bounds__(kSumThreads) segment_sum_kernel(SegmentSum p, SegmentWork work) {
+__global__ void __launch_bounds__(kSumThreads, 2) segment_sum_kernel(SegmentSum p, SegmentWork work) {
   using Packed = Pack<T, V>;
   using Sum = Compute<T>;
+  constexpr int kTokensInFlight = kMean && V == 8 ? 3 : 4;  // 4 of half types, weighted, would spill on sm_100
   int* place = reinterpret_cast<int*>(ptx::shared_memory());  // of each segment's first token in `sorted`
   auto* sorted = reinterpret_cast<uint16_t*>(place + sort_in_block_ints(kSumThreads, work.range));
   static_assert(kMaxSortedInBlock <= 1 << 16);
@@ -73,20 +74,25 @@ __global__ void __launch_bounds__(kSumThreads) segment_sum_kernel(SegmentSum p, 
       const bool reads = !kMean || j < packs;
       Sum sum[V] = {}, total = 0;
       for (int u = begin; u < end; u += kTokensInFlight) {
+        int token[kTokensInFlight];  // -1 after the last: it adds nothing
         Packed pack[kTokensInFlight];
         Sum w[kTokensInFlight];
 #pragma unroll
         for (int i = 0; i < kTokensInFlight; ++i) {
-          if (u + i >= end) continue;
-          const int64_t l = sorts ? sorted[u + i] : p.slots[b * p.L + u + i];
-          if (reads) pack[i] = *reinterpret_cast<const Packed*>(from + l * p.x_stride_l);
-          if constexpr (kMean) w[i] = p.weight ? get(static_cast<const T*>(p.weight)[b * p.L + l]) : Sum{1};
+          token[i] = u + i >= end ? -1 : sorts ? sorted[u + i] : static_cast<int>(p.slots[b * p.L + u + i]);
         }
 #pragma unroll
         for (int i = 0; i < kTokensInFlight; ++i) {
-          if (u + i >= end) continue;
+          pack[i] = {};
+          if (token[i] >= 0 && reads) pack[i] = *reinterpret_cast<const Packed*>(from + token[i] * p.x_stride_l);
+          if constexpr (kMean) {
+            w[i] = token[i] >= 0 ? 1 : 0;
+            if (token[i] >= 0 && p.weight) w[i] = get(static_cast<const T*>(p.weight)[b * p.L + token[i]]);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kTokensInFlight; ++i) {
           if constexpr (kMean) total += w[i];
-          if (!reads) continue;
 #pragma unroll
           for (int v = 0; v < V; ++v) sum[v] += kMean ? w[i] * get(pack[i].value[v]) : get(pack[i].value[v]);
         }
@@ -97,8 +103,7 @@ __global__ void __launch_bounds__(kSumThreads) segment_sum_kernel(SegmentSum p, 
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] *= scale;
         if (j == 0) static_cast<Sum*>(p.total)[segment] = total;
-        if (!reads) continue;
-        if (p.mean) {
+        if (p.mean && reads) {
           Pack<Sum, V> mean;
 #pragma unroll
           for (int v = 0; v < V; ++v) mean.value[v] = sum[v];
@@ -108,7 +113,7 @@ __global__ void __launch_bounds__(kSumThreads) segment_sum_kernel(SegmentSum p, 
       Packed out;
 #pragma unroll
       for (int v = 0; v < V; ++v) out.value[v] = put<T>(sum[v]);
-      static_cast<Packed*>(p.out)[segment * packs + j] = out;
+      if (reads) static_cast<Packed*>(p.out)[segment * packs + j] = out;
     }
   }
 }
@@ -117,7 +122,7 @@ template <class T, int V, bool kMean>
 cudaError_t launch_segment_sum(const SegmentSum& p, cudaStream_t stream) {
   const bool sorts = p.start == nullptr;
   const int64_t packs = p.R * (p.C / V);
-  const unsigned lanes = lanes_for(packs, kSumThreads), rows = kSumThreads / lanes;
+  const unsigned lanes = lanes_for(packs, kMaxLanes), rows = kSumThreads / lanes;
   // Few blocks per sample where each of them sorts, then pieces of tokens to fill the GPU.
   const int64_t wanted = sorts ? (p.B * p.S + kSumBlocks - 1) / kSumBlocks : 1;
   const int range = wanted < kMaxSumRange ? static_cast<int>((wanted + rows - 1) / rows * rows) : kMaxSumRange;
@@ -128,7 +133,9 @@ cudaError_t launch_segment_sum(const SegmentSum& p, cudaStream_t stream) {
     config.blockDim = dim3(lanes, rows);
     config.gridDim = dim3(static_cast<unsigned>(samples * ranges),
                           static_cast<unsigned>(pieces < 1 || free < 1 ? 1 : pieces < free ? pieces : free));
-    if (sorts) config.dynamicSmemBytes = sizeof(int) * sort_in_block_ints(kSumThreads, range) + sizeof(uint16_t) * p.L;
+    if (sorts) {
+      config.dynamicSmemBytes = sizeof(int) * sort_in_block_ints(kSumThreads, range) + sizeof(uint16_t) * p.L;
+    }
     config.stream = stream;
     const SegmentWork work{first, static_cast<int>(p.C / V), range, ranges};
     return cudaLaunchKernelEx(&config, segment_sum_kernel<T, V, kMean>, p, work);
@@ -143,8 +150,8 @@ cudaError_t segment_sum(SegmentSum p, DType dtype, cudaStream_t stream) {
     using T = decltype(element);
     constexpr int V = kPackBytes / sizeof(T);
     const bool packed = p.C % V == 0 && aligned(p.x, kPackBytes) && aligned(p.out, kPackBytes) &&
-                        aligned(p.mean, sizeof(Pack<Compute<T>, V>)) && p.x_stride_b % V == 0 && p.x_stride_l % V == 0 &&
-                        (p.R == 1 || p.x_stride_r % V == 0);
+                        aligned(p.mean, sizeof(Pack<Compute<T>, V>)) && p.x_stride_b % V == 0 &&
+                        p.x_stride_l % V == 0 && (p.R == 1 || p.x_stride_r % V == 0);
     return packed ? launch_segment_sum<T, V, kMean>(p, stream) : launch_segment_sum<T, 1, kMean>(p, stream);
   });
 }

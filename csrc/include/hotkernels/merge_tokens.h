@@ -14,7 +14,7 @@ struct MergeTokens {
   double eps;
   DType dtype;
   void* out;                  // [B, M, C] contiguous, of x's type
-  void* mean;                 // the same before rounding, float32 (float64 if x is); null if not wanted, or if x is that
+  void* mean;                 // the same before rounding, float32 or float64; null if not wanted, or if x is that
   void* total;                // [B, M] sum_i w_i + eps: float64 if x is, else float32
 
   // Backward only.
@@ -29,8 +29,8 @@ struct MergeTokens {
 
 // Sums the weights of samples [begin, end) into total.
 HK_CPU_KERNEL(void merge_tokens_total(const MergeTokens& p, int64_t begin, int64_t end))
-// Sums channels [c_begin, c_end) of sample b, tokens in ascending order. scratch: M * (c_end - c_begin) floats where x is
-// float16 or bfloat16, else unused.
+// Sums channels [c_begin, c_end) of sample b, tokens in ascending order. scratch: M * (c_end - c_begin) floats where x
+// is float16 or bfloat16, else unused.
 HK_CPU_KERNEL(void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t c_end, float* scratch))
 // Gradients of tokens [begin, end) of the B * N tokens.
 HK_CPU_KERNEL(void merge_tokens_bwd(const MergeTokens& p, int64_t begin, int64_t end))
