@@ -9,13 +9,17 @@ namespace hotkernels {
 
 constexpr const char* kDpcKnn = "dpc_knn";
 
+// index, assignment, density, delta, score.
+using Peaks = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 // A checked call: its results, allocated, and the native contract. Values of `keep` are not looked at.
 struct DpcKnnCall {
   Tensor index, assignment, density, delta, score;
   DpcKnn p{};
 
   DpcKnnCall(const Tensor& x, int64_t num_clusters, int64_t k, const std::optional<Tensor>& mask,
-             const std::optional<Tensor>& keep, const std::optional<Tensor>& noise, int64_t seed, bool assign, bool ordered) {
+             const std::optional<Tensor>& keep, const std::optional<Tensor>& noise, int64_t seed, bool assign,
+             bool ordered) {
     HK_CHECK(x.dim() == 3, kDpcKnn, "x", "[B, N, C]", shape_of(x));
     const int64_t B = x.size(0), N = x.size(1), C = x.size(2), M = num_clusters;
     p.dtype = dtype_of(x, kDpcKnn, "x");
@@ -57,7 +61,7 @@ struct DpcKnnCall {
     p.score = score.mutable_data_ptr<float>();
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const { return {index, assignment, density, delta, score}; }
+  Peaks results() const { return {index, assignment, density, delta, score}; }
 
  private:
   static void check_optional(const std::optional<Tensor>& t, const Tensor& x, const char* arg, ScalarType type,

@@ -4,11 +4,9 @@
 namespace hotkernels {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dpc_knn(const Tensor& x, int64_t num_clusters, int64_t k,
-                                                           const std::optional<Tensor>& mask,
-                                                           const std::optional<Tensor>& keep,
-                                                           const std::optional<Tensor>& noise, int64_t seed, bool assign,
-                                                           bool ordered) {
+Peaks dpc_knn(const Tensor& x, int64_t num_clusters, int64_t k, const std::optional<Tensor>& mask,
+              const std::optional<Tensor>& keep, const std::optional<Tensor>& noise, int64_t seed, bool assign,
+              bool ordered) {
   const DpcKnnCall call(x, num_clusters, k, mask, keep, noise, seed, assign, ordered);
   const DpcKnn& p = call.p;
   if (keep) check_index_range(*keep, p.N, kDpcKnn, "keep");

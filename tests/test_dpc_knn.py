@@ -218,7 +218,7 @@ def test_tokens_far_from_the_origin(backend: str) -> None:
 
 
 @pytest.mark.parametrize("bad", ["mask", torch.nan, torch.inf, -torch.inf, 1e30, 1.1e14])
-@pytest.mark.parametrize("N", [63, 700])
+@pytest.mark.parametrize("N", [63, 900])  # half of them valid: alone, they take the same path
 def test_invalid_tokens_change_nothing_for_the_others(backend: str, N: int, bad: str | float) -> None:
     """The valid tokens alone, compacted, give the same numbers: the same bits from a kernel."""
     x, mask = cloud(1, N, 9), torch.rand(1, N) < 0.5

@@ -14,7 +14,7 @@ namespace hotkernels::dpc {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kInf = __builtin_inff();
-// A token counts only if its squared norm is at most this: then no sum of its squared distances overflows. NaN fails too.
+// A token counts only if its squared norm is at most this: then no sum of squared distances overflows. NaN fails too.
 constexpr float kNormLimit = 0x1p93f;
 
 __device__ inline float to_float(float x) { return x; }
@@ -31,7 +31,7 @@ inline auto with_element(DType dtype, const Body& body) {
   }
 }
 
-// ---- warps --------------------------------------------------------------------------------------------------------------
+// ---- warps --------------------------------------------------------------------------------------------------------
 
 __device__ inline float warp_sum(float x) {  // the same bits in every lane
 #pragma unroll
@@ -47,7 +47,7 @@ __device__ inline float warp_max_of_nonnegative(float x) {
   return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(x)));
 }
 
-// ---- densest first --------------------------------------------------------------------------------------------------------
+// ---- densest first ------------------------------------------------------------------------------------------------
 
 __device__ inline uint32_t mix32(uint32_t h) {  // finaliser of MurmurHash3: every input bit reaches every output bit
   h = (h ^ (h >> 16)) * 0x85ebca6bu;
@@ -66,7 +66,7 @@ __device__ inline uint32_t ascending_bits(float x) {  // unsigned integers in th
   return u >> 31 ? ~u : u | 0x80000000u;
 }
 
-// A token's place in the strict total order: larger density (if there is noise), smaller r, smaller hash, smaller position.
+// A token's place in the strict total order: larger density (if there is noise), smaller r, hash, position.
 struct alignas(16) DensityKey {
   uint64_t key;
   uint32_t hash;
@@ -86,12 +86,14 @@ __device__ inline bool denser(const DensityKey& a, const DensityKey& b) {
   return a.key != b.key ? a.key < b.key : a.hash != b.hash ? a.hash < b.hash : a.position < b.position;
 }
 
-// ---- best first -----------------------------------------------------------------------------------------------------------
+// ---- best first ---------------------------------------------------------------------------------------------------
 
 // Smaller is better: log density + log delta in float64, where nothing underflows, descending. Ties go to the position.
 // delta2 is the squared distance before its division by the number of channels.
 __device__ inline uint64_t score_key(float r, float density, bool noise, float delta2, int64_t channels) {
-  const double log_density = !noise ? -static_cast<double>(r) : density > 0 ? log(static_cast<double>(density)) : -INFINITY;
+  const double log_density = !noise        ? -static_cast<double>(r)
+                             : density > 0 ? log(static_cast<double>(density))
+                                           : -INFINITY;
   const double log_score = log_density + 0.5 * log(static_cast<double>(delta2) / static_cast<double>(channels));
   const uint64_t u = static_cast<uint64_t>(__double_as_longlong(log_score + 0.0));
   const uint64_t descending = u >> 63 ? u : ~(u | uint64_t{1} << 63);
@@ -99,7 +101,7 @@ __device__ inline uint64_t score_key(float r, float density, bool noise, float d
 }
 constexpr uint64_t kNotACandidate = ~uint64_t{0};  // after every score, be it log 0
 
-// ---- arguments ------------------------------------------------------------------------------------------------------------
+// ---- arguments ----------------------------------------------------------------------------------------------------
 
 // Position e of `keep`, -1 if it is none: nobody looked at the values before.
 __device__ inline int64_t keep_position(const DpcKnn& p, int64_t b, int64_t e) {

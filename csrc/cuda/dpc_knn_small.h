@@ -1,12 +1,12 @@
 // DPC-kNN of up to 352 tokens: a team of eight blocks per sample, whose distances never leave the chip.
 //
-// On sm_90 and later the team is a thread-block cluster and all of it is one launch; blocks write to each other's shared
-// memory. Elsewhere the same device functions run in three launches, with global memory between them.
+// On sm_90 and later the team is a thread-block cluster and all of it is one launch; blocks write to each other's
+// shared memory. Elsewhere the same device functions run in three launches, with global memory between them.
 //
 //   products   Tiles of 32 x 32 dot products, on and above the diagonal only, stay in registers. Two groups of blocks
-//              share the tiles, the four blocks of a group the channels: each block reads a quarter of x, in chunks that
-//              hold every token. So a channel's mean is known where the channel is: subtract it, scale by a power of two,
-//              round to float16, which has the 11 bits of TF32 at half the bytes and twice the rate, and multiply.
+//              share the tiles, the four blocks of a group the channels: each block reads a quarter of x, in chunks
+//              that hold every token. So a channel's mean is known where the channel is: subtract it, scale by a power
+//              of two, round to float16, which has the 11 bits of TF32 at half the bytes and twice the rate, multiply.
 //   distances  The four partial sums of a tile are added in order and sent to the blocks that own its rows, and its
 //              columns. Norms are the diagonal: d2 = (n_i + n_j) - 2 <i, j> is exactly 0 for copies, exactly symmetric.
 //   rows       A warp per token: density, then delta, then its place by counting, then its nearest kept token. Between
@@ -80,7 +80,7 @@ static_assert(sizeof(Shared) % 16 == 0 && sizeof(Tokens) % 16 == 0);
 static_assert(shared_bytes(kMaxAcross) <= 227 * 1024 && staged_shared_bytes(kMaxAcross) <= 99 * 1024);
 static_assert(sizeof(Shared) <= 48 * 1024);
 
-// ---- tokens that count ------------------------------------------------------------------------------------------------------
+// ---- tokens that count --------------------------------------------------------------------------------------------
 
 // Numbers the positions whose thread says so; returns how many. Called by all threads, thread = position.
 __device__ inline int number_tokens(Tokens& s, bool counts) {
@@ -121,7 +121,7 @@ __device__ inline float largest_bound(const float* bound, int n) {
   return warp_max_of_nonnegative(largest);
 }
 
-// ---- products ---------------------------------------------------------------------------------------------------------------
+// ---- products -----------------------------------------------------------------------------------------------------
 
 template <class T>
 struct alignas(4 * sizeof(T)) Quad {
@@ -148,11 +148,16 @@ __device__ inline void copy_quad(Quad<T>* to, const T* x, int64_t offset, int64_
 template <class T>
 __device__ inline float4 read_quad(const Quad<T>* from) {
   const Quad<T> quad = *from;
-  return make_float4(to_float(quad.value[0]), to_float(quad.value[1]), to_float(quad.value[2]), to_float(quad.value[3]));
+  const T(&v)[4] = quad.value;
+  return make_float4(to_float(v[0]), to_float(v[1]), to_float(v[2]), to_float(v[3]));
 }
 
-__device__ inline float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
-__device__ inline float4 operator-(float4 a, float4 b) { return make_float4(a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w); }
+__device__ inline float4 operator+(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+__device__ inline float4 operator-(float4 a, float4 b) {
+  return make_float4(a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w);
+}
 __device__ inline float4 operator*(float4 a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
 __device__ inline float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
 __device__ inline float largest(float4 a) {
@@ -188,12 +193,14 @@ __device__ inline void multiply(float (&acc)[8][4], const uint2 (&rows)[4], cons
 __device__ inline int exponent_for(float peak, int power) {
   return max(-60, min(60, 127 + power - static_cast<int>(__float_as_uint(peak) >> 23)));
 }
-__device__ inline float power_of_two(int exponent) { return __uint_as_float(static_cast<unsigned>(127 + exponent) << 23); }
+__device__ inline float power_of_two(int exponent) {
+  return __uint_as_float(static_cast<unsigned>(127 + exponent) << 23);
+}
 
-// The dot products of the tiles of `group`, summed over the channels of `split`, in the order of the registers: `partial`
-// is [tile of the group, 8, lane, 4]. It may lie where `ring` does: two centred chunks and those on their way.
-// No coordinate exceeds `bound`; if that is negative, the first chunk tells how large they are. Others may be 1000 times
-// as large before they overflow, or 2^19 times smaller before they lose a bit.
+// The dot products of the tiles of `group`, summed over the channels of `split`, in the order of the registers:
+// `partial` is [tile of the group, 8, lane, 4] and may lie where `ring` does: two centred chunks and those on their way.
+// No coordinate exceeds `bound`; if that is negative, the first chunk tells how large they are. Others may be 1000
+// times as large before they overflow, or 2^19 times smaller before they lose a bit.
 template <class T, bool kWide, int kSlots>
 __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bound, int group, int split, float* ring,
                          float* partial) {
@@ -205,7 +212,8 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
   const int64_t first_chunk = split * most;
   const int chunks = static_cast<int>(all_chunks <= first_chunk ? 0 : min(most, all_chunks - first_chunk));
 
-  // A thread copies, reads and centres the same four channels of the same tokens.
+  // A thread copies, reads and centres the same four channels of the same tokens. What completes the last tile stays
+  // as it is: it ends in products that nobody looks at.
   const auto ready = [&](int chunk) { return ring + chunk % 2 * padded * kReadyFloats; };
   Quad<T>* arriving = reinterpret_cast<Quad<T>*>(ring + 2 * padded * kReadyFloats) + thread;
   const auto arriving_at = [&](int chunk, int pass) {
@@ -219,8 +227,8 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
       for (int pass = 0; pass < kPasses; ++pass) {
         const int row = row0 + pass * kRowsAtOnce;
         if (row >= n) continue;
-        copy_quad<T, kWide>(arriving_at(chunk, pass), x, s.position[row] * p.x_stride_n + c * p.x_stride_c, p.x_stride_c,
-                            valid);
+        const int64_t offset = s.position[row] * p.x_stride_n + c * p.x_stride_c;
+        copy_quad<T, kWide>(arriving_at(chunk, pass), x, offset, p.x_stride_c, valid);
       }
     }
     ptx::async_commit();
@@ -292,10 +300,6 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
   }
 
   for (int chunk = 0; chunk < kSlots; ++chunk) copy(chunk);
-  const int padding = (padded - n) * kReadyFloats;  // tokens that complete the last tile
-  for (int e = thread; e < 2 * padding; e += kThreads) {
-    ring[n * kReadyFloats + (e < padding ? e : e - padding + padded * kReadyFloats)] = 0;
-  }
   for (int chunk = 0; chunk <= chunks; ++chunk) {
     if (chunk < chunks) {
       ptx::async_wait<kSlots - 1>();
@@ -314,7 +318,9 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
       if (u < my_tiles) {
         if (u == 0 || row_at[u] != row_at[u - 1]) {
 #pragma unroll
-          for (int r = 0; r < 4; ++r) rows[r] = *reinterpret_cast<const uint2*>(here + row_at[u] + r * 8 * kReadyFloats);
+          for (int r = 0; r < 4; ++r) {
+            rows[r] = *reinterpret_cast<const uint2*>(here + row_at[u] + r * 8 * kReadyFloats);
+          }
         }
         multiply(acc[u], rows, here + column_at[u]);
       }
@@ -339,7 +345,7 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
   }
 }
 
-// ---- teams ------------------------------------------------------------------------------------------------------------------
+// ---- teams --------------------------------------------------------------------------------------------------------
 
 // The blocks of a cluster, each with a part of the rows and of the partial products in its shared memory.
 struct Cluster {
@@ -347,7 +353,10 @@ struct Cluster {
   int rank;
   float *rows, *partial;
 
-  __device__ void sync() const { ptx::cluster_sync(); }
+  __device__ void sync() const {
+    __syncwarp();  // the barrier is for whole warps
+    ptx::cluster_sync();
+  }
   template <class E>
   __device__ E* in(int block, E* shared) const { return ptx::in_block(shared, static_cast<uint32_t>(block)); }
   __device__ const float* partial_of(int block) const { return in(block, partial); }
@@ -381,13 +390,13 @@ __device__ void collect(const Team& team, Shared& s, int n) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int across = ceil_div(n, kTile), tiles = tiles_of(across), stride = row_stride(across);
   const Rows<Team> mine(team, n);
-  const auto put = [&](int row, int column, float value) {
+  const auto at = [&](int row, int column) {
     const int owner = mine.owner(row);
-    team.in(owner, team.rows)[(row - owner * mine.count) * stride + column] = value;
+    return team.in(owner, team.rows) + (row - owner * mine.count) * stride + column;
   };
   for (int item = team.rank * kWarps + warp; item < 4 * tiles; item += Team::kSize * kWarps) {  // a quarter of a tile
     const int tile = item / 4, group = tile >= tiles / kGroups;
-    const TileAt at(tile, across);
+    const TileAt where(tile, across);
     const int from = (tile - group * (tiles / kGroups)) * kTileFloats + item % 4 * (kTileFloats / 4) + 4 * lane;
     float4 part[2][kSplits];
 #pragma unroll
@@ -399,17 +408,23 @@ __device__ void collect(const Team& team, Shared& s, int n) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float4 sum = ((part[h][0] + part[h][1]) + part[h][2]) + part[h][3];
-      const float value[4] = {sum.x, sum.y, sum.z, sum.w};
+      const float value[2][2] = {{sum.x, sum.y}, {sum.z, sum.w}};
       const int e = item % 4 * 2 + h;  // as in `multiply`: rows e / 4 * 16 .., columns e % 4 * 8 ..
+      const int j = where.column * kTile + e % 4 * 8 + lane % 4 * 2;
 #pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const int i = at.row * kTile + e / 4 * 16 + lane / 4 + v / 2 * 8;
-        const int j = at.column * kTile + e % 4 * 8 + lane % 4 * 2 + v % 2;
-        if (i < j && j < n) {
-          put(i, j, value[v]);
-          put(j, i, value[v]);
-        } else if (i == j && i < n) {
-          for (int block = 0; block < Team::kSize; ++block) team.in(block, s.norm)[i] = value[v];
+      for (int v = 0; v < 2; ++v) {
+        const int i = where.row * kTile + e / 4 * 16 + v * 8 + lane / 4;
+        if (i < j && j + 1 < n) {
+          *reinterpret_cast<float2*>(at(i, j)) = make_float2(value[v][0], value[v][1]);
+          *at(j, i) = value[v][0];
+          *at(j + 1, i) = value[v][1];
+          continue;
+        }
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {  // at the diagonal and the end
+          if (i < j + w && j + w < n) *at(i, j + w) = *at(j + w, i) = value[v][w];
+          if (i != j + w || i >= n) continue;
+          for (int block = 0; block < Team::kSize; ++block) team.in(block, s.norm)[i] = value[v][w];
         }
       }
     }
@@ -427,7 +442,7 @@ __device__ bool all_count(const Team& team, const Shared& s, int n) {
   return __all_sync(kAllLanes, sure) || n == 0;
 }
 
-// ---- rows -------------------------------------------------------------------------------------------------------------------
+// ---- rows ---------------------------------------------------------------------------------------------------------
 
 // The sum of the k smallest of the warp's values, in ascending order, equal ones at once. Absent values are inf.
 __device__ inline float sum_of_smallest(const float (&value)[kMaxAcross], int k) {
@@ -588,7 +603,7 @@ __device__ void choose(const DpcKnn& p, int64_t b, const Team& team, Shared& s, 
   }
 }
 
-// ---- one launch: a cluster per sample -----------------------------------------------------------------------------------------
+// ---- one launch: a cluster per sample -----------------------------------------------------------------------------
 
 __device__ inline bool in_mask(const DpcKnn& p, int64_t b) {
   return threadIdx.x < p.N && (p.mask == nullptr || p.mask[b * p.N + threadIdx.x]);
@@ -623,7 +638,7 @@ __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, in
 #endif
 }
 
-// ---- a few launches -------------------------------------------------------------------------------------------------------------
+// ---- a few launches -----------------------------------------------------------------------------------------------
 
 // Scratch of one round: bound_of each token, the partial products and the distances of each sample.
 struct Staged {
@@ -643,7 +658,8 @@ struct Staged {
 
 // A warp per token.
 template <class T>
-__global__ void __launch_bounds__(kThreads) dpc_knn_bound_kernel(DpcKnn p, int64_t first_sample, int64_t tokens, float* bound) {
+__global__ void __launch_bounds__(kThreads)
+dpc_knn_bound_kernel(DpcKnn p, int64_t first_sample, int64_t tokens, float* bound) {
   const int64_t t = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   if (t >= tokens) return;
   const int64_t at = first_sample * p.N + t, b = at / p.N;
@@ -669,14 +685,15 @@ dpc_knn_choose_kernel(DpcKnn p, int64_t first_sample, const float* bound, float*
                       float* rows, int64_t row_floats) {
   Shared& s = *reinterpret_cast<Shared*>(ptx::shared_memory());
   const int64_t sample = blockIdx.x;
-  const Alone team{rows + sample * row_floats, partial + sample * kTeam * partial_floats, static_cast<int>(partial_floats)};
+  const Alone team{rows + sample * row_floats, partial + sample * kTeam * partial_floats,
+                   static_cast<int>(partial_floats)};
   const int n = number_tokens(s, threadIdx.x < p.N && bound[sample * p.N + threadIdx.x] >= 0);
   collect(team, s, n);
   team.sync();
   choose(p, first_sample + sample, team, s, n);
 }
 
-// ---- launchers ------------------------------------------------------------------------------------------------------------------
+// ---- launchers ----------------------------------------------------------------------------------------------------
 
 // Once per device and kernel: lets it have as much shared memory as it may need.
 template <class... P>
@@ -727,8 +744,8 @@ auto with_layout(const DpcKnn& p, const Body& body) {
   });
 }
 
-// Whether the current device takes the cluster form: its code was compiled for sm_90 or later, rather than from the PTX of
-// an older generation, and the device has room for a whole cluster.
+// Whether the current device takes the cluster form: its code was compiled for sm_90 or later, rather than from the PTX
+// of an older generation, and the device has room for a whole cluster.
 inline bool has_clusters() {
   static std::atomic<uint64_t> raised{0}, roomy{0}, narrow{0};
   const auto kernel = dpc_knn_small_kernel<float, true>;

@@ -91,9 +91,9 @@ def dpc_knn(
         ValueError, TypeError: ``dpc_knn: <arg> must be <expected>, got <actual>``.
 
     Numerics: float32 throughout, after subtracting each sample's mean; half inputs are upcast. On "cuda" the centred
-    tokens are rounded to 11 bits (as in TF32) and distances, in float32, are those of the rounded tokens: the choice can
-    differ from other backends' where distances differ by less than that. The result is the same bits on every run, for
-    any number of threads and whatever else is in the batch.
+    tokens are rounded to 11 bits (as in TF32) and distances, in float32, are those of the rounded tokens: its choice
+    can differ from others' where distances differ by less than that. The result is the same bits on every run, for any
+    number of threads and whatever else is in the batch.
 
     Cost: half of :math:`N^2 C` multiply-adds; O(N (k + C)) memory beyond the input, never N x N.
 
