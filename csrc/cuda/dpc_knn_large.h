@@ -32,6 +32,9 @@ struct Tuning {
 };
 #ifdef HK_EMULATION
 inline Tuning tuning;  // tests reach with few tokens what otherwise takes many
+extern "C" __attribute__((visibility("default"), used)) inline void hk_dpc_knn_tune(int list_min, int list_max, int blocks) {
+  tuning = {list_min, list_max, blocks};
+}
 #else
 constexpr Tuning tuning;
 #endif

@@ -1,0 +1,149 @@
+"""dpc_knn of many tokens on CUDA: whatever the lists' length, the shares of the columns and the order of the threads.
+
+The data are small integers whose mean is 0: rounded tokens, products and sums are exact, so nothing but the check
+against float64 has a tolerance, and every way through the kernels must give the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import emulation
+import pytest
+import torch
+from dpc_knn_steps import check_dpc_knn
+from torch import Tensor
+
+from hotkernels import DensityPeaks, dpc_knn
+
+pytestmark = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+emulated = pytest.mark.skipif(
+    not os.environ.get("HOTKERNELS_EMULATE_CUDA"),
+    reason="only the emulation lets a test choose how kernels work",
+)
+
+
+def exact(x: Tensor, N: int) -> Tensor:
+    """[B, N, C] of integers up to 127 in modulus: half of x, its mirror image and, if N is odd, the origin."""
+    x = x[:, : N // 2].cpu()
+    x = (x / x.abs().amax((1, 2), keepdim=True).clamp(min=1e-6) * 127).round()
+    x = torch.cat([x, -x, torch.zeros(len(x), N % 2, x.shape[2])], 1)
+    return x[:, torch.randperm(N)]
+
+
+def small_clusters(B: int, N: int, C: int) -> Tensor:
+    """Of about the length of a list: their peaks find nobody denser, nor anybody kept, in it."""
+    return 10 * torch.randn(B, N // 16 + 1, 1, C).expand(-1, -1, 16, -1).flatten(1, 2)[:, :N] + torch.randn(B, N, C) / 5
+
+
+DATA: dict[str, Callable[[int, int, int], Tensor]] = {
+    "cloud": lambda B, N, C: torch.randn(B, N, C),
+    "walk": lambda B, N, C: torch.randn(B, N, C).cumsum(1),
+    "line": lambda B, N, C: torch.arange(1.0, N + 1)[None, :, None].expand(B, N, C),
+    "ever denser": lambda B, N, C: (0.99 ** torch.arange(N))[None, :, None].expand(B, N, C),
+    "small clusters": small_clusters,
+    "few distinct": lambda B, N, C: torch.randint(-1, 2, (B, N, C)).float(),
+    "two places": lambda B, N, C: torch.ones(B, N, C),
+}
+
+
+def assert_same(a: DensityPeaks, b: DensityPeaks) -> None:
+    for name in a._fields:
+        left, right = getattr(a, name), getattr(b, name)
+        assert torch.equal(left, right), name
+
+
+@pytest.fixture
+def tune(backend: str) -> Iterator[Callable[[int, int, int], None]]:
+    """Sets how long lists are at least and at most, and how many blocks should be at work."""
+    set_ = ctypes.CDLL(str(emulation.LIBRARY)).hk_dpc_knn_tune
+    yield lambda *values: set_(*map(ctypes.c_int, values))
+    set_(16, 64, 0)
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize(
+    ("B", "N", "C", "k", "M"),
+    [(1, 385, 3, 5, 1), (3, 511, 39, 1, 127), (1, 512, 64, 17, 512), (2, 513, 33, 40, 128), (1, 1000, 64, 5, 250)],
+)
+def test_steps(backend: str, data: str, B: int, N: int, C: int, k: int, M: int) -> None:
+    x = exact(DATA[data](B, N, C), N)
+    check_dpc_knn({"x": x, "num_clusters": M, "k": k}, dpc_knn(x, M, k, backend=backend))
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("k", [66, 200, 640])
+def test_more_neighbours_than_a_list_holds(backend: str, data: str, k: int) -> None:
+    x = exact(DATA[data](1, 640, 16), 640)
+    check_dpc_knn({"x": x, "num_clusters": 100, "k": k}, dpc_knn(x, 100, k, backend=backend))
+
+
+@emulated
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize(("B", "N", "C", "k", "M"), [(1, 640, 39, 5, 160), (2, 513, 8, 18, 20)])
+def test_every_way_gives_the_same_bits(
+    backend: str, tune: Callable[[int, int, int], None], data: str, B: int, N: int, C: int, k: int, M: int
+) -> None:
+    """Short lists leave nearly all to the searches; one block does them all; the columns are split, evenly or not."""
+    args: dict[str, Any] = {"x": exact(DATA[data](B, N, C), N), "num_clusters": M, "k": k, "keep": [3, N - 1, -1, 3]}
+    whole = dpc_knn(**args, backend=backend)
+    check_dpc_knn(args, whole)
+    for values in ((1, 64, 1), (4, 4, 7), (16, 64, 12), (20, 64, 40), (100, 100, 3)):
+        tune(*values)
+        assert_same(dpc_knn(**args, backend=backend), whole)
+
+
+@emulated
+@pytest.mark.parametrize(("N", "k", "list_min"), [(513, 5, 16), (640, 20, 2), (400, 130, 16)])
+def test_every_order_of_threads_gives_the_same_bits(
+    backend: str, tune: Callable[[int, int, int], None], N: int, k: int, list_min: int
+) -> None:
+    tune(list_min, 64, 9)
+    args: dict[str, Any] = {"x": exact(small_clusters(2, N, 39), N), "num_clusters": N // 4, "k": k}
+    args["noise"] = torch.rand(2, N) * 1e-6
+    outs = []
+    for order in emulation.ORDERS:
+        emulation.configure(order)
+        outs.append(dpc_knn(**args, backend=backend))
+    emulation.configure()
+    check_dpc_knn(args, outs[0])
+    for out in outs[1:]:
+        assert_same(out, outs[0])
+
+
+def test_more_samples_than_a_block_looks_at_once(backend: str) -> None:
+    """The searches deal out the work of 128 samples at a time. Half of the samples have few valid tokens, or none."""
+    x = exact(DATA["small clusters"](130, 390, 4), 390)
+    mask = torch.ones(130, 390, dtype=torch.bool)
+    mask[1::4] = False
+    mask[2::4, 5:] = False
+    out = dpc_knn(x, 20, 3, mask=mask, backend=backend)
+    check_dpc_knn({"x": x, "num_clusters": 20, "k": 3, "mask": mask}, out)
+    for b in (0, 2, 127, 128, 129):
+        alone = dpc_knn(x[b : b + 1], 20, 3, mask=mask[b : b + 1], backend=backend)
+        assert_same(DensityPeaks(*(t[b : b + 1] for t in out if t is not None)), alone)
+
+
+@pytest.mark.parametrize("factor", [1e-15, 1e-7, 1e11])
+def test_any_magnitude(backend: str, factor: float) -> None:
+    """float16 sees tokens scaled to its range."""
+    x = exact(torch.randn(1, 400, 16), 400) * 2.0 ** torch.tensor(factor).log2().round()
+    check_dpc_knn({"x": x, "num_clusters": 40}, dpc_knn(x, 40, backend=backend))
+
+
+def test_an_outlier_takes_no_bits_from_the_others(backend: str) -> None:
+    """It is 2**28 of their units away, in a channel where they are 0: they still are distinct, and where they are."""
+    x = exact(torch.randn(1, 400, 8), 400)
+    x[0, :, 0] = 0
+    outlier = x[0].abs().sum(-1).argmax()
+    twin = (x[0] == -x[0, outlier]).all(-1).nonzero()[0, 0]  # its mirror image: the mean stays 0
+    x[0, outlier], x[0, twin] = 0, 0
+    x[0, outlier, 0], x[0, twin, 0] = 2.0**28, -(2.0**28)
+    out = dpc_knn(x, 40, 2, backend=backend)
+    d2 = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist").square() / 8
+    expected = torch.exp(-d2.topk(2, largest=False).values.mean(-1))
+    expected[0, outlier] = expected[0, twin] = 0
+    torch.testing.assert_close(out.density.double(), expected, rtol=1e-5, atol=1e-30)
