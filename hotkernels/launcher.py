@@ -116,6 +116,16 @@ def launch(job: Launch) -> None:
             compiled[(job.programs, 1, 1)](*job.tensors, *job.numbers, *job.constants)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; Triton's own takes 2 us."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def is_aligned(strides: Sequence[int], *tensors: Tensor) -> bool:
     """Whether rows of the first tensor's dtype, at these strides, can be read and written by vectors."""
     elements = VECTOR_BYTES // tensors[0].element_size()

@@ -20,7 +20,6 @@ from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from hotkernels import launcher

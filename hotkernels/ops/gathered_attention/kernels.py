@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import fail
-from ...launcher import Launch, is_aligned, launch
+from ...launcher import Launch, cdiv, is_aligned, launch, next_power_of_2
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
@@ -439,7 +439,7 @@ class Problem:
             b, *j, n = strides(key_bias)
             self.key_bias_strides = (b, *(j or (0,)), n)
         self.sequences = self.B * self.J
-        self.BLOCK_D = max(16, triton.next_power_of_2(self.D))
+        self.BLOCK_D = max(16, next_power_of_2(self.D))
 
     def _take_index(self, op: str, index: Tensor) -> None:
         batch, n = self.batch, index.dim()
@@ -556,12 +556,12 @@ def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch
     half = p.query.element_size() == 2
     if p.per_query:
         added = (*p.index_strides, *p.bias_strides, *p.key_bias_strides)
-        BLOCK_H = min(triton.next_power_of_2(p.H), max(1, 1024 // p.BLOCK_D))
-        BLOCK_S = min(triton.next_power_of_2(p.S), max(1, (8192 if half else 4096) // (BLOCK_H * p.BLOCK_D)))
+        BLOCK_H = min(next_power_of_2(p.H), max(1, 1024 // p.BLOCK_D))
+        BLOCK_S = min(next_power_of_2(p.S), max(1, (8192 if half else 4096) // (BLOCK_H * p.BLOCK_D)))
         num_warps = min(4, max(1, BLOCK_S * BLOCK_H * p.BLOCK_D // 2048))
         return Launch(
             gathered_attention_each_fwd_kernel,
-            p.sequences * p.Nq * triton.cdiv(p.H, BLOCK_H),
+            p.sequences * p.Nq * cdiv(p.H, BLOCK_H),
             tensors,
             (*rows, *added, p.J, p.H, p.Nq, p.Nk, p.S, scale),
             (p.D, p.BLOCK_D, BLOCK_H, BLOCK_S, p.per_head),
@@ -574,11 +574,11 @@ def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch
         p.sequences, p.J, p.H, p.Nq, p.Nk, p.S, scale,
     )  # fmt: skip
     if is_short(p):
-        BLOCK_M, BLOCK_N = (max(16, triton.next_power_of_2(n)) for n in (p.Nq, p.S))
+        BLOCK_M, BLOCK_N = (max(16, next_power_of_2(n)) for n in (p.Nq, p.S))
         pairs = max(1, (4096 if half else 2048) // (max(BLOCK_M, BLOCK_N) * p.BLOCK_D))
         return Launch(
             gathered_attention_short_fwd_kernel,
-            triton.cdiv(p.sequences * p.H, pairs),
+            cdiv(p.sequences * p.H, pairs),
             tensors,
             numbers,
             (p.D, p.BLOCK_D, BLOCK_M, BLOCK_N, precision, pairs),
@@ -587,11 +587,11 @@ def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch
             aligned,
         )
     blocks = long_blocks(p)
-    programs = p.sequences * p.H * triton.cdiv(p.Nq, blocks.M)
+    programs = p.sequences * p.H * cdiv(p.Nq, blocks.M)
     group = 1
     if half and p.BLOCK_D <= 64 and p.heads(p.query)[:2] == (0, 0) and programs >= GROUP * MANY_PROGRAMS:
         group = GROUP
-        programs = triton.cdiv(p.sequences, group) * p.H * triton.cdiv(p.Nq, blocks.M)
+        programs = cdiv(p.sequences, group) * p.H * cdiv(p.Nq, blocks.M)
     return Launch(
         gathered_attention_long_fwd_kernel,
         programs,
