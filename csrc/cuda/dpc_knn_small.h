@@ -197,10 +197,10 @@ __device__ inline float power_of_two(int exponent) {
   return __uint_as_float(static_cast<unsigned>(127 + exponent) << 23);
 }
 
-// The dot products of the tiles of `group`, summed over the channels of `split`, in the order of the registers: `partial`
-// is [tile of the group, 8, lane, 4]. It may lie where `ring` does: two centred chunks and those on their way. No
-// coordinate exceeds `bound`; if that is negative, the first chunk tells how large they are. Others may be 1000 times as
-// large before they overflow, or 2^19 times smaller before they lose a bit.
+// The dot products of the tiles of `group`, summed over the channels of `split`, in the order of the registers:
+// `partial` is [tile of the group, 8, lane, 4]. It may lie where `ring` does: two centred chunks and those on their
+// way. No coordinate exceeds `bound`; if that is negative, the first chunk tells how large they are. Others may be
+// 1000 times as large before they overflow, or 2^19 times smaller before they lose a bit.
 template <class T, bool kWide, int kSlots>
 __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bound, int group, int split, float* ring,
                          float* partial) {
