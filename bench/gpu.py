@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -46,7 +47,7 @@ for name in ("_C_cpu", "_C_cuda"):
         setup.build_library(name, pathlib.Path("hotkernels", name + ".abi3.so").resolve(), pathlib.Path("build", name))
     except Exception as error:
         failed.append(f"{name}: {error}")
-raise SystemExit("; ".join(failed))
+raise SystemExit("; ".join(failed) or 0)
 """
 
 
@@ -84,6 +85,7 @@ class Session:
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": "2",
+            "TORCHINDUCTOR_COMPILE_THREADS": "4",  # of each process
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             # Compiled once, by whichever process needs it first.
             "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"),
@@ -174,6 +176,7 @@ def lacking() -> list[str]:
     tools = [] if find("nvcc") else ["nvcc (set CUDA_HOME)"]
     tools += [] if any(map(shutil.which, ("g++", "clang++", "c++"))) else ["a C++ compiler"]
     tools += [] if importlib.util.find_spec("ninja") or shutil.which("ninja") else ["ninja"]
+    tools += [] if Path(sysconfig.get_paths()["include"], "Python.h").exists() else ["Python's headers"]
     return [*(f"the Python package {name}" for name in modules), *tools]
 
 
@@ -267,7 +270,7 @@ def bench(session: Session) -> Outcome:
     # Which launch configuration is fastest was found beside other processes: it is to be found again.
     for choice in (CACHE / "inductor").rglob("*.best_config"):
         choice.unlink()
-    stopped = session.shards("bench", 1, *_rows(session), share=0.98, hang=120.0)
+    stopped = session.shards("bench", 1, *_rows(session), share=0.98, hang=150.0)
     states = Counter(entry["state"] for entry in session.tasks("bench"))
     never = session.not_done("bench")
     told = [f"{states['passed']} rows measured", f"{states['failed']} wrong or failed"]

@@ -184,7 +184,11 @@ def assert_like_its_parts(op: OpCase, backend: str, args: Args, count: int) -> N
     whole, alone = calling(op, backend, args)(), calling(op, backend, few)()
     pairs = [(part(a), b) for a, b in zip(whole, alone, strict=True) if len(a) == count]
     assert pairs
-    assert_same([a for a, _ in pairs], [b for _, b in pairs], exactly=not op.differentiable)
+    for a, b in pairs:
+        if op.differentiable:  # how a batch is cut may depend on its size
+            assert (a - b).abs().max() <= 4 * torch.finfo(a.dtype).eps * b.abs().max().clamp(min=1)
+        else:
+            assert_same(a, b)
 
 
 @pytest.mark.parametrize("count", [65_536, 300_000])
