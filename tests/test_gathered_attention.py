@@ -10,18 +10,23 @@ import pytest
 import torch
 from attention_cases import KINDS, attend, index_of, random_slots
 from cases import upcast
-from conftest import EMULATED
+from conftest import EMULATED, GPU_BACKENDS
 from torch import Tensor
 from torch.autograd.gradcheck import gradcheck
 from torch.nn import functional as F  # noqa: N812
 
-from hotkernels import gathered_attention, invert_index
+from hotkernels import checked, gathered_attention, invert_index
 from hotkernels.autograd import GatheredAttention
 from hotkernels.ops.gathered_attention.api import PackedAttention, packed_attention, unpack
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 only_cpp = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 on_every_cpp = pytest.mark.parametrize("backend", ["cpp-base", "cpp-avx2", "cpp-avx512"], indirect=True)
+
+
+def skip_float64_on_gpus(backend: str, dtype: torch.dtype = torch.float64) -> None:
+    if backend in GPU_BACKENDS and dtype == torch.float64:
+        pytest.skip("float64 is served by the torch backend")
 
 
 def heads(*batch: int, H: int = 2, Nq: int = 17, Nk: int = 9, D: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,6 +73,7 @@ def test_as_accurate_as_sdpa(backend: str, D: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_log_sum_exp_and_its_gradient(backend: str, kind: str, dtype: torch.dtype) -> None:
     """With gradients of the output and of lse at once, then of lse alone."""
+    skip_float64_on_gpus(backend, dtype)
     args = [t.to(dtype) for t in (*heads(2, Nq=63, Nk=39), torch.randn(2, 39))]
     index = index_of(kind, (2,), 2, 63, 39, 13)
 
@@ -171,7 +177,8 @@ def test_running_maximum(backend: str, kind: str, rising: bool) -> None:
     index = None if kind == "dense" else torch.arange(1000).expand(*index_of(kind, (1,), 1, 49, 9, 1).shape[:-1], -1)
     ours = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
     exact = gradients(lambda *a: attend(*a, index)[0], *upcast([query, key, value]))
-    assert_close(ours, exact, atol=2e-5)
+    # Logits near 60 are known to 4e-6 at best, and to 3e-5 from three TF32 products.
+    assert_close(ours, exact, atol=5e-4 if backend in GPU_BACKENDS else 2e-5)
 
 
 @each_kind
@@ -206,6 +213,7 @@ def test_scale(backend: str, kind: str) -> None:
 @pytest.mark.parametrize("batch", [(2,), (1, 2)])
 def test_gradcheck(backend: str, kind: str, batch: tuple[int, ...]) -> None:
     """Every argument, against differences, through the output and through lse."""
+    skip_float64_on_gpus(backend)
     slots = {"dense": 5}.get(kind, 4)
     args = [t.double().requires_grad_() for t in heads(*batch, Nq=3, Nk=5, D=3)]
     args += [torch.randn(2, 3, slots).double().requires_grad_(), torch.randn(*batch, 5).double().requires_grad_()]
@@ -377,7 +385,10 @@ def test_nothing_is_read_before_the_index_is_checked(backend: str, kind: str, wr
     """One wrong entry anywhere is an error, with the value in it."""
     args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)
     index.view(-1)[-1] = wrong
-    with pytest.raises(ValueError, match=rf"^gathered_attention: index must be -1 or in \[0, 9\), got {wrong}$"):
+    with (
+        checked(),
+        pytest.raises(ValueError, match=rf"^gathered_attention: index must be -1 or in \[0, 9\), got {wrong}$"),
+    ):
         gathered_attention(*args, index, backend=backend)
 
 

@@ -257,9 +257,10 @@ def gathered_attention(
         if key_bias.dim() != len(batch) + 1 or not _broadcastable(key_bias.shape, (*batch, Nk)):
             fail(_OP, "key_bias", f"[*batch, Nk] = {[*batch, Nk]}", list(key_bias.shape))
         key_bias = key_bias.expand(*key_bias.shape[:-1], Nk).to(compute)
-    if choose_attention(_OP, query, dropout_p, backend) == "torch":
-        if index is not None:
-            check_index(_OP, "index", index, Nk)
+    chosen = choose_attention(_OP, query, dropout_p, backend)
+    if index is not None and chosen != "cpp":  # which looks for itself
+        check_index(_OP, "index", index, Nk)
+    if chosen == "torch":
         out, lse = gathered_attention_reference(query, key, value, index, bias, key_bias, scale, dropout_p)
     elif not wants_grad(query, key, value, bias, key_bias):
         out, lse = torch.ops.hotkernels.gathered_attention_fwd(query, key, value, index, bias, key_bias, scale)
