@@ -61,10 +61,11 @@ def test_gradient_of_a_repeated_token_is_summed_in_order(backend: str) -> None:
     assert not grad[0, [0, 1, 3]].any()
 
 
-def test_gradient_of_many_places(backend: str) -> None:
-    """More places than a block of threads sorts on its own."""
-    grad_out, index = torch.randn(2, 9000, 3), torch.randint(-1, 7, (2, 9000))
-    x = torch.randn(2, 7, 3, requires_grad=True)
+@pytest.mark.parametrize("M", [8192, 8193])
+def test_gradient_of_many_places(backend: str, M: int) -> None:
+    """As many places as a block of threads sorts on its own, in all its shared memory, and more."""
+    grad_out, index = torch.randn(2, M, 1), torch.randint(-1, 7, (2, M))
+    x = torch.randn(2, 7, 1, requires_grad=True)
     (grad,) = torch.autograd.grad(gather_tokens(x, index, backend=backend), x, grad_out)
     for b in range(2):
         for n in range(7):

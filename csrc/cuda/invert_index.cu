@@ -10,7 +10,8 @@ namespace hotkernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxRange = 511;  // tokens whose entries one block counts: 18 KB of counters
+constexpr int kMaxRange = 511;  // tokens whose entries one block counts
+static_assert(sizeof(int) * sort_in_block_ints(kThreads, kMaxRange + 1) <= 48 << 10, "more would have to be asked for");
 
 // ---- short rows ----------------------------------------------------------------------------------------------------
 

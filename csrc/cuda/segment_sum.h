@@ -36,7 +36,13 @@ struct SegmentWork {
 constexpr int kSumThreads = 512;      // many, as each block reads the whole row of the index
 constexpr unsigned kMaxLanes = 256;
 constexpr int64_t kSumBlocks = 512;   // enough for every SM of a large GPU; more would only sort the same rows again
-constexpr int kMaxSumRange = 512;
+constexpr int kMaxSumRange = 448;
+
+// Of shared memory, where a block sorts a row of L entries.
+__host__ __device__ constexpr int segment_sum_bytes(int range, int64_t L) {
+  return static_cast<int>(sizeof(int) * sort_in_block_ints(kSumThreads, range) + sizeof(uint16_t) * L);
+}
+static_assert(segment_sum_bytes(kMaxSumRange, kMaxSortedInBlock) <= 48 << 10, "more would have to be asked for");
 
 // blockDim = (threads that share a token's packs, segments at a time). kMean: weights, total and mean are there.
 template <class T, int V, bool kMean>
@@ -125,7 +131,8 @@ cudaError_t launch_segment_sum(const SegmentSum& p, cudaStream_t stream) {
   const unsigned lanes = lanes_for(packs, kMaxLanes), rows = kSumThreads / lanes;
   // Few blocks per sample where each of them sorts, then pieces of tokens to fill the GPU.
   const int64_t wanted = sorts ? (p.B * p.S + kSumBlocks - 1) / kSumBlocks : 1;
-  const int range = wanted < kMaxSumRange ? static_cast<int>((wanted + rows - 1) / rows * rows) : kMaxSumRange;
+  const int64_t rounded = (wanted + rows - 1) / rows * rows;
+  const int range = static_cast<int>(rounded < kMaxSumRange ? rounded : kMaxSumRange);
   const unsigned ranges = blocks_for(p.S, range);
   const int64_t pieces = (packs + lanes - 1) / lanes, free = kSumBlocks / (p.B * ranges);
   return launch_in_runs(p.B, ranges, [&](int64_t first, int64_t samples) {
@@ -133,9 +140,7 @@ cudaError_t launch_segment_sum(const SegmentSum& p, cudaStream_t stream) {
     config.blockDim = dim3(lanes, rows);
     config.gridDim = dim3(static_cast<unsigned>(samples * ranges),
                           static_cast<unsigned>(pieces < 1 || free < 1 ? 1 : pieces < free ? pieces : free));
-    if (sorts) {
-      config.dynamicSmemBytes = sizeof(int) * sort_in_block_ints(kSumThreads, range) + sizeof(uint16_t) * p.L;
-    }
+    config.dynamicSmemBytes = sorts ? segment_sum_bytes(range, p.L) : 0;
     config.stream = stream;
     const SegmentWork work{first, static_cast<int>(p.C / V), range, ranges};
     return cudaLaunchKernelEx(&config, segment_sum_kernel<T, V, kMean>, p, work);
