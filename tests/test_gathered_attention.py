@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from hotkernels import checked, gathered_attention, invert_index
 from hotkernels.autograd import GatheredAttention
 from hotkernels.ops.gathered_attention.api import PackedAttention, packed_attention, unpack
+from hotkernels.ops.invert_index.reference import invert_index_reference
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 only_cpp = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
@@ -390,6 +391,22 @@ def test_nothing_is_read_before_the_index_is_checked(backend: str, kind: str, wr
         pytest.raises(ValueError, match=rf"^gathered_attention: index must be -1 or in \[0, 9\), got {wrong}$"),
     ):
         gathered_attention(*args, index, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("kind", ["set", "query", "head"])
+def test_a_slot_out_of_range_is_absent_on_a_gpu(backend: str, kind: str) -> None:
+    """There the kernels are what keeps it from being read."""
+    query, key, value = heads(2)
+    index = index_of(kind, (2,), 2, 17, 9, 5)
+    wild = torch.where(index == -1, torch.tensor([9, -2, 1 << 40, -(1 << 62), -1]), index)
+    answers = []
+    for slots in (index, wild):
+        out, lse = torch.ops.hotkernels.gathered_attention_fwd(query, key, value, slots, None, None, 0.3)
+        inverse = invert_index_reference(slots if kind == "set" else slots.flatten(-2), 9)
+        saved = (query, key, value, out, lse, slots, *inverse, None, None, 0.3, False, False)
+        answers.append((out, lse, *torch.ops.hotkernels.gathered_attention_bwd(out, None, *saved)))
+    assert_equal(answers[1], answers[0])
 
 
 # ---- raw operators ---------------------------------------------------------------------------------------------------
