@@ -1,6 +1,7 @@
 """Compiles the CUDA library and reads what ptxas says each kernel needs on each GPU generation.
 
-`python tests/cuda_resources.py` writes data/cuda_resources.json, the limits that test_build.py holds kernels to.
+`python tests/cuda_resources.py` writes data/cuda_resources.json, the limits that test_build.py holds kernels to;
+`python tests/cuda_resources.py dpc_knn` renews those of dpc_knn.cu and leaves others as they are.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -53,10 +55,10 @@ def demangle(symbol: str) -> str:
     return found[1] if found else said.strip()
 
 
-def measured() -> Resources:
+def measured(sources: str = "*") -> Resources:
     """What ptxas reported when the library was compiled."""
     resources: Resources = {}
-    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+    for source in sorted((ROOT / "csrc/cuda").glob(f"{sources}.cu")):
         needs: dict[str, int] = {}
         for line in (BUILD / f"{source.name}.o.ptxas").read_text().splitlines():
             if entry := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
@@ -72,6 +74,9 @@ def measured() -> Resources:
 
 if __name__ == "__main__":
     compile_library()
-    table = {"nvcc": nvcc_release(), "kernels": measured()}
-    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    print(f"wrote {TABLE.relative_to(ROOT)}: {len(table['kernels'])} kernels")
+    kernels = measured()
+    for source in sys.argv[1:]:
+        limits = json.loads(TABLE.read_text())["kernels"]
+        kernels = {name: needs for name, needs in limits.items() if name in kernels} | measured(source)
+    TABLE.write_text(json.dumps({"nvcc": nvcc_release(), "kernels": kernels}, indent=1, sort_keys=True) + "\n")
+    print(f"wrote {TABLE.relative_to(ROOT)}: {len(kernels)} kernels")
