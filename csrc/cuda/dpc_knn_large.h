@@ -19,7 +19,7 @@
 namespace hotkernels::dpc::large {
 
 constexpr int kQueue = 16;           // candidates of a token that may wait for a place in its list
-constexpr int kGroup = 4;            // tiles of one piece of work of the second and third pass
+constexpr int kGroup = 2;            // tiles of one piece of work of the second and third pass
 constexpr int kMaxSplits = 16;       // shares of the columns that are listed by themselves
 constexpr int kSortThreads = 1024;   // of the blocks that look after all tokens of a sample
 constexpr int kPlaceRows = 32;       // chosen tokens whose places one block finds
@@ -194,9 +194,10 @@ __device__ void read_8(const T* x, const Large& s, int64_t c, float (&v)[8]) {
   }
 }
 
-// Centres and rounds 16 tokens per warp, read as a tensor core wants them.
+// Centres and rounds tokens, 16 per warp: lanes 4 g .. 4 g+3 have tokens g and g+8, eight channels each.
 template <class T>
 __global__ void __launch_bounds__(kThreads) centre_kernel(const Large s) {
+  unsigned char* const shared = ptx::shared_memory() + warp_id() * 16 * kTokenBytes;
   const DpcKnn& p = s.p;
   const int64_t b = blockIdx.x / (s.blocks * 2), first = blockIdx.x % (s.blocks * 2) * 64 + warp_id() * 16;
   const int n = s.count[b];
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) centre_kernel(const Large s) {
   const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b;
   const float* mean = s.mean + b * s.chunks * kChunk;
   const int row = lane_id() / 4, part = lane_id() % 4;
-  uint16_t* value = s.value + (b * s.blocks + first / kTile) * s.chunks * kPanel + (first % kTile + row) * kChunk + part * 8;
+  uint16_t* value = s.value + (b * s.blocks + first / kTile) * s.chunks * kPanel + first % kTile * kChunk;
   const T* token[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -213,25 +214,29 @@ __global__ void __launch_bounds__(kThreads) centre_kernel(const Large s) {
     token[half] = i < n ? x + s.position[b * s.T + i] * p.x_stride_n : nullptr;
   }
   float norm[2][4] = {};
-  for (int chunk = 0; chunk < s.chunks; ++chunk) {
+  for (int chunk = 0; chunk < s.chunks; ++chunk, value += kPanel) {
     const int64_t c = int64_t{chunk} * kChunk + part * 8;
     float centre[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) centre[e] = mean[c + e];
-    uint4 rounded[2] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      uint4 rounded{};
       if (token[half]) {
         float v[8];
         read_8(token[half], s, c, v);
 #pragma unroll
         for (int e = 0; e < 8; ++e) v[e] = (v[e] - centre[e]) * scale;
-        rounded[half] = make_uint4(ptx::pack_half(v[0], v[1]), ptx::pack_half(v[2], v[3]), ptx::pack_half(v[4], v[5]),
-                                   ptx::pack_half(v[6], v[7]));
+        rounded = make_uint4(ptx::pack_half(v[0], v[1]), ptx::pack_half(v[2], v[3]), ptx::pack_half(v[4], v[5]),
+                             ptx::pack_half(v[6], v[7]));
       }
-      *reinterpret_cast<uint4*>(value + int64_t{chunk} * kPanel + half * 8 * kChunk) = rounded[half];
+      const int offset = offset_of(row + 8 * half, part);
+      *reinterpret_cast<uint4*>(shared + offset) = rounded;
+      *reinterpret_cast<uint4*>(value + offset / 2) = rounded;
     }
-    add_norms(norm, rounded[0], rounded[1]);
+    __syncwarp();
+    add_norms(norm, shared);
+    __syncwarp();
   }
   if (row / 2 != part) return;  // the diagonal
   float* norms = s.norm + b * s.T + first + row;
@@ -603,7 +608,7 @@ __global__ void __launch_bounds__(kTile) score_kernel(const Large s) {
 __global__ void __launch_bounds__(kSortThreads, 1) choose_kernel(const Large s) {
   int* sums = reinterpret_cast<int*>(ptx::shared_memory());  // [kWarp]
   int* counts = sums + kWarp;                                // [256]
-  int* found = counts + 256;                                 // [2] digit, what is left
+  int* found = counts + 256;                                 // [3] digit, how many with it are taken, how many have it
   const DpcKnn& p = s.p;
   const int64_t b = blockIdx.x;
   const int n = s.count[b], thread = static_cast<int>(threadIdx.x);
@@ -631,9 +636,11 @@ __global__ void __launch_bounds__(kSortThreads, 1) choose_kernel(const Large s) 
 
   uint64_t last = kNotACandidate;  // takes all scores before it and `ties` tokens that have it
   int ties = 0;
-  if (best < candidates) {
+  if (best == 0) {
+    last = 0;
+  } else if (best < candidates) {
     last = 0, ties = best;
-    for (int shift = 56; shift >= 0 && best > 0; shift -= 8) {
+    for (int shift = 56; shift >= 0; shift -= 8) {
       __syncthreads();
       if (thread < 256) counts[thread] = 0;
       __syncthreads();
@@ -649,10 +656,14 @@ __global__ void __launch_bounds__(kSortThreads, 1) choose_kernel(const Large s) 
       __syncthreads();
       const int here = thread < 256 ? counts[thread] : 0;
       const int before = scan(here).before;
-      if (before < ties && ties <= before + here) found[0] = thread, found[1] = ties - before;
+      if (before < ties && ties <= before + here) found[0] = thread, found[1] = ties - before, found[2] = here;
       __syncthreads();
       last |= static_cast<uint64_t>(found[0]) << shift;
       ties = found[1];
+      if (ties == found[2]) {  // all of these: no need to tell them apart
+        last |= (uint64_t{1} << shift) - 1;
+        break;
+      }
     }
   }
 
@@ -830,7 +841,7 @@ cudaError_t run(const Large& s, cudaStream_t stream) {
   go(number_kernel, p.B, kSortThreads, kScan);
   go(partial_mean_kernel<T>, tiles * slices, kThreads, 0, slices);
   go(mean_kernel, p.B * padded_slices, kThreads, 0, padded_slices);
-  go(centre_kernel<T>, tiles * 2, kThreads, 0);
+  go(centre_kernel<T>, tiles * 2, kThreads, kThreads / kWarp * 16 * kTokenBytes);
   if (error == cudaSuccess) {
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(s.splits));
     error = launch(stream, neighbours_kernel, grid, kThreads, lists_bytes(s.list), s);
@@ -840,7 +851,7 @@ cudaError_t run(const Large& s, cudaStream_t stream) {
   go(list_delta_kernel, tiles, kTile, 0);
   go(search_kernel<false>, s.workers, kThreads, kTileBytes + kThreads * 4);
   go(score_kernel, tiles, kTile, 0);
-  go(choose_kernel, p.B, kSortThreads, kScan + 258 * 4);
+  go(choose_kernel, p.B, kSortThreads, kScan + 259 * 4);
   const int rows = static_cast<int>((p.M + kPlaceRows - 1) / kPlaceRows);
   go(place_kernel, p.B * rows, 256, 256 * 4, rows);
   if (p.assign) {

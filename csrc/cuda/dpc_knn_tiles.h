@@ -15,7 +15,8 @@ namespace hotkernels::dpc::large {
 constexpr int kTile = 128;              // tokens per side of a tile
 constexpr int kThreads = 128;           // 2 x 2 warps
 constexpr int kWarpTile = 64;           // each with 64 x 64 distances in registers
-constexpr int kChunk = 32;              // channels per step: 64 bytes per token, so that 16-byte reads meet no bank twice
+constexpr int kChunk = 32;              // channels per step: four parts of 16 bytes per token
+constexpr int kTokenBytes = kChunk * 2;
 constexpr int kPanel = kTile * kChunk;  // float16 numbers of 128 tokens in one step; they lie together in global memory
 constexpr int kPanelBytes = kPanel * 2;
 constexpr int kStages = 4;              // steps in shared memory: one in use, three on their way
@@ -36,7 +37,7 @@ __device__ inline float no_number() { return __uint_as_float(0x7fffffffu); }  //
 
 // The tokens of one sample. Those beyond the last are 0 and their norm is NaN.
 struct Tokens {
-  const uint16_t* value;  // [blocks, chunks, kTile, kChunk]
+  const uint16_t* value;  // [blocks, chunks, kTile, kChunk], the parts of a token where offset_of says
   const float* norm;      // [blocks * kTile]
   int chunks;
 };
@@ -47,39 +48,50 @@ struct Side {
   int count;           // how many there are
 };
 
-// d += the products of 32 channels of the block's rows with those of its columns. Lane t of a group of four reads channels
-// 8t .. 8t+7 of a token at once and gives four to each of two steps: which channel is called which does not matter to a sum.
+// Where part `part` of token `token` lies in its panel: in such a turn that eight tokens' same parts meet no bank twice.
+__device__ inline int offset_of(int token, int part) { return token * kTokenBytes + (part ^ (token / 2 % 4)) * 16; }
+
+// The tensor core's left operand: 16 tokens from `tokens` (bytes of a panel, a multiple of 8 tokens), 16 channels.
+__device__ inline void read_rows(uint32_t (&a)[4], const unsigned char* tokens, int step) {
+  ptx::load_matrices(a, tokens + offset_of(lane_id() % 16, 2 * step + lane_id() / 16));
+}
+// The right operand for these tokens and for the eight after them: b[0], b[1] and b[2], b[3].
+__device__ inline void read_columns(uint32_t (&b)[4], const unsigned char* tokens, int step) {
+  ptx::load_matrices(b, tokens + offset_of(lane_id() % 8 + lane_id() / 16 * 8, 2 * step + lane_id() / 8 % 2));
+}
+
+// d += the products of 32 channels of the block's rows with those of its columns.
 __device__ inline void multiply_chunk(Accumulators& d, const unsigned char* rows, const unsigned char* columns) {
-  const int at = lane_id() / 4 * 64 + lane_id() % 4 * 16;
-  rows += warp_id() / 2 * kWarpTile * 64 + at;
-  columns += warp_id() % 2 * kWarpTile * 64 + at;
-  uint4 a[kWarpTile / 16][2];
+  rows += warp_id() / 2 * kWarpTile * kTokenBytes;
+  columns += warp_id() % 2 * kWarpTile * kTokenBytes;
 #pragma unroll
-  for (int i = 0; i < kWarpTile / 16; ++i) {
-    a[i][0] = *reinterpret_cast<const uint4*>(rows + i * 16 * 64);
-    a[i][1] = *reinterpret_cast<const uint4*>(rows + i * 16 * 64 + 8 * 64);
-  }
+  for (int step = 0; step < kChunk / 16; ++step) {
+    uint32_t a[kWarpTile / 16][4];
 #pragma unroll
-  for (int j = 0; j < kWarpTile / 8; ++j) {
-    const uint4 b = *reinterpret_cast<const uint4*>(columns + j * 8 * 64);
+    for (int i = 0; i < kWarpTile / 16; ++i) read_rows(a[i], rows + i * 16 * kTokenBytes, step);
 #pragma unroll
-    for (int i = 0; i < kWarpTile / 16; ++i) {
-      ptx::mma_m16n8k16(d[i][j], {a[i][0].x, a[i][1].x, a[i][0].y, a[i][1].y}, {b.x, b.y});
-    }
+    for (int j = 0; j < kWarpTile / 8; j += 2) {
+      uint32_t b[4];
+      read_columns(b, columns + j * 8 * kTokenBytes, step);
 #pragma unroll
-    for (int i = 0; i < kWarpTile / 16; ++i) {
-      ptx::mma_m16n8k16(d[i][j], {a[i][0].z, a[i][1].z, a[i][0].w, a[i][1].w}, {b.z, b.w});
+      for (int i = 0; i < kWarpTile / 16; ++i) {
+        ptx::mma_m16n8k16(d[i][j], a[i], {b[0], b[1]});
+        ptx::mma_m16n8k16(d[i][j + 1], a[i], {b[2], b[3]});
+      }
     }
   }
 }
 
-// The squared norms of 16 tokens by the same instruction in the same order: the diagonal of their products with themselves.
-// `token` and `next` are channels 8t .. 8t+7 of tokens g and g + 8; d starts at 0.
-__device__ inline void add_norms(float (&d)[2][4], const uint4& token, const uint4& next) {
-  ptx::mma_m16n8k16(d[0], {token.x, next.x, token.y, next.y}, {token.x, token.y});
-  ptx::mma_m16n8k16(d[1], {token.x, next.x, token.y, next.y}, {next.x, next.y});
-  ptx::mma_m16n8k16(d[0], {token.z, next.z, token.w, next.w}, {token.z, token.w});
-  ptx::mma_m16n8k16(d[1], {token.z, next.z, token.w, next.w}, {next.z, next.w});
+// The squared norms of 16 tokens by the same instructions in the same order: the diagonal of their products with
+// themselves, in d[0] of the first eight, in d[1] of the others. `tokens` is in shared memory; d starts at 0.
+__device__ inline void add_norms(float (&d)[2][4], const unsigned char* tokens) {
+#pragma unroll
+  for (int step = 0; step < kChunk / 16; ++step) {
+    uint32_t a[4];
+    read_rows(a, tokens, step);
+    ptx::mma_m16n8k16(d[0], a, {a[0], a[2]});
+    ptx::mma_m16n8k16(d[1], a, {a[1], a[3]});
+  }
 }
 
 // Calls epilogue(tile, d) for `tiles` tiles of squared distances, one after another: between block `row_block` of the row
@@ -94,13 +106,14 @@ __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side co
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t stride = int64_t{s.chunks} * kPanel;  // from one block of tokens to the next
 
-  // What this thread copies: 16 bytes of row thread / 4 + 32 i of a panel, i = 0 .. kCopies-1.
+  // What this thread copies: 16 bytes of token thread / 4 + 32 i of a panel, i = 0 .. kCopies-1. Tokens that are gathered
+  // change place, and so do their parts.
   const auto id_of = [](const Side& side, int row) { return row < side.count ? side.ids[row] : -1; };
   const auto find = [&](const Side& side, int block, const uint16_t* (&from)[kCopies]) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int id = id_of(side, block * kTile + thread / 4 + 32 * i);
-      from[i] = id < 0 ? nullptr : s.value + id / kTile * stride + id % kTile * kChunk + thread % 4 * 8;
+      const int row = thread / 4 + 32 * i, id = id_of(side, block * kTile + row), part = thread % 4 ^ (row / 2 % 4);
+      from[i] = id < 0 ? nullptr : s.value + id / kTile * stride + offset_of(id % kTile, part) / 2;
     }
   };
   const auto copy = [&](unsigned char* to, const uint16_t* block, int chunk) {

@@ -68,6 +68,22 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   });
 }
 
+inline void load_matrices(uint32_t (&registers)[4], const void* row) {
+  struct Operands {
+    uint32_t* registers;
+    const unsigned char* row;
+  } mine{registers, static_cast<const unsigned char*>(row)};
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) hk_emulation::fail("a row of load_matrices is not aligned to 16 bytes");
+  hk_emulation::warp_instruction(~0u, &mine, [](void* const(&payload)[32], unsigned) {
+    for (int l = 0; l < 32; ++l) {
+      for (int m = 0; m < 4; ++m) {
+        const unsigned char* from = static_cast<Operands*>(payload[8 * m + l / 4])->row + l % 4 * 4;
+        std::memcpy(&static_cast<Operands*>(payload[l])->registers[m], from, 4);
+      }
+    }
+  });
+}
+
 template <int kBytes>
 inline void async_copy(void* shared, const void* global, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
