@@ -10,7 +10,7 @@ their logits differ by the bias only, so p is summed over them before anything e
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import fail
-from ...launcher import Launch, is_aligned, launch
+from ...launcher import Launch, cdiv, is_aligned, launch, next_power_of_2
 from .api import unpack
 from .kernels import (
     LOG2E,
+    Blocks,
     Problem,
     dot_precision,
     load_rows,
@@ -216,7 +217,7 @@ def gathered_attention_fused_bwd_kernel(
         bias_rows = None
         if bias_ptr is not None:
             bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
-            bias_rows = _across(bias_rows)
+            bias_rows = _down(bias_rows)
         key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
         grad_key_bias_base = None
         if grad_key_bias_ptr is not None:
@@ -228,24 +229,24 @@ def gathered_attention_fused_bwd_kernel(
             key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
             k = load_rows(_rows_of(k_base, G), token, attended, stride_kn, HEAD_DIM, BLOCK_D)
             v = load_rows(_rows_of(v_base, G), token, attended, stride_vn, HEAD_DIM, BLOCK_D)
-            logits = tl.dot(k, _transposed(q), input_precision=PRECISION) * (scale * LOG2E)
+            logits = tl.dot(q, _transposed(k), input_precision=PRECISION) * (scale * LOG2E)
             if key_bias_ptr is not None:
-                logits += _down(key_bias)
+                logits += _across(key_bias)
             p = _probabilities(
-                logits, _across(lse), _across(row_there), _down(attended), _down(entry),
-                1 if index_ptr is None else _down(copies), bias_rows, bias_stride_s,
-                None if index_ptr is None else slots_base if G == 1 else _down(slots_base), S,
+                logits, _down(lse), _down(row_there), _across(attended), _across(entry),
+                1 if index_ptr is None else _across(copies), bias_rows, bias_stride_s,
+                None if index_ptr is None else _rows_of(slots_base, G), S,
             )  # fmt: skip
-            grad_v = tl.dot(p.to(q.dtype), grad_out, input_precision=PRECISION)
+            grad_v = tl.dot(_transposed(p.to(q.dtype)), grad_out, input_precision=PRECISION)
             store_rows(_rows_of(grad_v_base, G), token, there, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
-            grad_p = tl.dot(v, _transposed(grad_out), input_precision=PRECISION)
-            grad_logits = p * (grad_p - _across(delta))
+            grad_p = tl.dot(grad_out, _transposed(v), input_precision=PRECISION)
+            grad_logits = p * (grad_p - _down(delta))
             if grad_key_bias_ptr is not None:
-                tl.store(grad_key_bias_base + token, tl.sum(grad_logits, -1), mask=there)
+                tl.store(grad_key_bias_base + token, tl.sum(grad_logits, -2), mask=there)
             grad_logits = grad_logits.to(q.dtype)
-            grad_k = tl.dot(grad_logits, q, input_precision=PRECISION) * scale
+            grad_k = tl.dot(_transposed(grad_logits), q, input_precision=PRECISION) * scale
             store_rows(_rows_of(grad_k_base, G), token, there, stride_grad_kn, grad_k, HEAD_DIM, BLOCK_D)
-            grad_q += tl.dot(_transposed(grad_logits), k, input_precision=PRECISION)
+            grad_q = tl.dot(grad_logits, k, grad_q, input_precision=PRECISION)
         if index_ptr is not None:
             for block in range(0, Nk, BLOCK_N):
                 token = (block + column).to(tl.int64)
@@ -443,10 +444,13 @@ def gathered_attention_bias_bwd_kernel(
     index_stride_b: tl.int64, start_stride_b: tl.int64,
     sequences: tl.int32, turns: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
     scale: tl.float32,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_bias [parts, H, Nq, slots]: one program per (part of `turns` sequences, tile of logits, head)."""
+    """grad_bias [parts, H, Nq, slots]: one program per (part of `turns` sequences, tile of logits, head).
+
+    Channels are taken BLOCK_C at a time: both matrix products only end in the tile.
+    """
     h = (tl.program_id(0) % H).to(tl.int64)
     rest = tl.program_id(0) // H
     column_blocks, row_blocks = tl.cdiv(S, BLOCK_N), tl.cdiv(Nq, BLOCK_M)
@@ -456,7 +460,9 @@ def gathered_attention_bias_bwd_kernel(
     part = rest // row_blocks
     row_there = i < Nq
     grad_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for sequence in range(part * turns, tl.minimum((part + 1) * turns, sequences)):
+    first = part * turns
+    for turn in range(0, tl.minimum(turns, sequences - first)):
+        sequence = first + turn
         b, j = sequence_of(sequence, J)
         index_at = None if index_ptr is None else index_ptr + b * index_stride_b + slot
         token, there = rows_of_slots(index_at, slot, slot < S, Nk)
@@ -470,18 +476,23 @@ def gathered_attention_bias_bwd_kernel(
         stat = (sequence.to(tl.int64) * H + h) * Nq + i
         lse = _load_lse(lse_ptr, stat, row_there)
         delta = tl.load(delta_ptr + stat, mask=row_there, other=0.0)
-        q = load_rows(q_base, i, row_there, stride_qn, HEAD_DIM, BLOCK_D)
-        k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        grad_p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for c in tl.static_range(0, HEAD_DIM, BLOCK_C):
+            q = load_rows(q_base + c, i, row_there, stride_qn, HEAD_DIM - c, BLOCK_C)
+            k = load_rows(k_base + c, token, attended, stride_kn, HEAD_DIM - c, BLOCK_C)
+            logits = tl.dot(q, tl.trans(k), logits, input_precision=PRECISION)
+            grad_out = load_rows(grad_out_base + c, i, row_there, stride_gn, HEAD_DIM - c, BLOCK_C)
+            v = load_rows(v_base + c, token, attended, stride_vn, HEAD_DIM - c, BLOCK_C)
+            grad_p = tl.dot(grad_out, tl.trans(v), grad_p, input_precision=PRECISION)
+        logits *= scale * LOG2E
         if key_bias_ptr is not None:
             logits += _across(key_bias)
         p = _probabilities(
             logits, _down(lse), _down(row_there), _across(attended), _across(slot),
             1, _down(bias_rows), bias_stride_s, None, S,
         )  # fmt: skip
-        grad_out = load_rows(grad_out_base, i, row_there, stride_gn, HEAD_DIM, BLOCK_D)
-        v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D)
-        grad_bias += p * (tl.dot(grad_out, tl.trans(v), input_precision=PRECISION) - _down(delta))
+        grad_bias += p * (grad_p - _down(delta))
     grad_rows = grad_bias_ptr + ((part.to(tl.int64) * H + h) * Nq + i) * S
     mask = _down(row_there) & _across(slot < S)
     tl.store(_down(grad_rows) + _across(slot), grad_bias, mask=mask)
@@ -638,35 +649,53 @@ def gathered_attention_each_keys_bwd_kernel(
 PROGRAMS = 256  # of kernels that take several sequences per program: two for each multiprocessor of an H200
 
 
-class Blocks(NamedTuple):
-    """Tile sizes and how they are compiled."""
-
-    M: int
-    N: int
-    num_warps: int
-    num_stages: int = 1
-
-
-def fused_blocks(D: int, half: bool, Nq: int, S: int) -> Blocks | None:
-    """Tiles of the fused kernel; None if that many queries do not fit in one."""
-    M = max(16, triton.next_power_of_2(Nq))
-    N = max(16, triton.next_power_of_2(S))
-    if M > (256 if D <= 64 else 128 if D <= 128 else 64) // (1 if half else 2):
-        return None
-    return Blocks(M, min(N, 64), 4 if M <= 64 else 8)
-
-
-def split_blocks(D: int, half: bool) -> Blocks:
-    """Tiles of the kernels of queries, keys and bias."""
-    if half:
-        return Blocks(64, 64, 4, 2) if D <= 128 else Blocks(32, 32, 8)
-    return Blocks(64, 32, 4) if D <= 64 else Blocks(32, 32, 4) if D <= 128 else Blocks(16, 16, 8)
+# Blocks that do not spill registers on sm_90 (float32 of more than 128 channels does): triton_resources.json.
+# (float32, BLOCK_D up to) -> those of queries and of keys.
+_QUERIES = {
+    (False, 64): Blocks(128, 64, 8, 2),
+    (False, 128): Blocks(64, 32, 4, 1),
+    (False, 256): Blocks(32, 64, 8, 1),
+    (True, 64): Blocks(32, 64, 8, 1),
+    (True, 128): Blocks(16, 32, 8, 1),
+    (True, 256): Blocks(16, 16, 8, 1),
+}
+_KEYS = {
+    (False, 64): Blocks(64, 128, 8, 2),
+    (False, 128): Blocks(32, 64, 4, 1),
+    (False, 256): Blocks(32, 32, 8, 1),
+    (True, 64): Blocks(64, 32, 8, 1),
+    (True, 128): Blocks(32, 16, 8, 1),
+    (True, 256): Blocks(16, 16, 8, 1),
+}
+# float32 -> those of the bias, and how many channels it takes at a time.
+_BIAS = {False: (Blocks(64, 64, 4, 1), 64), True: (Blocks(16, 32, 4, 1), 16)}
 
 
-def each_blocks(D: int, count: int) -> Blocks:
-    """Tiles of the kernels of an index per query, of `count` slots per row."""
-    N = max(1, min(triton.next_power_of_2(count), 2048 // D, 32))
-    return Blocks(max(1, 2048 // D // N), N, 1)
+def fused_blocks(p: Problem) -> Blocks | None:
+    """Blocks in which all queries of a sequence fit; None if none do."""
+    M, N = (max(16, next_power_of_2(n)) for n in (p.Nq, p.S))
+    if p.query.dtype == torch.float32:
+        return Blocks(M, min(N, 32), 4, 1) if M <= 32 and p.BLOCK_D <= 64 else None
+    if p.BLOCK_D > 64:
+        return Blocks(M, min(N, 32), 8 if M * p.BLOCK_D > 4096 else 4, 1) if M * p.BLOCK_D <= 8192 else None
+    if M <= 32:
+        return Blocks(M, min(N, 32), 2, 1)
+    if M <= 128:
+        return Blocks(M, min(N, 32), M // 16, 1)
+    return Blocks(M, min(N, 16 if p.index is not None and p.bias is not None else 32), 8, 1) if M == 256 else None
+
+
+def sequences_at_once(p: Problem, blocks: Blocks) -> int:
+    """How many sequences a program of the fused kernel takes: several where they are a few tokens."""
+    elements = 1024 if p.query.dtype == torch.float32 else 2048
+    return max(1, elements // (max(blocks[:2]) * max(p.BLOCK_D, *blocks[:2])))
+
+
+def each_blocks(p: Problem, count: int) -> tuple[int, int]:
+    """(rows, entries) at once in the kernels of an index per query, whose rows have about `count` entries."""
+    most = max(1, 2048 // p.BLOCK_D)
+    entries = min(next_power_of_2(count), most, 32)
+    return most // entries, entries
 
 
 class Backward:
@@ -696,10 +725,11 @@ class Backward:
         self.grad_out, self.out = with_contiguous_last(grad_out), with_contiguous_last(out)
         self.lse, self.grad_lse = lse, None if grad_lse is None else grad_lse.contiguous()
         self.start, self.slots, self.scale = start, slots, scale
-        self._check(op)
-        need_bias = need_bias and bias is not None
-        self.block_d = max(16, triton.next_power_of_2(p.D))
         self.shared_query = p.query.dim() == 3
+        self._check(op)
+        if packed and p.Nq != p.Nk:
+            fail(op, "query", f"of as many tokens as key, {p.Nk}", p.Nq)
+        need_bias = need_bias and bias is not None
         self.precision = dot_precision(query.dtype)
         self.delta: Tensor | None = None  # [*batch, H, Nq]
         self.launches: list[Launch] = []
@@ -719,13 +749,13 @@ class Backward:
                 self.grad_bias = lse.new_empty(*heads, p.Nq, p.S)
             self._each()
             return
-        blocks = fused_blocks(p.D, query.dtype != torch.float32, p.Nq, p.S)
+        blocks = fused_blocks(p)
         if blocks is not None:
             self._fuse(blocks, delta=need_bias)
         else:
-            self._split(split_blocks(p.D, query.dtype != torch.float32))
+            self._split()
         if need_bias:
-            self._bias(split_blocks(p.D, query.dtype != torch.float32))
+            self._bias()
 
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Launch everything; return the gradients."""
@@ -741,14 +771,16 @@ class Backward:
     def _check(self, op: str) -> None:
         p = self.problem
         rows = (*p.batch, p.H, p.Nq)
-        for arg, t in (("grad_out", self.grad_out), ("out", self.out)):
-            if t.shape != (*rows, p.D) or t.dtype != p.query.dtype:
-                fail(op, arg, f"{list((*rows, p.D))} of query's dtype", f"{t.dtype} {list(t.shape)}")
+        for arg, x in (("grad_out", self.grad_out), ("out", self.out)):
+            if x.shape != (*rows, p.D) or x.dtype != p.query.dtype:
+                fail(op, arg, f"{[*rows, p.D]} of query's dtype", f"{x.dtype} {list(x.shape)}")
         for arg, t in (("lse", self.lse), ("grad_lse", self.grad_lse)):
             if t is not None and (t.shape != rows or t.dtype != torch.float32 or not t.is_contiguous()):
                 fail(op, arg, f"{list(rows)} of float32, contiguous", f"{t.dtype} {list(t.shape)}")
         if p.index is None:
             return
+        if p.per_query and self.shared_query:
+            fail(op, "query", "of key's batch where the index is per query", list(p.query.shape))
         lead, entries = p.index.shape[: -2 if p.per_query else -1], p.Nq * p.S if p.per_query else p.S
         for arg, t, size in (("start", self.start, p.Nk + 1), ("slots", self.slots, entries)):
             if t is None or t.shape != (*lead, size) or t.dtype != torch.int64 or not t.is_contiguous():
@@ -758,8 +790,8 @@ class Backward:
     def _parts(self, programs: int) -> tuple[int, int]:
         """How many parts, of how many sequences each, are summed one by one: about PROGRAMS programs in all."""
         sequences = self.problem.sequences
-        turns = max(1, triton.cdiv(sequences, max(1, PROGRAMS // programs)))
-        return triton.cdiv(sequences, turns), turns
+        turns = max(1, cdiv(sequences, max(1, PROGRAMS // programs)))
+        return cdiv(sequences, turns), turns
 
     def _add(
         self,
@@ -768,6 +800,7 @@ class Backward:
         tensors: tuple[Tensor | None, ...],
         index_strides: tuple[int, ...],
         sizes: tuple[int, ...],
+        channels: int,
         constants: tuple[Any, ...],
         blocks: Blocks,
     ) -> None:
@@ -782,7 +815,7 @@ class Backward:
                 programs,
                 tensors,
                 (*rows, *p.bias_strides, *p.key_bias_strides, *index_strides, *sizes, self.scale),
-                (p.D, self.block_d, blocks.M, blocks.N, *constants),
+                (p.D, channels, blocks.M, blocks.N, *constants),
                 blocks.num_warps,
                 blocks.num_stages,
                 is_aligned(rows, *[t for t in tensors if t is not None]),
@@ -790,19 +823,29 @@ class Backward:
         )
 
     def _dense(
-        self, kernel: Any, programs: int, tensors: tuple[Tensor | None, ...], turns: int, constants: Any, blocks: Blocks
+        self,
+        kernel: Any,
+        programs: int,
+        tensors: tuple[Tensor | None, ...],
+        turns: int,
+        channels: int,
+        constants: tuple[Any, ...],
+        blocks: Blocks,
     ) -> None:
-        """Launch one of the kernels without an index per query."""
+        """Launch one of the kernels that are not for an index per query."""
         p = self.problem
         start_stride = 0 if self.start is None or self.start.shape[0] == 1 else p.Nk + 1
         sizes = (p.sequences, turns, p.J, p.H, p.Nq, p.Nk, p.S)
         index_strides = (p.index_strides[0], start_stride)
-        self._add(kernel, programs * p.H, tensors, index_strides, sizes, (self.precision, *constants), blocks)
+        constants = (self.precision, *constants)
+        self._add(kernel, programs * p.H, tensors, index_strides, sizes, channels, constants, blocks)
 
     def _fuse(self, blocks: Blocks, delta: bool) -> None:
         p = self.problem
-        G, turns = max(1, 1024 // (max(blocks.M, blocks.N) * self.block_d)), 1
-        groups = triton.cdiv(p.sequences, G)
+        G, turns = sequences_at_once(p, blocks), 1
+        if G > 1:
+            blocks = blocks._replace(num_warps=4)
+        groups = cdiv(p.sequences, G)
         if self.shared_query:
             G, (groups, turns) = 1, self._parts(p.H)
             self.grad_query = self.lse.new_empty(groups, p.H, p.Nq, p.D)
@@ -814,11 +857,13 @@ class Backward:
             p.index, self.start, self.slots, p.bias, p.key_bias,
         )  # fmt: skip
         constants = (self.shared_query, G)
-        self._dense(gathered_attention_fused_bwd_kernel, groups, tensors, turns, constants, blocks)
+        self._dense(gathered_attention_fused_bwd_kernel, groups, tensors, turns, p.BLOCK_D, constants, blocks)
 
-    def _split(self, blocks: Blocks) -> None:
+    def _split(self) -> None:
         p = self.problem
-        row_blocks, groups, turns = triton.cdiv(p.Nq, blocks.M), p.sequences, 1
+        size = p.query.dtype == torch.float32, max(64, p.BLOCK_D)
+        blocks = _QUERIES[size]
+        row_blocks, groups, turns = cdiv(p.Nq, blocks.M), p.sequences, 1
         if self.shared_query:
             groups, turns = self._parts(p.H * row_blocks)
             self.grad_query = self.lse.new_empty(groups, p.H, p.Nq, p.D)
@@ -832,26 +877,31 @@ class Backward:
                 self.grad_query, *index,
             ),
             turns,
+            p.BLOCK_D,
             (self.shared_query,),
             blocks,
         )  # fmt: skip
+        blocks = _KEYS[size]
         self._dense(
             gathered_attention_keys_bwd_kernel,
-            p.sequences * triton.cdiv(p.S, blocks.N),
+            p.sequences * cdiv(p.S, blocks.N),
             (
                 p.query, p.key, p.value, self.grad_out, self.lse, self.delta,
                 self.grad_key, self.grad_value, self._wanted(self.grad_key_bias), *index,
             ),
             1,
+            p.BLOCK_D,
             (),
             blocks,
         )  # fmt: skip
 
-    def _bias(self, blocks: Blocks) -> None:
+    def _bias(self) -> None:
         """grad_bias of every sequence, or where the bias has no batch its sum, in parts."""
         p = self.problem
         assert p.bias is not None
-        tiles, parts, turns = triton.cdiv(p.Nq, blocks.M) * triton.cdiv(p.S, blocks.N), p.sequences, 1
+        blocks, channels = _BIAS[p.query.dtype == torch.float32]
+        channels = min(channels, p.BLOCK_D)
+        tiles, parts, turns = cdiv(p.Nq, blocks.M) * cdiv(p.S, blocks.N), p.sequences, 1
         if all(size == 1 for size in p.bias.shape[:-3]):
             parts, turns = self._parts(p.H * tiles)
             self.grad_bias = self.lse.new_empty(parts, *[1] * len(p.batch), p.H, p.Nq, p.S)
@@ -860,7 +910,7 @@ class Backward:
         tensors = (
             p.query, p.key, p.value, self.grad_out, self.lse, self.delta, self.grad_bias, p.index, p.bias, p.key_bias,
         )  # fmt: skip
-        self._dense(gathered_attention_bias_bwd_kernel, parts * tiles, tensors, turns, (), blocks)
+        self._dense(gathered_attention_bias_bwd_kernel, parts * tiles, tensors, turns, channels, (), blocks)
 
     def _each(self) -> None:
         p = self.problem
@@ -868,31 +918,36 @@ class Backward:
         wide = p.sequences * max(p.Nq, p.Nk) >= 2**31 - 2048 or p.Nq * p.S >= 2**31
         constants = (tl.int64 if wide else tl.int32,)
         sizes = (p.sequences, p.J, p.H, p.Nq, p.Nk, p.S)
-        blocks = each_blocks(self.block_d, p.S)
+        queries, entries = each_blocks(p, p.S)
+        blocks = Blocks(queries, entries, 1, 1)
         self._add(
             gathered_attention_each_queries_bwd_kernel,
-            triton.cdiv(p.sequences * p.Nq, blocks.M) * p.H,
+            cdiv(p.sequences * p.Nq, blocks.M) * p.H,
             (
                 p.query, p.key, p.value, self.grad_out, self.out, self.lse, self.grad_lse, self.delta,
                 self.grad_query, self._wanted(self.grad_bias), p.index, p.bias, p.key_bias,
             ),
             p.index_strides,
             sizes,
+            p.BLOCK_D,
             constants,
             blocks,
         )  # fmt: skip
         assert self.start is not None
         assert self.slots is not None
-        blocks = each_blocks(self.block_d, triton.cdiv(p.Nq * p.S, p.Nk))
+        keys, entries = each_blocks(p, cdiv(p.Nq * p.S, p.Nk))
+        blocks = Blocks(entries, keys, 1, 1)
         self._add(
             gathered_attention_each_keys_bwd_kernel,
-            triton.cdiv(p.sequences * p.Nk, blocks.N) * p.H,
+            cdiv(p.sequences * p.Nk, blocks.N) * p.H,
             (
                 p.query, p.key, p.value, self.grad_out, self.lse, self.delta,
-                self.grad_key, self.grad_value, self._wanted(self.grad_key_bias), self.start, self.slots, p.bias, p.key_bias,
+                self.grad_key, self.grad_value, self._wanted(self.grad_key_bias),
+                self.start, self.slots, p.bias, p.key_bias,
             ),
             (*self._per_row(self.start), *self._per_row(self.slots)),
             sizes,
+            p.BLOCK_D,
             constants,
             blocks,
         )  # fmt: skip
