@@ -89,8 +89,8 @@ class Workload:
             nonlocal grad_out
             out = function(*args)
             if grad_out is None:
-                g = torch.Generator().manual_seed(1)
-                grad_out = torch.randn(out.shape, generator=g).to(out.device, out.dtype)
+                g = torch.Generator(out.device).manual_seed(1)
+                grad_out = torch.randn(out.shape, generator=g, device=out.device).to(out.dtype)
             return torch.autograd.grad(out, wrt, grad_out)
 
         return forward_backward
@@ -115,10 +115,10 @@ class Workload:
 
 def _tokens(shape: Sequence[int], dtype: torch.dtype, device: str, smooth: bool = False) -> Tensor:
     """Normal tokens; smooth: a random walk along N, normalised per token as a transformer's features are."""
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(*shape, generator=torch.Generator(device).manual_seed(0), device=device)
     if smooth:
         x = torch.nn.functional.layer_norm(x.mul(0.3).cumsum(1), (shape[-1],))
-    return x.to(device, dtype)
+    return x.to(dtype)
 
 
 def dpc_knn_workload(
