@@ -745,26 +745,26 @@ auto with_layout(const DpcKnn& p, const Body& body) {
 }
 
 // Whether the current device takes the cluster form: its code was compiled for sm_90 or later, rather than from the PTX
-// of an older generation, and the device has room for a whole cluster.
+// of an older generation, and the device has room for a whole cluster. Found out once per device.
 inline bool has_clusters() {
-  static std::atomic<uint64_t> raised{0}, roomy{0}, narrow{0};
-  const auto kernel = dpc_knn_small_kernel<float, true>;
-  cudaFuncAttributes attributes{};
-  int device = 0;
-  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || cudaGetDevice(&device) != cudaSuccess) {
-    cudaGetLastError();
-    return false;
-  }
-  if (attributes.ptxVersion < 90) return false;
+  static std::atomic<uint64_t> known{0}, takes{0}, raised{0};
+  int device = 0, generation = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
+  if (generation < 9) return false;
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if ((roomy.load() | narrow.load()) & bit) return roomy.load() & bit;
-  ClusterLaunch launch(kTeam, shared_bytes(kMaxAcross), kTeam, nullptr);
+  if (known.load() & bit) return takes.load() & bit;
+  const auto kernel = dpc_knn_small_kernel<float, true>;
+  const ClusterLaunch launch(kTeam, shared_bytes(kMaxAcross), kTeam, nullptr);
+  cudaFuncAttributes attributes{};
   int clusters = 0;
-  const bool room = allow_shared(kernel, shared_bytes(kMaxAcross), raised) == cudaSuccess &&
-                    cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess && clusters > 0;
-  cudaGetLastError();
-  (room ? roomy : narrow).fetch_or(bit);
-  return room;
+  const bool yes = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
+                   allow_shared(kernel, shared_bytes(kMaxAcross), raised) == cudaSuccess &&
+                   cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess && clusters > 0;
+  cudaGetLastError();  // what was asked is not what the caller asked for
+  if (yes) takes.fetch_or(bit);
+  known.fetch_or(bit);
+  return yes;
 }
 
 inline int across_of(const DpcKnn& p) { return ceil_div(static_cast<int>(p.N), kTile); }
