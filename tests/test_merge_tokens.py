@@ -151,6 +151,13 @@ def test_a_gpu_without_our_library() -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
+def test_tokens_without_channels_have_weights(backend: str) -> None:
+    x, assignment = torch.zeros(1, 3, 0), torch.tensor([[1, 0, 1]])
+    _, total, _ = torch.ops.hotkernels.merge_tokens_fwd(x, assignment, 3, None, 0.5, False)
+    assert total.tolist() == [[1.5, 2.5, 0.5]]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
 def test_the_function_to_build_on(backend: str) -> None:
     x, assignment = torch.randn(2, 9, 4), torch.randint(3, (2, 9))
     expected = merge_tokens(x, assignment, 3, backend=backend)
