@@ -398,8 +398,10 @@ def test_nothing_is_read_before_the_index_is_checked(backend: str, kind: str, wr
 def test_a_slot_out_of_range_is_absent_on_a_gpu(backend: str, kind: str) -> None:
     """There the kernels are what keeps it from being read."""
     query, key, value = heads(2)
-    index = index_of(kind, (2,), 2, 17, 9, 5)
-    wild = torch.where(index == -1, torch.tensor([9, -2, 1 << 40, -(1 << 62), -1]), index)
+    index = index_of(kind, (2,), 2, 17, 9, 6, absent=0.0)
+    index[..., 1:5] = -1
+    wild = index.clone()
+    wild[..., 1:5] = torch.tensor([9, -2, 1 << 40, -(1 << 62)])
     answers = []
     for slots in (index, wild):
         out, lse = torch.ops.hotkernels.gathered_attention_fwd(query, key, value, slots, None, None, 0.3)
