@@ -691,9 +691,9 @@ def sequences_at_once(p: Problem, blocks: Blocks) -> int:
     return max(1, elements // (max(blocks[:2]) * max(p.BLOCK_D, *blocks[:2])))
 
 
-def each_blocks(p: Problem, count: int) -> tuple[int, int]:
+def each_blocks(p: Problem, count: int, elements: int) -> tuple[int, int]:
     """(rows, entries) at once in the kernels of an index per query, whose rows have about `count` entries."""
-    most = max(1, 2048 // p.BLOCK_D)
+    most = max(1, elements // p.BLOCK_D)
     entries = min(next_power_of_2(count), most, 32)
     return most // entries, entries
 
@@ -918,7 +918,7 @@ class Backward:
         wide = p.sequences * max(p.Nq, p.Nk) >= 2**31 - 2048 or p.Nq * p.S >= 2**31
         constants = (tl.int64 if wide else tl.int32,)
         sizes = (p.sequences, p.J, p.H, p.Nq, p.Nk, p.S)
-        queries, entries = each_blocks(p, p.S)
+        queries, entries = each_blocks(p, p.S, 2048)
         blocks = Blocks(queries, entries, 1, 1)
         self._add(
             gathered_attention_each_queries_bwd_kernel,
@@ -935,7 +935,7 @@ class Backward:
         )  # fmt: skip
         assert self.start is not None
         assert self.slots is not None
-        keys, entries = each_blocks(p, cdiv(p.Nq * p.S, p.Nk))
+        keys, entries = each_blocks(p, cdiv(p.Nq * p.S, p.Nk), 1024)
         blocks = Blocks(entries, keys, 1, 1)
         self._add(
             gathered_attention_each_keys_bwd_kernel,
