@@ -429,6 +429,39 @@ def test_any_order_of_threads_gives_the_same_bits(
     check_dpc_knn(args, outs[0])
 
 
+@on_cuda
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"]
+)
+def test_without_clusters_any_strides_and_dtype(backend: str, gpu: Callable[..., None], dtype: torch.dtype) -> None:
+    gpu(compute_capability=80)
+    x = cloud(2, 63, 131).to(dtype)
+    for view in layouts(x).values():
+        plain = dpc_knn(view.float().contiguous(), 21, backend=backend)
+        assert_same(dpc_knn(view, 21, backend=backend), plain)
+
+
+@on_cuda
+def test_without_clusters_many_samples(backend: str, gpu: Callable[..., None]) -> None:
+    """More than one round of launches takes."""
+    gpu(compute_capability=80)
+    x = cloud(150, 9, 5)
+    whole = dpc_knn(x, 3, backend=backend)
+    for b in (0, 63, 64, 149):
+        assert_same(dpc_knn(x[b : b + 1], 3, backend=backend), sample(whole, b))
+    check_dpc_knn({"x": x, "num_clusters": 3}, whole)
+
+
+@on_cuda
+@pytest.mark.parametrize("N", [63, 500])
+def test_positions_out_of_range_count_as_absent(backend: str, N: int) -> None:
+    """Where looking would stall the GPU, they are not looked at, nor read at."""
+    x, ours = cloud(2, N, 7), torch.ops.hotkernels.dpc_knn_fwd
+    wrong, absent = torch.tensor([[N, 5, -7, 1 << 40]]), torch.tensor([[-1, 5, -1, -1]])
+    outs = [ours(x, 9, 5, None, keep, None, 0, True, False) for keep in (wrong, absent)]
+    assert_same(DensityPeaks(*outs[0]), DensityPeaks(*outs[1]))
+
+
 @pytest.mark.parametrize("factor", [1e-15, 1e-3, 1.0, 1e5, 1e12])
 @pytest.mark.parametrize("first", [0.0, 1e-6, 1.0, 1e4])
 def test_channels_of_any_magnitude(backend: str, factor: float, first: float) -> None:
