@@ -127,7 +127,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def is_aligned(strides: Sequence[int], *tensors: Tensor) -> bool:
-    """Whether rows of the first tensor's dtype, at these strides, can be read and written by vectors."""
+    """What Variant.aligned says; the strides are those named stride_*, the tensors all that the kernel gets."""
     elements = VECTOR_BYTES // tensors[0].element_size()
     return (
         math.gcd(elements, *strides) == elements

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import fail
-from ...launcher import Launch, cdiv, is_aligned, launch, next_power_of_2
+from ...launcher import MAX_PROGRAMS, Launch, cdiv, is_aligned, launch, next_power_of_2
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
@@ -439,6 +439,8 @@ class Problem:
             b, *j, n = strides(key_bias)
             self.key_bias_strides = (b, *(j or (0,)), n)
         self.sequences = self.B * self.J
+        if self.sequences * self.H > MAX_PROGRAMS - 4096:
+            fail(op, "query", "of less than 2^31 sequences times heads", self.sequences * self.H)
         self.BLOCK_D = max(16, next_power_of_2(self.D))
 
     def _take_index(self, op: str, index: Tensor) -> None:
@@ -550,7 +552,7 @@ def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch
     """Which kernel runs for a problem, and with what."""
     tensors = (p.query, p.key, p.value, out, lse, p.index, p.bias, p.key_bias)
     rows = (*p.heads(p.query), *p.heads(p.key), *p.heads(p.value), *p.heads(out))
-    aligned = is_aligned(rows, p.query, p.key, p.value, out)
+    aligned = is_aligned(rows, *[t for t in tensors if t is not None])
     scale *= math.log2(math.e)
     precision = dot_precision(p.query.dtype)
     half = p.query.element_size() == 2
