@@ -10,6 +10,7 @@
 #pragma once
 #include <algorithm>
 #include <climits>
+#include <cmath>
 #include <type_traits>
 
 #include "block_sort.h"
@@ -21,14 +22,17 @@ namespace hotkernels::dpc::large {
 constexpr int kQueue = 16;           // candidates of a token that may wait for a place in its list
 constexpr int kGroup = 2;            // tiles of one piece of work of the second and third pass
 constexpr int kMaxSplits = 16;       // shares of the columns that are listed by themselves
+constexpr int kListTiles = 1;        // what filling a list costs, in tiles (an estimate)
 constexpr int kSortThreads = 1024;   // of the blocks that look after all tokens of a sample
 constexpr int kPlaceRows = 32;       // chosen tokens whose places one block finds
 constexpr uint64_t kNobody = uint64_t{0x7f800000} << 32 | 0xffffffff;  // an empty place in a list: infinitely far
 
+constexpr int kUsualList = 16;       // neighbours of a list that is filled in registers
+
 struct Tuning {
-  int list_min = 16;  // neighbours kept per token: fewer leave more tokens to the other passes
-  int list_max = 64;  // if k asks for more, the k-th distance is found bit by bit instead
-  int blocks = 0;     // that should be at work at once; 0: as many as fit the GPU
+  int list_min = kUsualList;  // neighbours kept per token: fewer leave more tokens to the other passes
+  int list_max = 64;          // if k asks for more, the k-th distance is found bit by bit instead
+  int blocks = 0;             // that should be at work at once; 0: as many as fit the GPU
 };
 #ifdef HK_EMULATION
 inline Tuning tuning;  // tests reach with few tokens what otherwise takes many
@@ -277,21 +281,38 @@ struct Lists {  // in shared memory, one column per token of the block
 };
 inline int lists_bytes(int list) { return kTileBytes + (list + kQueue) * kTile * 8 + kTile * 8 + 16; }
 
-// Takes the waiting candidates of this thread's token into its list.
+// Takes the waiting candidates of this thread's token into its list: one of kLength entries in registers, or, if that is 0,
+// one of any length where it lies. For whole warps.
+template <int kLength>
 __device__ inline void take_in(const Lists& lists, int length) {
   const int row = static_cast<int>(threadIdx.x), waiting = min(lists.waiting[row], kQueue);
-  if (waiting == 0) return;
+  const int most = __reduce_max_sync(kAllLanes, waiting);
+  if (most == 0) return;
   uint64_t* list = lists.list + row;
-  for (int q = 0; q < waiting; ++q) {
-    const uint64_t candidate = lists.queue[q * kTile + row];
-    int e = length - 1;
-    if (candidate >= list[e * kTile]) continue;
-    for (; e > 0; --e) {
-      const uint64_t before = list[(e - 1) * kTile];
-      if (before <= candidate) break;
-      list[e * kTile] = before;
+  if constexpr (kLength > 0) {
+    uint64_t held[kLength];
+#pragma unroll
+    for (int e = 0; e < kLength; ++e) held[e] = list[e * kTile];
+    for (int q = 0; q < most; ++q) {
+      const uint64_t candidate = q < waiting ? lists.queue[q * kTile + row] : kNobody;
+#pragma unroll
+      for (int e = kLength - 1; e > 0; --e) held[e] = candidate < held[e - 1] ? held[e - 1] : min(candidate, held[e]);
+      held[0] = min(candidate, held[0]);
     }
-    list[e * kTile] = candidate;
+#pragma unroll
+    for (int e = 0; e < kLength; ++e) list[e * kTile] = held[e];
+  } else {
+    for (int q = 0; q < waiting; ++q) {
+      const uint64_t candidate = lists.queue[q * kTile + row];
+      int e = length - 1;
+      if (candidate >= list[e * kTile]) continue;
+      for (; e > 0; --e) {
+        const uint64_t before = list[(e - 1) * kTile];
+        if (before <= candidate) break;
+        list[e * kTile] = before;
+      }
+      list[e * kTile] = candidate;
+    }
   }
   lists.waiting[row] = 0;
   lists.worst[row] = distance_of(list[(length - 1) * kTile]);
@@ -299,6 +320,7 @@ __device__ inline void take_in(const Lists& lists, int length) {
 
 // A block of 128 tokens against a share of all: its own block first, since tokens are often ordered in time or space and
 // lists that begin with near ones take in little later, then all blocks of tokens in the same order.
+template <int kLength>
 __global__ void __launch_bounds__(kThreads, 2) neighbours_kernel(const Large s) {
   const int64_t b = blockIdx.x / s.blocks;
   const int block = static_cast<int>(blockIdx.x % s.blocks), split = static_cast<int>(blockIdx.y);
@@ -360,7 +382,7 @@ __global__ void __launch_bounds__(kThreads, 2) neighbours_kernel(const Large s) 
       if (left_over) lists.full[turn % 2] = 1;
       __syncthreads();  // all candidates wait in their queues
       const bool again = lists.full[turn % 2];
-      take_in(lists, s.list);
+      take_in<kLength>(lists, s.list);
       if (!again) break;
       __syncthreads();  // all lists are up to date
     }
@@ -513,12 +535,20 @@ __global__ void __launch_bounds__(kTile) list_delta_kernel(const Large s) {
 // ---- 4. the second and third pass ---------------------------------------------------------------------------------------
 
 // The pending tokens of one sample in blocks of 128, against groups of tiles: kAssign ? of the kept tokens : of all.
+constexpr int kSearchBytes = kTileBytes + kTile * 8 + kThreads * 4;
+
 template <bool kAssign>
 __device__ void search(const Large& s, int64_t b, int block, int group) {
+  uint64_t* const keys = reinterpret_cast<uint64_t*>(ptx::shared_memory() + kTileBytes);  // [kTile] of the rows
   const int columns = kAssign ? s.chosen_count[2 * b + 1] : s.count[b];
   const Side rows{s.pending + b * s.T, s.pending_count[2 * b + kAssign]}, kept{s.kept + b * s.p.M, columns};
   const int begin = group * kGroup, end = min((columns + kTile - 1) / kTile, begin + kGroup);
   const DensityKey* order = s.order + b * s.T;
+  if (!kAssign) {
+    const int row = block * kTile + static_cast<int>(threadIdx.x);
+    __syncthreads();  // the keys may have been in use
+    keys[threadIdx.x] = row < rows.count ? order[rows.ids[row]].key : 0;
+  }
   float best[kWarpTile / 16][2];
   int where[kWarpTile / 16][2];
 #pragma unroll
@@ -526,18 +556,23 @@ __device__ void search(const Large& s, int64_t b, int block, int group) {
   const auto tile_at = [&](int u) { return begin + u; };
   for_each_tile<true, kAssign>(s.tokens(b), rows, block, kept, end - begin, tile_at, [&](int tile, Accumulators& d) {
 #pragma unroll
-    for (int i = 0; i < kWarpTile / 16; ++i) {
+    for (int j = 0; j < kWarpTile / 8; ++j) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int e = 0; e < 2; ++e) {
+        const int column = tile * kTile + column_of(j, e);
+        const uint64_t key = kAssign || column >= columns ? kLeastDense : order[column].key;
 #pragma unroll
-        for (int j = 0; j < kWarpTile / 8; ++j) {
+        for (int i = 0; i < kWarpTile / 16; ++i) {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float value = fmaxf(d[i][j][2 * half + e], 0.0f);
-            if (d[i][j][2 * half + e] != d[i][j][2 * half + e] || !(value < best[i][half])) continue;
-            const int column = tile * kTile + column_of(j, e);
-            if (!kAssign && !denser(order[column], order[rows.ids[block * kTile + row_of(i, half)]])) continue;
-            best[i][half] = value, where[i][half] = column;
+          for (int half = 0; half < 2; ++half) {
+            const float value = d[i][j][2 * half + e], distance = fmaxf(value, 0.0f);
+            if (!(value < best[i][half]) || !(distance < best[i][half])) continue;  // the former is false for NaN
+            if (!kAssign) {
+              const int row = row_of(i, half);
+              if (key > keys[row]) continue;
+              if (key == keys[row] && !denser(order[column], order[rows.ids[block * kTile + row]])) continue;
+            }
+            best[i][half] = distance, where[i][half] = column;
           }
         }
       }
@@ -563,7 +598,7 @@ __device__ void search(const Large& s, int64_t b, int block, int group) {
 // only.
 template <bool kAssign>
 __global__ void __launch_bounds__(kThreads, 2) search_kernel(const Large s) {
-  int* pieces = reinterpret_cast<int*>(ptx::shared_memory() + kTileBytes);  // [kThreads] of as many samples
+  int* pieces = reinterpret_cast<int*>(ptx::shared_memory() + kTileBytes + kTile * 8);  // [kThreads] of as many samples
   const int workers = static_cast<int>(gridDim.x);
   int turn = static_cast<int>(blockIdx.x);  // the next piece of this block, counted from the sample's first
   for (int64_t from = 0; from < s.p.B; from += kThreads) {
@@ -789,7 +824,13 @@ inline Large plan(const DpcKnn& p, void* scratch, int64_t* bytes) {
   s.listed = p.k - 1 <= std::min(fit, tuning.list_max);
   s.list = std::min(fit, s.listed ? std::max(tuning.list_min, static_cast<int>(p.k - 1)) : tuning.list_min);
   s.workers = tuning.blocks ? tuning.blocks : 2 * processors;
-  s.splits = static_cast<int>(std::clamp<int64_t>(s.workers / (B * s.blocks), 1, std::min(s.blocks, kMaxSplits)));
+  // As many splits as leave the fewest blocks idle in the last round; each has to fill a list of its own.
+  double least = HUGE_VAL;
+  for (int splits = 1; splits <= std::min(s.blocks, kMaxSplits); ++splits) {
+    const int64_t rounds = (B * s.blocks * splits + s.workers - 1) / s.workers;
+    const double time = static_cast<double>(rounds) * (s.blocks + kListTiles * splits) / splits;
+    if (time < least) least = time, s.splits = splits;
+  }
   const int64_t item = p.dtype == DType::f32 ? 4 : 2;
   s.packed = p.x_stride_c == 1 && p.C % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
              p.x_stride_n * item % 16 == 0 && p.x_stride_b * item % 16 == 0;
@@ -844,19 +885,20 @@ cudaError_t run(const Large& s, cudaStream_t stream) {
   go(centre_kernel<T>, tiles * 2, kThreads, kThreads / kWarp * 16 * kTokenBytes);
   if (error == cudaSuccess) {
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(s.splits));
-    error = launch(stream, neighbours_kernel, grid, kThreads, lists_bytes(s.list), s);
+    const auto kernel = s.list == kUsualList ? neighbours_kernel<kUsualList> : neighbours_kernel<0>;
+    error = launch(stream, kernel, grid, kThreads, lists_bytes(s.list), s);
   }
   if (!s.listed) go(kth_distance_kernel, tiles, kThreads, kSelectBytes);
   go(density_kernel, tiles, kTile, kMaxSplits * kTile);
   go(list_delta_kernel, tiles, kTile, 0);
-  go(search_kernel<false>, s.workers, kThreads, kTileBytes + kThreads * 4);
+  go(search_kernel<false>, s.workers, kThreads, kSearchBytes);
   go(score_kernel, tiles, kTile, 0);
   go(choose_kernel, p.B, kSortThreads, kScan + 259 * 4);
   const int rows = static_cast<int>((p.M + kPlaceRows - 1) / kPlaceRows);
   go(place_kernel, p.B * rows, 256, 256 * 4, rows);
   if (p.assign) {
     go(list_assign_kernel, tiles, kTile, 0);
-    go(search_kernel<true>, s.workers, kThreads, kTileBytes + kThreads * 4);
+    go(search_kernel<true>, s.workers, kThreads, kSearchBytes);
     go(write_assignment_kernel, tiles, kTile, 0);
   }
   return error;
