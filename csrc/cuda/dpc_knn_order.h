@@ -82,8 +82,9 @@ __device__ inline DensityKey density_key(float r, float density, bool noise, int
   return {first << 32 | ascending_bits(r), position_hash(seed, position), static_cast<uint32_t>(position)};
 }
 
-__device__ inline bool denser(const DensityKey& a, const DensityKey& b) {
-  return a.key != b.key ? a.key < b.key : a.hash != b.hash ? a.hash < b.hash : a.position < b.position;
+__device__ inline bool denser(const DensityKey& a, const DensityKey& b) {  // without branches
+  const bool by_hash = (a.hash < b.hash) | ((a.hash == b.hash) & (a.position < b.position));
+  return (a.key < b.key) | ((a.key == b.key) & by_hash);
 }
 
 // ---- best first ---------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ struct alignas(16) Tokens {
   int token[kMaxTokens];  // of a position, -1 if it does not count
   unsigned words[kWarps];
   float peak[kWarps];  // of each warp: the largest coordinate
-  float mean2;         // squared norm of the mean, of this block's channels; inf if the scale could not be told
+  float mean2;         // squared norm of the mean, of this block's channels
 };
 
 struct Shared : Tokens {
@@ -269,8 +269,7 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
       if (lane == 0) s.peak[warp] = peak;
       __syncthreads();
       for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, s.peak[w]);
-      exponent = exponent_for(peak, 5);
-      if (peak == 0) mean2 = kInf;
+      exponent = exponent_for(peak, 5);  // if they are all 0, others overflow unless they are tiny
     }
     const float scale = power_of_two(exponent);
 #pragma unroll
@@ -424,6 +423,7 @@ __device__ void collect(const Team& team, Shared& s, int n) {
         for (int w = 0; w < 2; ++w) {  // at the diagonal and the end
           if (i < j + w && j + w < n) *at(i, j + w) = *at(j + w, i) = value[v][w];
           if (i != j + w || i >= n) continue;
+#pragma unroll 1
           for (int block = 0; block < Team::kSize; ++block) team.in(block, s.norm)[i] = value[v][w];
         }
       }
@@ -472,6 +472,10 @@ __device__ void choose(const DpcKnn& p, int64_t b, const Team& team, Shared& s, 
   const Rows<Team> mine(team, n);
   const auto row = [&](int i) { return team.rows + (i - mine.first) * stride; };
   const bool noisy = p.noise != nullptr;
+  // In each step a lane meets every 32nd token, and itself where there is none: what it reads then decides nothing, and
+  // the reads need not wait for a branch.
+  const auto is_token = [&](int e) { return e * kWarp + lane < n; };
+  const auto token_or = [&](int e, int i) { return is_token(e) ? e * kWarp + lane : i; };
 
   // r, from distances that take the place of the products.
   const float denominator = static_cast<float>(k) * static_cast<float>(p.C);
@@ -480,12 +484,11 @@ __device__ void choose(const DpcKnn& p, int64_t b, const Team& team, Shared& s, 
     const float norm = s.norm[i];
 #pragma unroll
     for (int e = 0; e < kMaxAcross; ++e) {
-      const int j = e * kWarp + lane;
-      d2[e] = kInf;
-      if (j >= n) continue;
-      d2[e] = j == i ? 0 : fmaxf((norm + s.norm[j]) - 2 * row(i)[j], 0);
-      row(i)[j] = d2[e];
-      far = fmaxf(far, d2[e]);
+      const int j = token_or(e, i);
+      const float apart = j == i ? 0 : fmaxf((norm + s.norm[j]) - 2 * row(i)[j], 0);
+      far = fmaxf(far, apart);
+      d2[e] = is_token(e) ? apart : kInf;
+      if (is_token(e)) row(i)[j] = apart;
     }
     const float r = sum_of_smallest(d2, k) / denominator;
     far = warp_max_of_nonnegative(far);
@@ -517,13 +520,11 @@ __device__ void choose(const DpcKnn& p, int64_t b, const Team& team, Shared& s, 
     bool any = false;
 #pragma unroll
     for (int e = 0; e < kMaxAcross; ++e) {
-      const int j = e * kWarp + lane;
-      if (j >= n) continue;
+      const int j = token_or(e, i);
+      const bool is_denser = denser(s.key[j], key);
+      nearest = is_denser ? fminf(nearest, row(i)[j]) : nearest;
+      any = any || is_denser;
       far = fmaxf(far, s.r_far[j].y);
-      if (denser(s.key[j], key)) {
-        nearest = fminf(nearest, row(i)[j]);
-        any = true;
-      }
     }
     const float delta2 = __any_sync(kAllLanes, any) ? warp_min_of_nonnegative(nearest) : warp_max_of_nonnegative(far);
     const bool candidate = s.keep[i] == kNever;
@@ -543,22 +544,14 @@ __device__ void choose(const DpcKnn& p, int64_t b, const Team& team, Shared& s, 
     int before = 0;
 #pragma unroll
     for (int e = 0; e < kMaxAcross; ++e) {
-      const int j = e * kWarp + lane;
-      if (j >= n) continue;
+      const int j = token_or(e, i);
       const uint64_t other = s.score[j];
-      before += keep == kNever ? other < score || (other == score && j < i) : s.keep[j] < keep;
+      const bool better = (other < score) | ((other == score) & (j < i)), earlier = s.keep[j] < keep;
+      before += keep == kNever ? better : earlier;
     }
     before = __reduce_add_sync(kAllLanes, before);
     const int slot = keep != kNever ? best + before : before < best ? before : -1;
     if (lane < Team::kSize) team.in(lane, s.slot)[i] = slot;
-  }
-  if (thread < mine.last - mine.first) {
-    const int i = mine.first + thread;
-    const int64_t at = b * p.N + s.position[i];
-    const float delta = sqrtf(s.delta2[i] / static_cast<float>(p.C));
-    p.density[at] = s.density[i];
-    p.delta[at] = delta;
-    p.score[at] = s.density[i] * delta;
   }
   team.sync();
 
@@ -576,6 +569,15 @@ __device__ void choose(const DpcKnn& p, int64_t b, const Team& team, Shared& s, 
   if (thread < n) s.place[thread] = place;
   if (chosen) s.kept[place] = thread;
   __syncthreads();
+  // Results: the first writes to global memory, for which no barrier has to wait.
+  if (thread < mine.last - mine.first) {
+    const int i = mine.first + thread;
+    const int64_t at = b * p.N + s.position[i];
+    const float delta = sqrtf(s.delta2[i] / static_cast<float>(p.C));
+    p.density[at] = s.density[i];
+    p.delta[at] = delta;
+    p.score[at] = s.density[i] * delta;
+  }
   if (team.rank == 0 && thread < M) p.index[b * p.M + thread] = thread < kept_count ? s.position[s.kept[thread]] : -1;
   if (team.rank == Team::kSize - 1 && thread < N && s.token[thread] < 0) {
     const int64_t at = b * p.N + thread;
