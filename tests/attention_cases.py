@@ -213,6 +213,7 @@ OPS.append(
             "D=128 per head": _attention((1,), 2, 9, 17, 128, "head", 17, bias=(2, 9, 17), key_bias=(1,), masked=0.3),
             "D=256 per query": _attention((1,), 2, 9, 17, 256, "query", 3),
             "D=1": _attention((2,), 2, 17, 9, 1, "set", 5),
+            "three heads per query": _attention((2,), 3, 9, 17, 8, "query", 5, key_bias=(2,)),
             "D=7": _attention((2,), 2, 17, 9, 7, "query", 5, scale=-0.7),
             "two batch dims": _attention((2, 3), 2, 17, 9, 16, bias=(2, 1, 1, 17, 9), key_bias=(1, 3)),
             "two batch dims, set": _attention((2, 3), 2, 17, 9, 16, "set", 7, bias=(1, 3, 1, 1, 7), key_bias=(2, 3)),
