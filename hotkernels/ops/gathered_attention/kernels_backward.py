@@ -656,19 +656,19 @@ _QUERIES = {
     (False, 128): Blocks(64, 32, 4, 1),
     (False, 256): Blocks(32, 64, 8, 1),
     (True, 64): Blocks(32, 64, 8, 1),
-    (True, 128): Blocks(16, 32, 8, 1),
+    (True, 128): Blocks(16, 16, 4, 1),
     (True, 256): Blocks(16, 16, 8, 1),
 }
 _KEYS = {
     (False, 64): Blocks(64, 128, 8, 2),
-    (False, 128): Blocks(32, 64, 4, 1),
+    (False, 128): Blocks(32, 64, 8, 1),
     (False, 256): Blocks(32, 32, 8, 1),
     (True, 64): Blocks(64, 32, 8, 1),
     (True, 128): Blocks(32, 16, 8, 1),
     (True, 256): Blocks(16, 16, 8, 1),
 }
 # float32 -> those of the bias, and how many channels it takes at a time.
-_BIAS = {False: (Blocks(64, 64, 4, 1), 64), True: (Blocks(16, 32, 4, 1), 16)}
+_BIAS = {False: (Blocks(64, 32, 8, 1), 64), True: (Blocks(16, 32, 4, 1), 16)}
 
 
 def fused_blocks(p: Problem) -> Blocks | None:
