@@ -201,7 +201,7 @@ def test_every_length_of_list(backend: str, N: int, k: int) -> None:
     check_dpc_knn({"x": x, "num_clusters": N // 4, "k": k}, dpc_knn(x, N // 4, k, backend=backend))
 
 
-@pytest.mark.parametrize("C", [1, 3, 127, 128, 129, 300])
+@pytest.mark.parametrize("C", [1, 3, 127, 128, 129, 300, 1100])
 def test_every_number_of_channels(backend: str, C: int) -> None:
     for N in (47, 49, 400):
         x = cloud(1, N, C)
@@ -417,7 +417,7 @@ def test_both_forms_at_every_edge(backend: str, gpu: Callable[..., None], N: int
 
 @on_cuda
 @pytest.mark.parametrize("capability", [90, 80])
-@pytest.mark.parametrize(("N", "C"), [(67, 130), (161, 17)])
+@pytest.mark.parametrize(("N", "C"), [(67, 130), (161, 17), (35, 1001), (18, 1536)])
 def test_any_order_of_threads_gives_the_same_bits(
     backend: str, gpu: Callable[..., None], N: int, C: int, capability: int
 ) -> None:
