@@ -1,8 +1,8 @@
 // DPC-kNN of samples with many tokens: up to three passes of tensor-core tiles, and no N x N anywhere.
 //
-// The valid tokens of a sample are numbered 0 .. n-1. In the first pass a block of 128 tokens meets all others, and each
-// token keeps a sorted list of its nearest. As csrc/cpu/dpc_knn.cpp explains, the list answers density, delta and
-// assignment exactly for most tokens; the others are gathered and meet all tokens (delta) or the kept ones (assignment).
+// The valid tokens of a sample are numbered 0 .. n-1. In the first pass a block of 128 tokens meets all others, and
+// each token keeps a sorted list of its nearest. As csrc/cpu/dpc_knn.cpp explains, the list answers density, delta and
+// assignment exactly for most tokens; the others are gathered and meet all tokens (delta) or the kept (assignment).
 //
 // Threads race where lists are filled and where tokens are gathered. Neither race decides anything: a list ends up with
 // the same distances whoever came first; of several equally far tokens at its end either may stay, because no answer
@@ -36,7 +36,8 @@ struct Tuning {
 };
 #ifdef HK_EMULATION
 inline Tuning tuning;  // tests reach with few tokens what otherwise takes many
-extern "C" __attribute__((visibility("default"), used)) inline void hk_dpc_knn_tune(int list_min, int list_max, int blocks) {
+extern "C" __attribute__((visibility("default"), used)) inline void hk_dpc_knn_tune(int list_min, int list_max,
+                                                                                    int blocks) {
   tuning = {list_min, list_max, blocks};
 }
 #else
@@ -81,7 +82,7 @@ struct Large {
   __device__ Tokens tokens(int64_t b) const { return {value + b * blocks * chunks * kPanel, norm + b * T, chunks}; }
 };
 
-// ---- 1. which tokens count, their mean, the copy that the tiles read ----------------------------------------------------
+// ---- 1. which tokens count, their mean, the copy that the tiles read -----------------------------------------------
 
 // A warp per token; what an invalid one answers is known at once.
 template <class T>
@@ -248,7 +249,7 @@ __global__ void __launch_bounds__(kThreads) centre_kernel(const Large s) {
   norms[8] = token[1] ? row % 2 ? norm[1][3] : norm[1][2] : no_number();
 }
 
-// ---- 2. the nearest of every token --------------------------------------------------------------------------------------
+// ---- 2. the nearest of every token ---------------------------------------------------------------------------------
 
 __device__ inline uint64_t entry(float d, int id) {  // ascending by distance, then id
   return uint64_t{__float_as_uint(fmaxf(d, 0.0f))} << 32 | static_cast<unsigned>(id);
@@ -281,8 +282,8 @@ struct Lists {  // in shared memory, one column per token of the block
 };
 inline int lists_bytes(int list) { return kTileBytes + (list + kQueue) * kTile * 8 + kTile * 8 + 16; }
 
-// Takes the waiting candidates of this thread's token into its list: one of kLength entries in registers, or, if that is 0,
-// one of any length where it lies. For whole warps.
+// Takes the waiting candidates of this thread's token into its list: one of kLength entries in registers, or, if that
+// is 0, one of any length where it lies. For whole warps.
 template <int kLength>
 __device__ inline void take_in(const Lists& lists, int length) {
   const int row = static_cast<int>(threadIdx.x), waiting = min(lists.waiting[row], kQueue);
@@ -318,8 +319,8 @@ __device__ inline void take_in(const Lists& lists, int length) {
   lists.worst[row] = distance_of(list[(length - 1) * kTile]);
 }
 
-// A block of 128 tokens against a share of all: its own block first, since tokens are often ordered in time or space and
-// lists that begin with near ones take in little later, then all blocks of tokens in the same order.
+// A block of 128 tokens against a share of all: its own block first, since tokens are often ordered in time or space
+// and lists that begin with near ones take in little later, then all blocks of tokens in the same order.
 template <int kLength>
 __global__ void __launch_bounds__(kThreads, 2) neighbours_kernel(const Large s) {
   const int64_t b = blockIdx.x / s.blocks;
@@ -360,7 +361,9 @@ __global__ void __launch_bounds__(kThreads, 2) neighbours_kernel(const Large s) 
           const float worst = lists.worst[to];
           float nearest = kInf;
 #pragma unroll
-          for (int j = 0; j < kWarpTile / 8; ++j) nearest = fminf(nearest, fminf(d[i][j][2 * half], d[i][j][2 * half + 1]));
+          for (int j = 0; j < kWarpTile / 8; ++j) {
+            nearest = fminf(nearest, fminf(d[i][j][2 * half], d[i][j][2 * half + 1]));
+          }
           if (!(nearest < worst)) continue;
 #pragma unroll
           for (int j = 0; j < kWarpTile / 8; ++j) {
@@ -394,8 +397,8 @@ __global__ void __launch_bounds__(kThreads, 2) neighbours_kernel(const Large s) 
   for (int e = 0; e < s.list; ++e) to[e * kTile] = lists.list[e * kTile + row];  // its own token's: no barrier
 }
 
-// r where the list is shorter than k: finds the k-th smallest distance of each token four bits at a time, then adds up what
-// is smaller. Nine passes, whatever k.
+// r where the list is shorter than k: finds the k-th smallest distance of each token four bits at a time, then adds up
+// what is smaller. Nine passes, whatever k.
 constexpr int kDigits = 16;
 constexpr int kSelectBytes = kTileBytes + kDigits * kTile * 4 + kTile * 8 + 2 * kTile * 8;
 
@@ -406,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, 2) kth_distance_kernel(const Large s
   if (block >= blocks) return;
   unsigned* counts = reinterpret_cast<unsigned*>(ptx::shared_memory() + kTileBytes);  // [kDigits, kTile]
   unsigned* prefix = counts + kDigits * kTile;                                        // [kTile] digits found
-  double* sums = reinterpret_cast<double*>(prefix + 2 * kTile);                       // [2, kTile] by half of the columns
+  double* sums = reinterpret_cast<double*>(prefix + 2 * kTile);                       // [2, kTile] by half of a tile
   const auto all = [](int u) { return u; };
   unsigned left = static_cast<unsigned>(k);  // which of the distances with this prefix is the k-th
   prefix[row] = 0, sums[row] = sums[kTile + row] = 0;
@@ -452,7 +455,7 @@ __global__ void __launch_bounds__(kThreads, 2) kth_distance_kernel(const Large s
   s.r[b * s.T + block * kTile + row] = static_cast<float>(sums[row] + sums[kTile + row] + left * kth);
 }
 
-// ---- 3. density, its order, delta from the lists ------------------------------------------------------------------------
+// ---- 3. density, its order, delta from the lists -------------------------------------------------------------------
 
 // A thread per token, here and below: block x of these grids is block x % blocks of sample x / blocks.
 struct Token {
@@ -532,7 +535,7 @@ __global__ void __launch_bounds__(kTile) list_delta_kernel(const Large s) {
   leave_pending(s, t, 0);
 }
 
-// ---- 4. the second and third pass ---------------------------------------------------------------------------------------
+// ---- 4. the second and third pass ----------------------------------------------------------------------------------
 
 // The pending tokens of one sample in blocks of 128, against groups of tiles: kAssign ? of the kept tokens : of all.
 constexpr int kSearchBytes = kTileBytes + kTile * 8 + kThreads * 4;
@@ -594,8 +597,8 @@ __device__ void search(const Large& s, int64_t b, int block, int group) {
   }
 }
 
-// Pieces of work (sample, block of pending tokens, group of tiles) are dealt out in turn: how many there are is known here
-// only.
+// Pieces of work (sample, block of pending tokens, group of tiles) are dealt out in turn: how many there are is known
+// here only.
 template <bool kAssign>
 __global__ void __launch_bounds__(kThreads, 2) search_kernel(const Large s) {
   int* pieces = reinterpret_cast<int*>(ptx::shared_memory() + kTileBytes + kTile * 8);  // [kThreads] of as many samples
@@ -622,7 +625,7 @@ __global__ void __launch_bounds__(kThreads, 2) search_kernel(const Large s) {
   }
 }
 
-// ---- 5. scores, the choice ----------------------------------------------------------------------------------------------
+// ---- 5. scores, the choice -----------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kTile) score_kernel(const Large s) {
   const DpcKnn& p = s.p;
@@ -638,8 +641,8 @@ __global__ void __launch_bounds__(kTile) score_kernel(const Large s) {
   s.score[t.at] = score_key(s.r[t.at], density, p.noise != nullptr, delta2, p.C);
 }
 
-// The M best of a sample: the score of the last of them by radix selection, then all up to it by position; after them the
-// tokens of `keep`. A block per sample.
+// The M best of a sample: the score of the last of them by radix selection, then all up to it by position; after them
+// the tokens of `keep`. A block per sample.
 __global__ void __launch_bounds__(kSortThreads, 1) choose_kernel(const Large s) {
   int* sums = reinterpret_cast<int*>(ptx::shared_memory());  // [kWarp]
   int* counts = sums + kWarp;                                // [256]
@@ -730,8 +733,8 @@ __global__ void __launch_bounds__(kSortThreads, 1) choose_kernel(const Large s) 
   if (thread == 0) s.chosen_count[2 * b] = best, s.chosen_count[2 * b + 1] = best + places.total;
 }
 
-// Places in `index`: by score or, if ordered, by position, found by counting who comes before. A lane per chosen token; the
-// warps share those it is compared with.
+// Places in `index`: by score or, if ordered, by position, found by counting who comes before. A lane per chosen token;
+// the warps share those it is compared with.
 __global__ void __launch_bounds__(256) place_kernel(const Large s, int slices) {
   constexpr int kWarps = 256 / kWarp;
   int* partial = reinterpret_cast<int*>(ptx::shared_memory());  // [kWarps, kPlaceRows]
@@ -771,7 +774,7 @@ __global__ void __launch_bounds__(256) place_kernel(const Large s, int slices) {
   s.slot[b * s.T + token] = place;
 }
 
-// ---- 6. assignment ------------------------------------------------------------------------------------------------------
+// ---- 6. assignment -------------------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kTile) list_assign_kernel(const Large s) {
   const Token t = this_token(s);
@@ -807,7 +810,7 @@ __global__ void __launch_bounds__(kTile) write_assignment_kernel(const Large s) 
   s.p.assignment[b * s.p.N + s.position[b * s.T + token]] = token_of(s.nearest[b * s.T + token]);
 }
 
-// ---- the host's part ----------------------------------------------------------------------------------------------------
+// ---- the host's part -----------------------------------------------------------------------------------------------
 
 // Decides how to go about it and lays the arrays out from an address on; from address 0 it only counts their bytes.
 inline Large plan(const DpcKnn& p, void* scratch, int64_t* bytes) {
@@ -872,7 +875,8 @@ cudaError_t run(const Large& s, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   const DpcKnn& p = s.p;
   const auto go = [&](auto* kernel, int64_t grid, int threads, int shared, auto... arguments) {
-    if (error == cudaSuccess) error = launch(stream, kernel, dim3(static_cast<unsigned>(grid)), threads, shared, s, arguments...);
+    if (error != cudaSuccess) return;
+    error = launch(stream, kernel, dim3(static_cast<unsigned>(grid)), threads, shared, s, arguments...);
   };
   const int64_t tiles = p.B * s.blocks;
   const int slices = static_cast<int>((p.C + kThreads - 1) / kThreads);

@@ -1,8 +1,9 @@
-// Squared distances between many tokens, 128 x 128 at a time on tensor cores: how tokens lie in memory and the loop over tiles.
+// Squared distances of many tokens, 128 x 128 at a time on tensor cores: how tokens lie in memory, the loop over tiles.
 //
-// Tokens are centred, scaled by a power of two and rounded to float16: 11 bits, as TF32 has, at half the bytes and twice
-// the rate. Norms are those of the rounded tokens, summed by the same instruction in the same order as the products, so a
-// squared distance (|x_i|^2 + |x_j|^2) - 2 <x_i, x_j> is the same bits both ways and exactly 0 between copies.
+// Tokens are centred, scaled by a power of two and rounded to float16: 11 bits, as TF32 has, at half the bytes and
+// twice the rate. Norms are those of the rounded tokens, summed by the same instruction in the same order as the
+// products, so a squared distance (|x_i|^2 + |x_j|^2) - 2 <x_i, x_j> is the same bits both ways and exactly 0 between
+// copies.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -21,7 +22,7 @@ constexpr int kPanel = kTile * kChunk;  // float16 numbers of 128 tokens in one 
 constexpr int kPanelBytes = kPanel * 2;
 constexpr int kStages = 4;              // steps in shared memory: one in use, three on their way
 constexpr int kCopies = kPanelBytes / 16 / kThreads;  // 16-byte copies per thread, step and side
-constexpr int kTileBytes = kStages * (2 * kPanelBytes + kTile * 4) + kTile * 4;  // shared memory that for_each_tile needs
+constexpr int kTileBytes = kStages * (2 * kPanelBytes + kTile * 4) + kTile * 4;  // shared memory of for_each_tile
 static_assert(kTile == kThreads);  // a thread looks after one token of the block, too
 
 // Squared distances of a warp, in the layout of the tensor core: see row_of and column_of.
@@ -33,7 +34,8 @@ __device__ inline int warp_id() { return static_cast<int>(threadIdx.x / 32); }
 __device__ inline int row_of(int i, int half) { return warp_id() / 2 * kWarpTile + i * 16 + half * 8 + lane_id() / 4; }
 __device__ inline int column_of(int j, int e) { return warp_id() % 2 * kWarpTile + j * 8 + lane_id() % 4 * 2 + e; }
 
-__device__ inline float no_number() { return __uint_as_float(0x7fffffffu); }  // NaN: nearer than nothing, farther than nothing
+// NaN, the norm of a token that is not there: its distances are neither smaller nor larger than any.
+__device__ inline float no_number() { return __uint_as_float(0x7fffffffu); }
 
 // The tokens of one sample. Those beyond the last are 0 and their norm is NaN.
 struct Tokens {
@@ -48,7 +50,7 @@ struct Side {
   int count;           // how many there are
 };
 
-// Where part `part` of token `token` lies in its panel: in such a turn that eight tokens' same parts meet no bank twice.
+// Where part `part` of token `token` lies in its panel: turned, so that one part of eight tokens meets no bank twice.
 __device__ inline int offset_of(int token, int part) { return token * kTokenBytes + (part ^ (token / 2 % 4)) * 16; }
 
 // The tensor core's left operand: 16 tokens from `tokens` (bytes of a panel, a multiple of 8 tokens), 16 channels.
@@ -94,9 +96,9 @@ __device__ inline void add_norms(float (&d)[2][4], const unsigned char* tokens) 
   }
 }
 
-// Calls epilogue(tile, d) for `tiles` tiles of squared distances, one after another: between block `row_block` of the row
-// side and block tile = tile_at(0), tile_at(1), ... of the column side. NaN where either token is not there. For all
-// threads of the block; shared memory is free again after the next barrier.
+// Calls epilogue(tile, d) for `tiles` tiles of squared distances, one after another: between block `row_block` of the
+// row side and block tile = tile_at(0), tile_at(1), ... of the column side. NaN where either token is not there. For
+// all threads of the block; shared memory is free again after the next barrier.
 template <bool kGatherRows, bool kGatherColumns, class TileAt, class Epilogue>
 __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side columns, int tiles, const TileAt& tile_at,
                               const Epilogue& epilogue) {
@@ -106,8 +108,8 @@ __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side co
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t stride = int64_t{s.chunks} * kPanel;  // from one block of tokens to the next
 
-  // What this thread copies: 16 bytes of token thread / 4 + 32 i of a panel, i = 0 .. kCopies-1. Tokens that are gathered
-  // change place, and so do their parts.
+  // What this thread copies: 16 bytes of token thread / 4 + 32 i of a panel, i = 0 .. kCopies-1. Tokens that are
+  // gathered change place, and so do their parts.
   const auto id_of = [](const Side& side, int row) { return row < side.count ? side.ids[row] : -1; };
   const auto find = [&](const Side& side, int block, const uint16_t* (&from)[kCopies]) {
 #pragma unroll
@@ -160,7 +162,9 @@ __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side co
         }
         copy_found(to + kPanelBytes, column_from, next_chunk);
       } else {
-        if (next_chunk == 0 && thread < kTile / 4) ptx::async_copy<16>(norms + thread * 4, s.norm + tile * kTile + thread * 4);
+        if (next_chunk == 0 && thread < kTile / 4) {
+          ptx::async_copy<16>(norms + thread * 4, s.norm + tile * kTile + thread * 4);
+        }
         copy(to + kPanelBytes, s.value + tile * stride, next_chunk);
       }
       if (++next_chunk == s.chunks) next_chunk = 0, ++next;
@@ -175,7 +179,7 @@ __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side co
     Accumulators d{};
     for (int chunk = 0; chunk < s.chunks; ++chunk) {
       ptx::async_wait<kStages - 2>();
-      __syncthreads();  // this step is there for all, and the step before is done with by all: its memory is loaded again
+      __syncthreads();  // this step is there for all, and all are done with the one before: its memory is loaded again
       load((stage + kStages - 1) % kStages);
       const unsigned char* panel = panels + stage * 2 * kPanelBytes;
       multiply_chunk(d, panel, panel + kPanelBytes);

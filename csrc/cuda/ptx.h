@@ -50,8 +50,8 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane 8 m + i says where row i of matrix m is, 16 aligned bytes;
-// lane l gets numbers 2 (l % 4) and the next of row l / 4, of matrix m in registers[m].
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane 8 m + i says where row i of matrix m is, 16 aligned
+// bytes; lane l gets numbers 2 (l % 4) and the next of row l / 4, of matrix m in registers[m].
 __device__ inline void load_matrices(uint32_t (&registers)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])

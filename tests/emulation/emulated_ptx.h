@@ -52,7 +52,8 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
     for (int l = 0; l < 32; ++l) {
       const auto& o = *static_cast<Operands*>(payload[l]);
       for (int i = 0; i < 8; ++i) {
-        const auto half = [i](uint32_t pair) { return std::bit_cast<_Float16>(static_cast<uint16_t>(pair >> 16 * (i % 2))); };
+        const int shift = 16 * (i % 2);
+        const auto half = [=](uint32_t pair) { return std::bit_cast<_Float16>(static_cast<uint16_t>(pair >> shift)); };
         const int k = 2 * (l % 4) + i % 2 + 8 * (i / 4), row = l / 4 + 8 * (i / 2 % 2);
         left[row][k] = half(o.a[i / 2]);
         if (i < 4) right[2 * (l % 4) + i % 2 + 8 * (i / 2)][l / 4] = half(o.b[i / 2]);
@@ -73,7 +74,7 @@ inline void load_matrices(uint32_t (&registers)[4], const void* row) {
     uint32_t* registers;
     const unsigned char* row;
   } mine{registers, static_cast<const unsigned char*>(row)};
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) hk_emulation::fail("a row of load_matrices is not aligned to 16 bytes");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) hk_emulation::fail("load_matrices takes rows aligned to 16 bytes");
   hk_emulation::warp_instruction(~0u, &mine, [](void* const(&payload)[32], unsigned) {
     for (int l = 0; l < 32; ++l) {
       for (int m = 0; m < 4; ++m) {
