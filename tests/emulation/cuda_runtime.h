@@ -1,4 +1,4 @@
-// What CUDA C++ adds to the language, over emulation.h: qualifiers, indices, barriers, warp functions, atomics, intrinsics.
+// What CUDA C++ adds to the language, over emulation.h: qualifiers, indices, barriers, warp functions, atomics.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -128,11 +128,13 @@ T __reduce_add_sync(unsigned mask, T value) {
 }
 template <class T>
 T __reduce_min_sync(unsigned mask, T value) {
-  return hk_emulation::fold_warp<T>(mask, value, [](T all, T one, int, bool first) { return first || one < all ? one : all; });
+  return hk_emulation::fold_warp<T>(mask, value,
+                                    [](T all, T one, int, bool first) { return first || one < all ? one : all; });
 }
 template <class T>
 T __reduce_max_sync(unsigned mask, T value) {
-  return hk_emulation::fold_warp<T>(mask, value, [](T all, T one, int, bool first) { return first || one > all ? one : all; });
+  return hk_emulation::fold_warp<T>(mask, value,
+                                    [](T all, T one, int, bool first) { return first || one > all ? one : all; });
 }
 template <class T>
 T __reduce_or_sync(unsigned mask, T value) {
@@ -140,8 +142,8 @@ T __reduce_or_sync(unsigned mask, T value) {
 }
 template <class T>
 T __reduce_and_sync(unsigned mask, T value) {
-  return hk_emulation::fold_warp<T>(mask, value,
-                                    [](T all, T one, int, bool first) { return static_cast<T>(first ? one : all & one); });
+  return hk_emulation::fold_warp<T>(
+      mask, value, [](T all, T one, int, bool first) { return static_cast<T>(first ? one : all & one); });
 }
 inline void __syncwarp(unsigned mask = ~0u) {
   hk_emulation::warp_instruction(mask, nullptr, [](void* const(&)[32], unsigned) {});

@@ -17,7 +17,9 @@ enum cudaError_t {
 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : error == cudaErrorLaunchFailure ? "unspecified launch failure" : "invalid argument";
+  return error == cudaSuccess              ? "no error"
+         : error == cudaErrorLaunchFailure ? "unspecified launch failure"
+                                           : "invalid argument";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
@@ -27,7 +29,10 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4, cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
+};
 union cudaLaunchAttributeValue {
   struct {
     unsigned x, y, z;
@@ -72,8 +77,8 @@ void allow_any_cluster(const void* function);
 
 inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
   for (unsigned i = 0; i < config.numAttrs; ++i) {
-    const auto& a = config.attrs[i];
-    if (a.id == cudaLaunchAttributeClusterDimension) return a.val.clusterDim.x * a.val.clusterDim.y * a.val.clusterDim.z;
+    const auto& size = config.attrs[i].val.clusterDim;
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return size.x * size.y * size.z;
   }
   return 1;
 }
@@ -96,7 +101,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 template <class F>
 cudaError_t cudaFuncSetAttribute(F* function, cudaFuncAttribute attribute, int value) {
   const void* f = reinterpret_cast<const void*>(function);
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) return hk_emulation::raise_shared_memory_limit(f, value);
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    return hk_emulation::raise_shared_memory_limit(f, value);
+  }
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed && value) hk_emulation::allow_any_cluster(f);
   return cudaSuccess;
 }
@@ -121,13 +128,14 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
   const unsigned cluster = hk_emulation::cluster_of(*config);
   const void* function = reinterpret_cast<const void*>(kernel);
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (grid.x < 1 || grid.x > 0x7fffffffu || grid.y < 1 || grid.y > 65535 || grid.z < 1 || grid.z > 65535 || threads < 1 ||
-      threads > 1024 || block.z > 64 || cluster < 1 || grid.x % cluster != 0) {
+  if (grid.x < 1 || grid.x > 0x7fffffffu || grid.y < 1 || grid.y > 65535 || grid.z < 1 || grid.z > 65535 ||
+      threads < 1 || threads > 1024 || block.z > 64 || cluster < 1 || grid.x % cluster != 0) {
     return cudaErrorInvalidConfiguration;
   }
   if (static_cast<int64_t>(config->dynamicSmemBytes) > hk_emulation::shared_memory_limit(function) ||

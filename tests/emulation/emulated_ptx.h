@@ -24,7 +24,8 @@ inline void mma_m16n8k8(float (&d)[4], const float (&a)[4], const float (&b)[2])
       const auto& o = *static_cast<Operands*>(payload[l]);
       const int g = l / 4, t = l % 4;
       const auto read = [](float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); };
-      left[g][t] = read(o.a[0]), left[g + 8][t] = read(o.a[1]), left[g][t + 4] = read(o.a[2]), left[g + 8][t + 4] = read(o.a[3]);
+      left[g][t] = read(o.a[0]), left[g + 8][t] = read(o.a[1]);
+      left[g][t + 4] = read(o.a[2]), left[g + 8][t + 4] = read(o.a[3]);
       right[t][g] = read(o.b[0]), right[t + 4][g] = read(o.b[1]);
     }
     for (int l = 0; l < 32; ++l) {

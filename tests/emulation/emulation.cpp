@@ -22,7 +22,7 @@ Index threadIdx, blockIdx, blockDim, gridDim;
 namespace {
 
 constexpr int64_t kStack = 128 << 10, kGuard = 256, kAlignment = 128;
-constexpr unsigned char kGarbage = 0xcd, kGuardByte = 0xa5;
+constexpr unsigned char kGarbage[] = {0xcd, 0x00}, kGuardByte = 0xa5;  // what happens to be there may look like numbers
 
 enum class State { runs, at_warp, at_block, at_cluster, done };
 
@@ -238,7 +238,7 @@ bool launch(Index grid, Index block, unsigned cluster_blocks, int64_t shared_byt
       cluster[b].storage.assign(shared_bytes + 3 * kGuard, kGuardByte);
       const uintptr_t start = reinterpret_cast<uintptr_t>(cluster[b].storage.data()) + kGuard;
       cluster[b].shared = reinterpret_cast<unsigned char*>((start + kAlignment - 1) / kAlignment * kAlignment);
-      std::memset(cluster[b].shared, kGarbage, shared_bytes);
+      std::memset(cluster[b].shared, kGarbage[(order & lanes_reversed) != 0], shared_bytes);
       for (unsigned t = 0; t < threads_per_block; ++t) {
         Fiber& fiber = fiber_of(b, t);
         fiber.state = State::runs, fiber.number = t, fiber.block = &cluster[b];
@@ -270,8 +270,7 @@ std::vector<std::pair<const void*, int>> raised_shared_memory;
 std::vector<const void*> any_cluster_size;
 }  // namespace
 
-// What the tests turn: who runs first (-1: another order at every launch), and which GPU this is (90: compute capability
-// 9.0).
+// What the tests turn: who runs first (-1: another order at every launch), and which GPU this is (90: capability 9.0).
 extern "C" __attribute__((visibility("default"))) void hk_emulation_set(int order, int compute_capability) {
   hk_emulation::changing = order < 0;
   if (order >= 0) hk_emulation::order = static_cast<unsigned>(order);

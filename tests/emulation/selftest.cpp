@@ -121,7 +121,8 @@ __global__ void tensor_core_sum(const float* x, float* out, bool bug) {
 // The largest error of kernel `which` over its 96 threads; -1 if the launch failed, -2 if there is no such kernel.
 extern "C" __attribute__((visibility("default"))) double hk_emulation_selftest(int which, bool bug) {
   using Kernel = void (*)(const float*, float*, bool);
-  constexpr Kernel kernels[] = {block_sum, used_again, warp_sum, cluster_sum, copied_sum, outside, divergent, tensor_core_sum};
+  constexpr Kernel kernels[] = {block_sum,  used_again, warp_sum,  cluster_sum,
+                                copied_sum, outside,    divergent, tensor_core_sum};
   if (which >= static_cast<int>(std::size(kernels))) return -2;
   std::vector<float> x(kThreads), out(kThreads, NAN);
   float sum = 0;
@@ -131,10 +132,14 @@ extern "C" __attribute__((visibility("default"))) double hk_emulation_selftest(i
   cluster.val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config{};
   const bool pair = kernels[which] == cluster_sum;
-  config.gridDim = dim3(pair ? 2 : 1), config.blockDim = dim3(kThreads), config.dynamicSmemBytes = kThreads * sizeof(float);
+  config.gridDim = dim3(pair ? 2 : 1), config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kThreads * sizeof(float);
   config.attrs = &cluster, config.numAttrs = pair;
-  if (cudaLaunchKernelEx(&config, kernels[which], static_cast<const float*>(x.data()), out.data(), bug) != cudaSuccess) return -1;
+  const float* given = x.data();
+  if (cudaLaunchKernelEx(&config, kernels[which], given, out.data(), bug) != cudaSuccess) return -1;
   double error = 0;
-  for (const float value : out) error = std::isfinite(value) ? std::max(error, double{std::fabs(value - sum)}) : INFINITY;
+  for (const float value : out) {
+    error = std::isfinite(value) ? std::max(error, double{std::fabs(value - sum)}) : INFINITY;
+  }
   return error;
 }

@@ -601,18 +601,19 @@ def gathered_attention_each_keys_bwd_kernel(
     key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
     k_base = _down(k_ptr + b * stride_kb + j * stride_kj + h * stride_kh)
     v_base = _down(v_ptr + b * stride_vb + j * stride_vj + h * stride_vh)
+    start_rows = start_ptr + b * start_stride_b + j * start_stride_j + h * start_stride_h + token
+    entries = Nq.to(tl.int64) * S
+    begin = tl.maximum(tl.load(start_rows, mask=attended, other=0), 0)
+    end = tl.minimum(tl.load(start_rows + 1, mask=attended, other=0), entries)
+    attended &= begin < end  # a key that no slot names is not read: it may be NaN
     k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D).to(tl.float32)
     v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D).to(tl.float32)
     q_base = _down(_down(q_ptr + b * stride_qb + j * stride_qj + h * stride_qh))
     grad_out_base = _down(_down(grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh))
     stats = _down((sequence.to(tl.int64) * H + h) * Nq)
-    start_rows = start_ptr + b * start_stride_b + j * start_stride_j + h * start_stride_h + token
     slots_base = _down(slots_ptr + b * slots_stride_b + j * slots_stride_j + h * slots_stride_h)
     if bias_ptr is not None:
         bias_base = _down(bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h)
-    entries = Nq.to(tl.int64) * S
-    begin = tl.maximum(tl.load(start_rows, mask=attended, other=0), 0)
-    end = tl.minimum(tl.load(start_rows + 1, mask=attended, other=0), entries)
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_key_bias = tl.zeros([BLOCK_N], tl.float32)
