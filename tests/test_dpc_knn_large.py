@@ -147,3 +147,13 @@ def test_an_outlier_takes_no_bits_from_the_others(backend: str) -> None:
     expected = torch.exp(-d2.topk(2, largest=False).values.mean(-1))
     expected[0, outlier] = expected[0, twin] = 0
     torch.testing.assert_close(out.density.double(), expected, rtol=1e-5, atol=1e-30)
+
+
+def test_fewer_valid_tokens_than_places_and_some_of_them_kept(backend: str) -> None:
+    """How many are left for the best is known only once every entry of `keep` has been looked at."""
+    x = exact(torch.randn(2, 400, 8), 400)
+    mask = torch.ones(2, 400, dtype=torch.bool)
+    mask[0, ::3] = mask[1, 5:290] = False
+    for _ in range(4):  # under emulation, with other threads first each time
+        args = {"x": x, "num_clusters": 400, "mask": mask, "keep": [398, 1, 200, 397, 0, 398]}
+        check_dpc_knn(args, dpc_knn(**args, backend=backend))
