@@ -1,5 +1,5 @@
-// What CUDA C++ has no words for: asynchronous copies, TF32 tensor cores, thread-block clusters. The tests replace this
-// header by one that does the same on the host (tests/emulation/emulated_ptx.h); all shared memory is dynamic for that reason.
+// What CUDA C++ has no words for: asynchronous copies, tensor cores, thread-block clusters. The tests replace this by
+// what does the same on the host (tests/emulation/emulated_ptx.h), for which all shared memory must be dynamic.
 #pragma once
 #ifdef HK_EMULATION
 #include "emulated_ptx.h"
@@ -18,23 +18,6 @@ __device__ inline unsigned char* shared_memory() {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// x rounded to TF32 (10 bits of mantissa, ties away from zero), as a float whose other bits are 0.
-__device__ inline float tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return __uint_as_float(bits & 0xffffe000u);
-}
-
-// d += a b, with a [16, 8] and b [8, 8] of TF32 values and d [16, 8] float32, spread over the warp: with g = lane / 4 and
-// t = lane % 4,  a = {(g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)} as (row, k),  b = {(t, g), (t + 4, g)} as (k, column),
-// d = {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)}.
-__device__ inline void mma_m16n8k8(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
-        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
-}
-
 // Two floats rounded to float16, `low` in the lower half.
 __device__ inline uint32_t pack_half(float low, float high) {
   uint32_t bits;
@@ -42,8 +25,10 @@ __device__ inline uint32_t pack_half(float low, float high) {
   return bits;
 }
 
-// d += a b, with a [16, 16] and b [16, 8] of float16 and d [16, 8] float32: rows and columns as above, and each operand
-// two neighbours in k,  a = {(g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)},  b = {(2t, g), (2t + 8, g)}.
+// d += a b, with a [16, 16] and b [16, 8] of float16 and d [16, 8] float32, spread over the warp. With g = lane / 4 and
+// t = lane % 4, an operand is two neighbours in k:
+//   a = {(g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)} as (row, k),  b = {(2t, g), (2t + 8, g)} as (k, column),
+//   d = {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)} as (row, column).
 __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -59,9 +44,9 @@ __device__ inline void load_matrices(uint32_t (&registers)[4], const void* row) 
                : "memory");
 }
 
-// Asynchronous copies from global to shared memory of 4, 8 or 16 aligned bytes; of which the first `valid` are read, the
-// rest is filled with 0 (valid = 0 reads nothing). A thread's copies form groups; after async_wait<n> at most its n last
-// groups are still under way. Other threads see the copies after a barrier.
+// Asynchronous copies from global to shared memory of 4, 8 or 16 aligned bytes, of which the first `valid` are read;
+// the rest is filled with 0 (valid = 0 reads nothing). A thread's copies form groups: after async_wait<n> at most its n
+// last groups are still under way. Other threads see the copies after a barrier.
 template <int kBytes>
 __device__ inline void async_copy(void* shared, const void* global, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
@@ -69,8 +54,8 @@ __device__ inline void async_copy(void* shared, const void* global, int valid = 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(kBytes),
-                 "r"(valid)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global),
+                 "n"(kBytes), "r"(valid)
                  : "memory");
   }
 }

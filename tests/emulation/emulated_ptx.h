@@ -8,36 +8,6 @@ namespace hotkernels::ptx {
 
 inline unsigned char* shared_memory() { return hk_emulation::shared_memory(); }
 
-inline float tf32(float x) {
-  if (!std::isfinite(x)) return x;
-  return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
-}
-
-// The tensor core reads 19 bits of each operand.
-inline void mma_m16n8k8(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
-  struct Operands {
-    float *d, a[4], b[2];
-  } mine{d, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  hk_emulation::warp_instruction(~0u, &mine, [](void* const(&payload)[32], unsigned) {
-    float left[16][8], right[8][8];
-    for (int l = 0; l < 32; ++l) {
-      const auto& o = *static_cast<Operands*>(payload[l]);
-      const int g = l / 4, t = l % 4;
-      const auto read = [](float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); };
-      left[g][t] = read(o.a[0]), left[g + 8][t] = read(o.a[1]);
-      left[g][t + 4] = read(o.a[2]), left[g + 8][t + 4] = read(o.a[3]);
-      right[t][g] = read(o.b[0]), right[t + 4][g] = read(o.b[1]);
-    }
-    for (int l = 0; l < 32; ++l) {
-      float* d = static_cast<Operands*>(payload[l])->d;
-      for (int i = 0; i < 4; ++i) {
-        const int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
-        for (int k = 0; k < 8; ++k) d[i] += left[row][k] * right[k][column];
-      }
-    }
-  });
-}
-
 inline uint32_t pack_half(float low, float high) {
   const auto bits = [](float x) { return std::bit_cast<uint16_t>(static_cast<_Float16>(x)); };
   return uint32_t{bits(high)} << 16 | bits(low);

@@ -96,14 +96,12 @@ __global__ void divergent(const float* x, float* out, bool bug) {
 // The sum of all values as a product with ones on the tensor core, from [16, 8] blocks. bug: two operands exchanged.
 __global__ void tensor_core_sum(const float* x, float* out, bool bug) {
   const int g = (threadIdx.x & 31) / 4, t = threadIdx.x & 3;
+  const float* row = x + 8 * g + 2 * t;
+  uint32_t a[4] = {ptx::pack_half(row[0], row[1]), g < 4 ? ptx::pack_half(row[64], row[65]) : 0, 0, 0};
+  const uint32_t ones = g == 0 ? ptx::pack_half(1, 1) : 0, b[2] = {ones, ones};
+  if (bug) std::swap(a[1], a[2]);
   float d[4] = {};
-  for (int k = 0; k < 8; k += 8) {
-    float a[4] = {x[8 * g + t], g < 4 ? x[8 * (g + 8) + t] : 0, x[8 * g + t + 4], g < 4 ? x[8 * (g + 8) + t + 4] : 0};
-    if (bug) std::swap(a[1], a[2]);
-    const float weight = 1.0f;
-    const float b[2] = {g == 0 ? weight : 0, g == 0 ? weight : 0};
-    ptx::mma_m16n8k8(d, a, b);
-  }
+  ptx::mma_m16n8k16(d, a, b);
   auto* shared = reinterpret_cast<float*>(ptx::shared_memory());
   if (threadIdx.x < 32 && t == 0) shared[g] = d[0], shared[g + 8] = d[2];
   __syncthreads();
