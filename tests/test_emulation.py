@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import emulation
@@ -40,19 +42,56 @@ def test_every_selftest_is_run(library: Path) -> None:
     assert emulation.selftest(len(KERNELS), bug=False) is None
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
-def test_gpu_backend_without_a_gpu(backend: str) -> None:
-    """The tests of every op that has the backend, on CPU tensors."""
+# How a process is told to emulate a backend, and which of its tests to run. Triton's interpreter is slow, and half types
+# are little else than float32 to it: all shapes for float32, forward for float16 too.
+EMULATE = {
+    "cuda": ({"HOTKERNELS_EMULATE_CUDA": "1"}, "cuda"),
+    "triton": (
+        {"TRITON_INTERPRET": "1"},
+        "triton and not (conformance and bfloat16 and not small) and not (test_gradients and float16 and not small)",
+    ),
+}
+
+
+class Process:
+    """A command that writes what it says to a file."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("wb") as file:
+            self.popen = subprocess.Popen(command, cwd=HERE.parent, env=environment, stdout=file, stderr=file)
+
+    def finished(self) -> tuple[int, str]:
+        """Its status and all that it said."""
+        return self.popen.wait(), self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Process]]:
+    """Both at once: they take minutes."""
     if backends.LIBRARIES["_C_cpu"] is not None:
         pytest.skip(str(backends.LIBRARIES["_C_cpu"]))
-    if backend == "triton":
-        pytest.importorskip("triton")
-    ops = [op for op, kernels in backends.OPS.items() if backend in kernels]
-    files = [HERE / f"test_{name}.py" for name in ("conformance", *ops)]
-    emulate = {"cuda": {"HOTKERNELS_EMULATE_CUDA": "1"}, "triton": {"TRITON_INTERPRET": "1"}}[backend]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", backend, *map(str, files)]
-    run = subprocess.run(command, cwd=HERE.parent, env={**os.environ, **emulate}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    ran = re.search(rf"kernel tests run per backend: {backend} (\d+)", run.stdout)
+    folder = tmp_path_factory.mktemp("emulation")
+    running = {}
+    for backend, (environment, expression) in EMULATE.items():
+        if backend == "triton" and importlib.util.find_spec("triton") is None:
+            continue
+        ops = [op for op, kernels in backends.OPS.items() if backend in kernels]
+        files = sorted({path for op in ("conformance", *ops) for path in HERE.glob(f"test_{op}*.py")})
+        command = [sys.executable, "-m", "pytest", "-q", "-k", expression, *map(str, files)]
+        running[backend] = Process(command, os.environ | environment, folder / backend)
+    yield running
+    for process in running.values():
+        process.popen.kill()
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_gpu_backend_without_a_gpu(processes: dict[str, Process], backend: str) -> None:
+    """The tests of every op that has the backend, on CPU tensors."""
+    if backend not in processes:
+        pytest.skip(f"{backend} is not installed")
+    status, said = processes[backend].finished()
+    assert status == 0, said[-8000:]
+    ran = re.search(rf"kernel tests run per backend: {backend} (\d+)", said)
     assert ran, f"no kernel test ran on {backend}"
     print(ran[0])
