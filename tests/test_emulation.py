@@ -42,7 +42,7 @@ def test_every_selftest_is_run(library: Path) -> None:
     assert emulation.selftest(len(KERNELS), bug=False) is None
 
 
-# How a process is told to emulate a backend, and which of its tests to run. Triton's interpreter is slow, and half types
+# How a process is told to emulate a backend, and which of its tests to run. The interpreter is slow, and half types
 # are little else than float32 to it: all shapes for float32, forward for float16 too.
 EMULATE = {
     "cuda": ({"HOTKERNELS_EMULATE_CUDA": "1"}, "cuda"),
