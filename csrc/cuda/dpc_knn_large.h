@@ -538,7 +538,7 @@ __global__ void __launch_bounds__(kTile) list_delta_kernel(const Large s) {
 // ---- 4. the second and third pass ----------------------------------------------------------------------------------
 
 // The pending tokens of one sample in blocks of 128, against groups of tiles: kAssign ? of the kept tokens : of all.
-constexpr int kSearchBytes = kTileBytes + kTile * 8 + kThreads * 4;
+constexpr int kSearchBytes = kTileBytes + kTile * 8 + kThreads * 8;
 
 template <bool kAssign>
 __device__ void search(const Large& s, int64_t b, int block, int group) {
@@ -601,24 +601,27 @@ __device__ void search(const Large& s, int64_t b, int block, int group) {
 // here only.
 template <bool kAssign>
 __global__ void __launch_bounds__(kThreads, 2) search_kernel(const Large s) {
-  int* pieces = reinterpret_cast<int*>(ptx::shared_memory() + kTileBytes + kTile * 8);  // [kThreads] of as many samples
+  // [kThreads] of as many samples: 64 bits, for they grow with N^2.
+  auto* pieces = reinterpret_cast<int64_t*>(ptx::shared_memory() + kTileBytes + kTile * 8);
   const int workers = static_cast<int>(gridDim.x);
-  int turn = static_cast<int>(blockIdx.x);  // the next piece of this block, counted from the sample's first
+  int64_t turn = blockIdx.x;  // the next piece of this block, counted from the sample's first
   for (int64_t from = 0; from < s.p.B; from += kThreads) {
     const int64_t mine = from + threadIdx.x;
     __syncthreads();
     if (mine < s.p.B) {
       const int columns = kAssign ? s.chosen_count[2 * mine + 1] : s.count[mine];
       const int tiles = (columns + kTile - 1) / kTile, groups = (tiles + kGroup - 1) / kGroup;
-      pieces[threadIdx.x] = (s.pending_count[2 * mine + kAssign] + kTile - 1) / kTile * groups;
+      pieces[threadIdx.x] = int64_t{(s.pending_count[2 * mine + kAssign] + kTile - 1) / kTile} * groups;
     }
     __syncthreads();
     for (int64_t b = from; b < min(s.p.B, from + kThreads); ++b) {
-      const int here = pieces[b - from];
+      const int64_t here = pieces[b - from];
       if (turn < here) {
         const int columns = kAssign ? s.chosen_count[2 * b + 1] : s.count[b];
         const int tiles = (columns + kTile - 1) / kTile, groups = (tiles + kGroup - 1) / kGroup;
-        for (; turn < here; turn += workers) search<kAssign>(s, b, turn / groups, turn % groups);
+        for (; turn < here; turn += workers) {
+          search<kAssign>(s, b, static_cast<int>(turn / groups), static_cast<int>(turn % groups));
+        }
       }
       turn -= here;
     }
@@ -860,7 +863,11 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, int threads, int shared,
                    Arguments... arguments) {
   if (shared > 48 << 10) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    // All that there is: what this launch needs might be taken back by another thread's call just before it.
+    int device = 0, most = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
     if (error != cudaSuccess) return error;
   }
