@@ -245,6 +245,19 @@ def test_clustering_holds_no_square_matrix(backend: str) -> None:
         assert extra <= 2 * x.numel() * 4 + B * N * 1024  # [B, N, N] would be 537 and 1074 MB
 
 
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+def test_samples_that_fit_the_chip_take_no_scratch(backend: str) -> None:
+    """With thread-block clusters. The launches that stand in for them give the same answers, but later."""
+    if torch.cuda.get_device_capability() not in ((9, 0), (10, 0), (10, 3)):
+        pytest.skip("the kernel with clusters is compiled for sm_90 and sm_100 only")
+    for N in (243, 352):
+        x = torch.randn(64, N, 64)
+        hotkernels.dpc_knn(x, 81, 2, backend=backend)
+        extra = peak_memory(lambda x=x: hotkernels.dpc_knn(x, 81, 2, backend=backend), "cuda")
+        assert extra is not None
+        assert extra <= 64 * N * 32  # the answers; the launches hold 40 MB of partial products
+
+
 @on_any_gpu
 def test_attention_holds_no_matrix_of_logits(backend: str) -> None:
     if backend not in KERNELS["gathered_attention"]:
