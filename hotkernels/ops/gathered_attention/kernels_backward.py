@@ -96,9 +96,9 @@ def _tokens(entry, S, Nk, index_ptr, start_ptr, slots_ptr):
         there &= (slot >= 0) & (slot < S)
         token = tl.load(index_ptr + slot, mask=there, other=-1)
         there &= (token >= 0) & (token < Nk)
-        there &= tl.load(start_ptr + token, mask=there, other=-1) == entry
+        begin = tl.load(start_ptr + token, mask=there, other=-1)
         end = tl.load(start_ptr + token + 1, mask=there, other=0)
-        return token, there, tl.minimum(end, S) - entry
+        return token, there & (begin == entry), tl.minimum(end, S) - entry
 
 
 @triton.jit
