@@ -87,6 +87,8 @@ def assert_as_accurate(
         return
     assert ours.isfinite().all()
     roundings, precise = (32, torch.float64) if ours.dtype == torch.float64 else (4, torch.float32)
+    if backend == "triton":
+        roundings = 16  # tensor cores cut off what a sum cannot hold: 32 times in a product of 256 channels
     floor = roundings * torch.finfo(precise).eps * scale
     error, *errors = ((t.double() - truth).abs().max().item() for t in (ours, *torchs))
     allowed = max(e for e in errors if math.isfinite(e))
