@@ -159,14 +159,14 @@ def test_rows_with_nothing_to_attend_to(backend: str, kind: str, dtype: torch.dt
 @each_kind
 def test_large_logits(backend: str, kind: str) -> None:
     """Far beyond what exp can take."""
-    query, key, value = heads(1, Nq=33, Nk=300)
+    query, key, value = heads(2, Nq=63, Nk=300)
     query = query * 300
-    index = index_of(kind, (1,), 2, 33, 300, 100)
+    index = index_of(kind, (2,), 2, 63, 300, 40)
     ours = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
     exact = gradients(lambda *a: attend(*a, index)[0], *upcast([query, key, value]))
     for a, c in zip(ours, exact, strict=True):  # logits near 1000 are known to 6e-5, and so is what follows from them
         assert a.isfinite().all()
-        assert (a.double() - c).abs().max() <= 3e-3 * c.abs().max().clamp(min=1)
+        assert (a.double() - c).abs().max() <= 3e-3 * c.abs().max()
 
 
 @pytest.mark.parametrize("rising", [True, False])
