@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(256) valid_kernel(const Large s) {
     float square = 0;
 #pragma unroll 4
     for (int64_t c = lane_id(); c < p.C; c += kWarp) {
-      const float v = to_float(x[c * p.x_stride_c]);
+      const float v = get(x[c * p.x_stride_c]);
       square += v * v;
     }
     there = warp_sum(square) <= kNormLimit;
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) partial_mean_kernel(const Large s, i
   float sum = 0, low = kInf, high = -kInf;
 #pragma unroll 8
   for (int i = begin; i < end; ++i) {
-    const float v = to_float(x[position[i] * p.x_stride_n]);
+    const float v = get(x[position[i] * p.x_stride_n]);
     sum += v;
     low = fminf(low, v), high = fmaxf(high, v);
   }
@@ -184,18 +184,16 @@ __device__ inline Scale scale_of(const Large& s, int64_t b) {
 template <class T>
 __device__ void read_8(const T* x, const Large& s, int64_t c, float (&v)[8]) {
   if (s.packed) {
-    struct alignas(16) Pack {
-      T value[16 / sizeof(T)];
-    };
+    constexpr int V = kPackBytes / sizeof(T);
 #pragma unroll
-    for (int i = 0; i < 8; i += 16 / sizeof(T)) {
-      const Pack pack = c < s.p.C ? *reinterpret_cast<const Pack*>(x + c + i) : Pack{};
+    for (int i = 0; i < 8; i += V) {
+      const auto pack = c < s.p.C ? *reinterpret_cast<const Pack<T, V>*>(x + c + i) : Pack<T, V>{};
 #pragma unroll
-      for (int e = 0; e < static_cast<int>(16 / sizeof(T)); ++e) v[i + e] = to_float(pack.value[e]);
+      for (int e = 0; e < V; ++e) v[i + e] = get(pack.value[e]);
     }
   } else {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) v[e] = c + e < s.p.C ? to_float(x[(c + e) * s.p.x_stride_c]) : 0.0f;
+    for (int e = 0; e < 8; ++e) v[e] = c + e < s.p.C ? get(x[(c + e) * s.p.x_stride_c]) : 0.0f;
   }
 }
 
@@ -929,7 +927,7 @@ inline cudaError_t dpc_knn_large_fwd(const DpcKnn& p, void* scratch, cudaStream_
   if (p.B == 0) return cudaSuccess;
   int64_t bytes = 0;
   const dpc::large::Large s = dpc::large::plan(p, scratch, &bytes);
-  return dpc::with_element(p.dtype, [&](auto element) { return dpc::large::run<decltype(element)>(s, stream); });
+  return with_element<false>(p.dtype, [&](auto element) { return dpc::large::run<decltype(element)>(s, stream); });
 }
 
 }  // namespace hotkernels

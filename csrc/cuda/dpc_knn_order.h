@@ -1,11 +1,8 @@
 // What both CUDA forms of dpc_knn share: reading elements, which tokens count, the order of densities and of scores.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
+#include "element.h"
 #include "hotkernels/dpc_knn.h"
 #include "ptx.h"
 
@@ -16,20 +13,6 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kInf = __builtin_inff();
 // A token counts only if its squared norm is at most this: then no sum of squared distances overflows. NaN fails too.
 constexpr float kNormLimit = 0x1p93f;
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-// Calls body(T{}) for the element type of x.
-template <class Body>
-inline auto with_element(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::f16: return body(__half{});
-    case DType::bf16: return body(__nv_bfloat16{});
-    default: return body(float{});
-  }
-}
 
 // ---- warps --------------------------------------------------------------------------------------------------------
 

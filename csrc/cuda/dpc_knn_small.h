@@ -107,7 +107,7 @@ __device__ float bound_of(const DpcKnn& p, int64_t b, int64_t position) {
   const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b + position * p.x_stride_n;
   float square = 0, largest = 0;
   for (int64_t c = threadIdx.x % kWarp; c < p.C; c += kWarp) {
-    const float value = to_float(x[c * p.x_stride_c]);
+    const float value = get(x[c * p.x_stride_c]);
     square += value * value;
     largest = fmaxf(largest, fabsf(value));
   }
@@ -124,9 +124,7 @@ __device__ inline float largest_bound(const float* bound, int n) {
 // ---- products -----------------------------------------------------------------------------------------------------
 
 template <class T>
-struct alignas(4 * sizeof(T)) Quad {
-  T value[4];
-};
+using Quad = Pack<T, 4>;
 
 // Starts to copy four channels of a token, of which the first `valid` exist, to shared memory.
 template <class T, bool kWide>
@@ -149,7 +147,7 @@ template <class T>
 __device__ inline float4 read_quad(const Quad<T>* from) {
   const Quad<T> quad = *from;
   const T(&v)[4] = quad.value;
-  return make_float4(to_float(v[0]), to_float(v[1]), to_float(v[2]), to_float(v[3]));
+  return make_float4(get(v[0]), get(v[1]), get(v[2]), get(v[3]));
 }
 
 __device__ inline float4 operator+(float4 a, float4 b) {
@@ -738,7 +736,7 @@ cudaError_t launch(void (*kernel)(P...), int64_t blocks, int64_t bytes, int clus
 // Calls body(T{}, wide) with wide = std::true_type if four channels are always one aligned load.
 template <class Body>
 auto with_layout(const DpcKnn& p, const Body& body) {
-  return with_element(p.dtype, [&](auto element) {
+  return with_element<false>(p.dtype, [&](auto element) {
     constexpr int kBytes = 4 * sizeof(element);
     const bool wide = reinterpret_cast<uintptr_t>(p.x) % kBytes == 0 && (p.x_stride_c == 1 || p.C == 1) &&
                       p.x_stride_n % 4 == 0 && p.x_stride_b % 4 == 0;

@@ -38,13 +38,15 @@ __device__ inline T put(Compute<T> x) {
   }
 }
 
-// Calls body(T{}) for the element type of a tensor.
-template <class Body>
+// Calls body(T{}) for the element type of a tensor; an op that takes no float64 need not compile kernels for it.
+template <bool kFloat64 = true, class Body>
 inline auto with_element(DType dtype, const Body& body) {
+  if constexpr (kFloat64) {
+    if (dtype == DType::f64) return body(double{});
+  }
   switch (dtype) {
     case DType::f16: return body(__half{});
     case DType::bf16: return body(__nv_bfloat16{});
-    case DType::f64: return body(double{});
     default: return body(float{});
   }
 }
