@@ -72,6 +72,17 @@ def measured(sources: str = "*") -> Resources:
     return resources
 
 
+def over(kernels: Resources, limits: Resources) -> dict[tuple[str, str, str], tuple[int, int]]:
+    """(kernel, generation, what) -> (what it needs, its limit), where it needs more."""
+    return {
+        (name, generation, what): (count, limits[name][generation][what])
+        for name, generations in kernels.items()
+        for generation, needs in generations.items()
+        for what, count in needs.items()
+        if count > limits[name][generation][what]
+    }
+
+
 if __name__ == "__main__":
     compile_library()
     kernels = measured()

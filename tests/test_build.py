@@ -96,14 +96,9 @@ def test_cuda_compiles_for_every_generation_within_its_limits(cuda_library: Path
     assert kernels.keys() == table["kernels"].keys(), "after a change: python tests/cuda_resources.py"
     if cuda_resources.nvcc_release() != table["nvcc"]:
         pytest.skip(f"compiled, but the limits are for nvcc {table['nvcc']}, this is {cuda_resources.nvcc_release()}")
-    over = {
-        (name, generation, what): (count, table["kernels"][name][generation][what])
-        for name, generations in kernels.items()
-        for generation, needs in generations.items()
-        for what, count in needs.items()
-        if count > table["kernels"][name][generation][what]
-    }
-    assert not over, "(needs, limit); where it is meant: python tests/cuda_resources.py"
+    assert not cuda_resources.over(kernels, table["kernels"]), (
+        "(needs, limit); where it is meant: python tests/cuda_resources.py"
+    )
 
 
 def test_cuda_library_is_refused_cleanly_by_a_torch_without_cuda(cuda_library: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import cuda_resources
 import pytest
 from conftest import EMULATED
 
@@ -25,14 +26,9 @@ def test_triton_compiles_for_every_generation_within_its_limits(resources: trito
     assert all(needs.keys() == triton_resources.GENERATIONS.keys() for needs in resources.values())
     if triton.__version__ != table["triton"]:
         pytest.skip(f"compiled, but the limits are for triton {table['triton']}, this is {triton.__version__}")
-    over = {
-        (name, generation, what): (count, table["kernels"][name][generation][what])
-        for name, generations in resources.items()
-        for generation, needs in generations.items()
-        for what, count in needs.items()
-        if count > table["kernels"][name][generation][what]
-    }
-    assert not over, "(needs, limit); where it is meant: python tests/triton_resources.py"
+    assert not cuda_resources.over(resources, table["kernels"]), (
+        "(needs, limit); where it is meant: python tests/triton_resources.py"
+    )
 
 
 def test_launches_fit_every_generation(resources: triton_resources.Resources) -> None:
