@@ -67,6 +67,8 @@ def test_as_accurate_as_sdpa(backend: str, D: int, dtype: torch.dtype) -> None:
     truth = gradients(lambda *a: attend(*a)[0], *upcast(args))
     for i, (a, b, exact) in enumerate(zip(ours, theirs, truth, strict=True)):
         allowed = (b.double() - exact).abs().max() * (2 if i == 0 else 3)
+        if backend == "triton":  # tensor cores cut off where others round
+            allowed += 4 * torch.finfo(torch.float32).eps * exact.abs().max()
         assert (a.double() - exact).abs().max() <= allowed
 
 
@@ -115,7 +117,10 @@ def test_one_key_is_its_value(backend: str, kind: str) -> None:
     out, grad_query, grad_key, grad_value = gradients(
         lambda *a: gathered_attention(*a, index, backend=backend), query, key, value
     )
-    assert torch.equal(out, value.expand_as(out))
+    if backend == "triton":  # two TF32 numbers, as tensor cores take them, hold all but the last bits of a float32
+        torch.testing.assert_close(out, value.expand_as(out), rtol=1e-6, atol=0)
+    else:
+        assert torch.equal(out, value.expand_as(out))
     assert_close((grad_query, grad_key), (torch.zeros_like(query), torch.zeros_like(key)), atol=1e-4)
     generator = torch.Generator().manual_seed(0)
     grad_out = torch.randn(out.shape, generator=generator, device="cpu").to(out)
