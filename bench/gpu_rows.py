@@ -179,6 +179,8 @@ def measure(row: Row, bench: Bench, warm: bool = False) -> dict[str, Any]:
         if result["wrong"] is not None:
             return result
         thunks = usable(thunks, bench, refused)
+        if "ours" not in thunks:
+            return result | {"wrong": refused["ours"]}
         result["call"] = bench.times(thunks)
         result["graph"] = bench.times(graphs(thunks, bench, refused))
         short = {n: thunks[n] for n, t in result["graph"].items() if t["median"] < SHORT}

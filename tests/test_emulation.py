@@ -12,6 +12,7 @@ from pathlib import Path
 
 import emulation
 import pytest
+import torch
 from conftest import EMULATED, GPU_BACKENDS
 
 from hotkernels import backends
@@ -71,6 +72,8 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pr
     """Both at once: they take minutes."""
     if backends.LIBRARIES["_C_cpu"] is not None:
         pytest.skip(str(backends.LIBRARIES["_C_cpu"]))
+    if torch.cuda.is_available():
+        pytest.skip("here is a GPU: every test with the backend fixture runs on it")
     folder = tmp_path_factory.mktemp("emulation")
     running = {}
     for backend, (environment, expression) in EMULATE.items():
