@@ -33,14 +33,13 @@ def library() -> Path:
 def test_emulation_runs_what_is_right_and_catches_what_is_not(library: Path, which: int) -> None:
     errors = {}
     for order in emulation.ORDERS:
-        emulation.configure(order)
-        assert emulation.selftest(which, bug=False) == 0.0
-        errors[order] = emulation.selftest(which, bug=True)
+        assert emulation.selftest(which, order=order) == 0.0
+        errors[order] = emulation.selftest(which, order=order, bug=True)
     assert any(errors.values()), "the seeded bug went unseen in every order"
 
 
 def test_every_selftest_is_run(library: Path) -> None:
-    assert emulation.selftest(len(KERNELS), bug=False) is None
+    assert emulation.selftest(len(KERNELS)) is None
 
 
 # How a process is told to emulate a backend, and which of its tests to run. The interpreter is slow, and half types

@@ -16,7 +16,8 @@ from hotkernels import backends
 HERE = Path(__file__).parent
 ROOT = cuda_resources.ROOT
 BUILD = ROOT / "build/emulated_cuda"
-LIBRARY = BUILD / "libemulated_cuda.so"
+LIBRARY = BUILD / "libemulated_cuda.so"  # whoever loads it gets its kernels for the CPU
+SELFTEST = BUILD / "libselftest.so"
 # -O2, no contraction: quick to compile, and sums that a compiler cannot rearrange.
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
 FLAGS += ["-fvisibility=hidden", "-U_FORTIFY_SOURCE"]  # which takes a fiber's longjmp for an attack
@@ -35,7 +36,7 @@ def build() -> Path:
     glue = [*common, *setup.STABLE_ABI, "-DUSE_CUDA", "-isystem", f"{torch_home / 'include'}"]
     steps = [(src, ["-x", "c++", *common]) for src in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     steps += [(src, ["-include", "bindings.h", *glue]) for src in sorted((ROOT / "python_bindings").glob("*_cuda.cpp"))]
-    steps += [(HERE / name, glue) for name in ("emulation.cpp", "selftest.cpp")]
+    shared, own = (HERE / "emulation.cpp", glue), (HERE / "selftest.cpp", glue)
     link = [f"-L{torch_home / 'lib'}", *os.environ.get("HOTKERNELS_LDFLAGS", "").split(), "-Wl,-Bsymbolic"]
 
     def words(parts: list[str]) -> str:
@@ -49,9 +50,10 @@ def build() -> Path:
         "rule link",
         f"  command = {compiler} -shared $in -o $out {words(link)} -ltorch_cpu -lc10",
     ]
-    for src, flags in steps:
+    for src, flags in [*steps, shared, own]:
         lines += [f"build {src.name}.o: cxx {src}", f"  flags = {words(flags)}"]
-    lines += [f"build {LIBRARY.name}: link {' '.join(f'{src.name}.o' for src, _ in steps)}"]
+    for library, parts in ((LIBRARY, [*steps, shared]), (SELFTEST, [own, shared])):
+        lines += [f"build {library.name}: link {' '.join(f'{src.name}.o' for src, _ in parts)}"]
     BUILD.mkdir(parents=True, exist_ok=True)
     (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
     run = subprocess.run([setup.find_ninja(), "-C", str(BUILD)], capture_output=True, text=True, check=False)
@@ -69,18 +71,19 @@ def load() -> None:
             kernels["cuda"] = dataclasses.replace(kernels["cuda"], device="cpu")
 
 
-def configure(order: int | None = None, compute_capability: int = 90) -> None:
+def configure(order: int | None = None, compute_capability: int = 90, library: Path = LIBRARY) -> None:
     """Choose which warps, lanes and blocks run first and which GPU this is.
 
     `order` is a sum of bits, see emulation.h; None takes another at every launch.
     """
-    set_ = ctypes.CDLL(str(LIBRARY)).hk_emulation_set
+    set_ = ctypes.CDLL(str(library)).hk_emulation_set
     set_(ctypes.c_int(-1 if order is None else order), ctypes.c_int(compute_capability))
 
 
-def selftest(which: int, *, bug: bool) -> float | None:
+def selftest(which: int, *, order: int = 0, bug: bool = False) -> float | None:
     """The error of a kernel of selftest.cpp; infinite if its launch failed, None if there is no such kernel."""
-    run = ctypes.CDLL(str(LIBRARY)).hk_emulation_selftest
+    configure(order, library=SELFTEST)
+    run = ctypes.CDLL(str(SELFTEST)).hk_emulation_selftest
     run.restype = ctypes.c_double
     error = run(which, bug)
     return {-1.0: float("inf"), -2.0: None}.get(error, error)
