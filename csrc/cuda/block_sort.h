@@ -1,13 +1,11 @@
 // A stable counting sort by one thread block in shared memory, and the scan that it and larger sorts are made of.
 #pragma once
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include "element.h"
 
 namespace hotkernels {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kLoadsInFlight = 8;  // of one thread, before it waits for the first
 
 __device__ inline int thread_of_block() { return static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); }

@@ -8,8 +8,6 @@
 
 namespace hotkernels::dpc {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kInf = __builtin_inff();
 // A token counts only if its squared norm is at most this: then no sum of squared distances overflows. NaN fails too.
 constexpr float kNormLimit = 0x1p93f;

@@ -11,6 +11,8 @@
 
 namespace hotkernels {
 
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kPackBytes = 16;  // the widest load of one thread
 
 template <class T, int V>

@@ -82,19 +82,9 @@ R fold_warp(unsigned mask, T value, Fold) {
 }  // namespace hk_emulation
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
-  const int lane = hk_emulation::lane();
-  return hk_emulation::shuffle(mask, value, (lane & ~(width - 1)) + (from & (width - 1)));
-}
-template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
   const int lane = hk_emulation::lane(), from = lane ^ lanes;
   return hk_emulation::shuffle(mask, value, from / width <= lane / width ? from : lane);
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
-  const int lane = hk_emulation::lane();
-  return hk_emulation::shuffle(mask, value, lane % width + static_cast<int>(by) < width ? lane + by : lane);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
@@ -136,21 +126,10 @@ T __reduce_max_sync(unsigned mask, T value) {
   return hk_emulation::fold_warp<T>(mask, value,
                                     [](T all, T one, int, bool first) { return first || one > all ? one : all; });
 }
-template <class T>
-T __reduce_or_sync(unsigned mask, T value) {
-  return hk_emulation::fold_warp<T>(mask, value, [](T all, T one, int, bool) { return static_cast<T>(all | one); });
-}
-template <class T>
-T __reduce_and_sync(unsigned mask, T value) {
-  return hk_emulation::fold_warp<T>(
-      mask, value, [](T all, T one, int, bool first) { return static_cast<T>(first ? one : all & one); });
-}
 inline void __syncwarp(unsigned mask = ~0u) {
   hk_emulation::warp_instruction(mask, nullptr, [](void* const(&)[32], unsigned) {});
 }
 inline void __syncthreads() { hk_emulation::block_barrier(); }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 [[noreturn]] inline void __trap() { hk_emulation::fail("__trap()"); }
 
 template <class T>
@@ -171,51 +150,10 @@ T atomicMin(T* p, std::type_identity_t<T> v) {
   *p = std::min(old, v);
   return old;
 }
-template <class T>
-T atomicOr(T* p, std::type_identity_t<T> v) {
-  const T old = *p;
-  *p = old | v;
-  return old;
-}
-template <class T>
-T atomicExch(T* p, std::type_identity_t<T> v) {
-  const T old = *p;
-  *p = v;
-  return old;
-}
-template <class T>
-T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
-  const T old = *p;
-  if (old == expected) *p = v;
-  return old;
-}
 
-template <class T>
-T __ldg(const T* p) {
-  return *p;
-}
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
-inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
-inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
 inline int __popc(unsigned x) { return std::popcount(x); }
-inline int __popcll(unsigned long long x) { return std::popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
-inline int __clzll(long long x) { return std::countl_zero(static_cast<unsigned long long>(x)); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 using std::max;
 using std::min;
