@@ -96,26 +96,55 @@ struct Each {
     }
   }
 
+  // The sum of term(i) for i < count. Long sums are sums of short ones: one token may fill many slots, and the roundings of
+  // equal terms all go the same way.
+  template <class Term>
+  static T sum_of(int64_t count, const Term& term) {
+    T total = 0;
+    for (int64_t first = 0; first < count; first += kShortSum) {
+      const int64_t last = count - first < kShortSum ? count : first + kShortSum;
+      T part = 0;
+      for (int64_t i = first; i < last; ++i) part += term(i);
+      total += part;
+    }
+    return total;
+  }
+
+  // put(d, sum of weight(i) * row(i)[d] for i < count) for every vector d of a row.
+  template <class Weight, class Row, class Put>
+  void sum_rows(int64_t count, const Weight& weight, const Row& row, const Put& put) const {
+    const auto vectors = [&](auto width, int64_t d, const auto& load_at) {
+      constexpr int V = decltype(width)::value;
+      vec total[V] = {};
+      for (int64_t first = 0; first < count; first += kShortSum) {
+        const int64_t last = count - first < kShortSum ? count : first + kShortSum;
+        vec acc[V] = {};
+        for (int64_t i = first; i < last; ++i) {
+          const S* from = row(i);
+          const vec w = splat(weight(i));
+#pragma GCC unroll 4
+          for (int64_t e = 0; e < V; ++e) acc[e] += w * load_at(from, d + e * lanes);
+        }
+        for (int64_t e = 0; e < V; ++e) total[e] += acc[e];
+      }
+      for (int64_t e = 0; e < V; ++e) put(d + e * lanes, total[e]);
+    };
+    int64_t d = 0;
+    for (; d + 4 * lanes <= p.D; d += 4 * lanes) {
+      vectors(std::integral_constant<int, 4>(), d, [](const S* from, int64_t at) { return load_as<E>(from + at); });
+    }
+    for (; d < p.D; d += lanes) {
+      vectors(std::integral_constant<int, 1>(), d, [&](const S* from, int64_t at) { return part(from, at); });
+    }
+  }
+
   // put(d, sum of weights[key] * x[tokens[key]]) for every vector d of the row.
   template <class Put>
   void weighted_sum(const HeadsView& x, int64_t b, int64_t j, int64_t h, const T* weights, const Put& put) const {
     const S* base = at(x, b, j, h, 0);
-    int64_t d = 0;
-    for (; d + 4 * lanes <= p.D; d += 4 * lanes) {
-      vec acc[4] = {};
-      for (int64_t key = 0; key < keys; ++key) {
-        const S* from = base + tokens[key] * x.stride_n + d;
-        const vec weight = splat(weights[key]);
-#pragma GCC unroll 4
-        for (int64_t e = 0; e < 4; ++e) acc[e] += weight * load_as<E>(from + e * lanes);
-      }
-      for (int64_t e = 0; e < 4; ++e) put(d + e * lanes, acc[e]);
-    }
-    for (; d < p.D; d += lanes) {
-      vec acc{};
-      for (int64_t key = 0; key < keys; ++key) acc += splat(weights[key]) * part(base + tokens[key] * x.stride_n, d);
-      put(d, acc);
-    }
+    sum_rows(
+        keys, [&](int64_t key) { return weights[key]; },
+        [&](int64_t key) { return base + tokens[key] * x.stride_n; }, put);
   }
 
   void write(S* out, int64_t d, vec value) const {
@@ -150,10 +179,10 @@ struct Each {
     for (int64_t h = 0; h < p.H; ++h) {
       if (h == 0 || p.index_stride_h != 0) take_index(b, j, h, i);
       score(b, j, h, i);
-      T top = static_cast<T>(-INFINITY), sum = 0;
+      T top = static_cast<T>(-INFINITY);
       for (int64_t key = 0; key < keys; ++key) top = logits[key] > top ? logits[key] : top;
       exponentials(top == static_cast<T>(-INFINITY) ? T{0} : top);
-      for (int64_t key = 0; key < keys; ++key) sum += logits[key];
+      const T sum = sum_of(keys, [&](int64_t key) { return logits[key]; });
       const T inverse = sum == 0 ? T{0} : T{1} / sum;
       S* out = at(p.out, b, j, h, i);
       weighted_sum(p.value, b, j, h, logits, [&](int64_t d, vec value) { write(out, d, value * inverse); });
@@ -174,8 +203,7 @@ struct Each {
       pack_row<E>(at(p.grad_out, b, j, h, i), p.D, T{1}, row2);
       dots(p.value, b, j, h, row2, other);
       // grad_out . out, from the probabilities: out may have been rounded to a half type.
-      T delta = 0;
-      for (int64_t key = 0; key < keys; ++key) delta += logits[key] * other[key];
+      T delta = sum_of(keys, [&](int64_t key) { return logits[key] * other[key]; });
       if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[at_row];
       fill(probabilities, p.S, T{0});
       fill(grad_logits, p.S, T{0});
@@ -200,19 +228,19 @@ struct Each {
       const auto sum = [&](const HeadsView& x, const void* weights_of, HeadsView to, T scale) {
         if (!to.data) return;
         const T* weights = static_cast<const T*>(weights_of) + head;
-        for (int64_t d = 0; d < p.D; d += lanes) {
-          vec acc{};
-          for (int64_t e = start[0]; e < start[1]; ++e) acc += splat(weights[slots[e]]) * part(at(x, b, j, h, slots[e] / p.S), d);
-          write(at(to, b, j, h, n), d, acc * scale);
-        }
+        const S* base = at(x, b, j, h, 0);
+        const int64_t* mine = slots + start[0];
+        sum_rows(
+            start[1] - start[0], [&](int64_t e) { return weights[mine[e]]; },
+            [&](int64_t e) { return base + mine[e] / p.S * x.stride_n; },
+            [&](int64_t d, vec value) { write(at(to, b, j, h, n), d, value * scale); });
       };
       sum(p.query, p.grad_logits, p.grad_key, static_cast<T>(p.scale));
       sum(p.grad_out, p.probabilities, p.grad_value, T{1});
       if (p.grad_key_bias) {
         const T* weights = static_cast<const T*>(p.grad_logits) + head;
-        T total = 0;
-        for (int64_t e = start[0]; e < start[1]; ++e) total += weights[slots[e]];
-        static_cast<T*>(p.grad_key_bias)[((b * p.J + j) * p.H + h) * p.Nk + n] = total;
+        static_cast<T*>(p.grad_key_bias)[((b * p.J + j) * p.H + h) * p.Nk + n] =
+            sum_of(start[1] - start[0], [&](int64_t e) { return weights[slots[start[0] + e]]; });
       }
     }
   }
