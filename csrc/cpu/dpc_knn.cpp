@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "element.h"
 #include "scratch.h"
 #include "tile_dots.h"
 
@@ -21,6 +22,7 @@ namespace hotkernels::HK_ISA {
 namespace {
 
 constexpr int64_t kDense = 384;     // 384^2 floats are 0.6 MB: they fit the second-level cache
+constexpr int64_t kDenseChannels = 256;  // packed at a time for those: 384 x 256 floats are 0.4 MB, beside them in that cache
 constexpr int64_t kBlock = 192;     // tokens per side of a tile of distances; a multiple of P on every instruction set
 constexpr int64_t kListMin = 16;    // neighbours kept per token: fewer leave more tokens to the second search
 constexpr int64_t kListPad = 16;    // floats before a list: the last of them is -inf, its "entry -1"
@@ -49,7 +51,7 @@ struct Candidate {  // best first
 
 // What one thread needs for itself.
 struct Part {
-  float* rows;         // [W, kChannelBlock] tokens on their way into a panel
+  float* row;          // [kDense] distances of one token, where k is large
   float* tile;         // [kBlock, kBlock] dot products
   float* distance;     // [N, list_stride] squared distances, ascending
   int32_t* neighbour;  // [N, list_stride]
@@ -65,7 +67,7 @@ struct Sample {
   int32_t* position;       // [N] where in the sample a token stands
   float* mean;             // [C]
   float* row;              // [C]
-  float* panels;           // [Np / P, C, P]
+  float* panels;           // [Np / P, C, P]; up to kDense tokens, kDenseChannels of the C at a time
   float* norm;             // [Np]
   float* r;                // [Np] mean of the k smallest squared distances
   int32_t* rank;           // [Np] 0 = densest
@@ -92,7 +94,7 @@ struct Sample {
     position = a.take<int32_t>(p.N);
     mean = a.take<float>(p.C);
     row = a.take<float>(p.C);
-    panels = a.take<float>(np * p.C);
+    panels = a.take<float>(np * (large ? p.C : std::min(p.C, kDenseChannels)));
     norm = a.take<float>(np);
     r = a.take<float>(np);
     rank = a.take<int32_t>(np);
@@ -111,7 +113,7 @@ struct Sample {
     kept_norm = large && p.assign ? a.take<float>(mp) : nullptr;
     for (int64_t q = 0; q < parts; ++q) {
       Part here{};
-      here.rows = a.take<float>(W * kChannelBlock);
+      here.row = a.take<float>(kDense);
       if (large) {
         here.tile = a.take<float>(kBlock * kBlock);
         here.distance = a.take<float>(kListPad + p.N * list_stride);
@@ -158,39 +160,48 @@ void find_valid(const DpcKnn& p, int64_t b, Sample& s) {
   for (int64_t c = 0; c < p.C; ++c) s.mean[c] /= static_cast<float>(std::max<int64_t>(s.n, 1));
 }
 
-void pack_panel(const DpcKnn& p, int64_t b, const Sample& s, int64_t first, float* rows) {
-  float* panel = s.panels + first * p.C;
+// Channels [begin, end) of P tokens, centred and transposed, and their share of the norms.
+template <class E>
+void pack_panel(const DpcKnn& p, int64_t b, const Sample& s, int64_t first, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const typename E::Stored*>(p.x) + b * p.x_stride_b;
+  float* panel = s.panels + first * (end - begin);
   for (int64_t lane = 0; lane < P; lane += W) {
-    for (int64_t c = 0; c < p.C; c += kChannelBlock) {
-      const int64_t channels = std::min(kChannelBlock, p.C - c);
-      for (int64_t l = 0; l < W; ++l) {
-        float* row = rows + l * kChannelBlock;
+    for (int64_t c = begin; c < end; c += W) {
+      const int64_t channels = std::min<int64_t>(W, end - c);
+      const bool whole = channels == W && p.x_stride_c == 1;
+      vf block[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) {
         const int64_t i = first + lane + l;
-        if (i < s.n) {
-          load_row(p.x, p.dtype, b * p.x_stride_b + s.position[i] * p.x_stride_n + c * p.x_stride_c, p.x_stride_c,
-                   channels, row);
-          for (int64_t e = 0; e < channels; ++e) row[e] -= s.mean[c + e];
+        block[l] = vf{};
+        if (i >= s.n) continue;
+        const auto* from = x + s.position[i] * p.x_stride_n + c * p.x_stride_c;
+        if (whole) {
+          block[l] = load_as<E>(from) - load(s.mean + c);
         } else {
-          std::fill(row, row + channels, 0.0f);
+          float row[W] = {};
+          for (int64_t e = 0; e < channels; ++e) row[e] = E::get(from[e * p.x_stride_c]) - s.mean[c + e];
+          block[l] = load(row);
         }
       }
-      for (int64_t e = 0; e < channels; e += W) {
-        vf block[W];
-#pragma GCC unroll 16
-        for (int l = 0; l < W; ++l) block[l] = load(rows + l * kChannelBlock + e);
-        transpose<float>(block);
-        const int64_t stop = std::min<int64_t>(W, channels - e);
-        for (int64_t l = 0; l < stop; ++l) store(panel + (c + e + l) * P + lane, block[l]);
-      }
+      transpose<float>(block);
+      for (int64_t l = 0; l < channels; ++l) store(panel + (c - begin + l) * P + lane, block[l]);
     }
   }
-  panel_norms(panel, p.C, s.norm + first);
+  panel_norms(panel, end - begin, s.norm + first, begin > 0);
+  if (end < p.C) return;
   for (int64_t i = std::max(first, s.n); i < first + P; ++i) s.norm[i] = kInf;  // padding is infinitely far
 }
 
-void pack(const DpcKnn& p, int64_t b, Sample& s, const Runner& runner) {
+void pack(const DpcKnn& p, int64_t b, Sample& s, int64_t begin, int64_t end, const Runner& runner) {
   s.each_part(runner, [&](int64_t q) {
-    for (int64_t first = q * P; first < s.n; first += s.parts * P) pack_panel(p, b, s, first, s.part[q].rows);
+    for (int64_t first = q * P; first < s.n; first += s.parts * P) {
+      switch (p.dtype) {
+        case DType::f16: pack_panel<F16>(p, b, s, first, begin, end); break;
+        case DType::bf16: pack_panel<BF16>(p, b, s, first, begin, end); break;
+        default: pack_panel<F32>(p, b, s, first, begin, end); break;
+      }
+    }
   });
 }
 
@@ -200,32 +211,42 @@ inline vf squared_distance(float norm_i, vf norm_j, vf dot) {
 
 // ---- 2a. few tokens: all distances in cache -------------------------------------------------------------------------
 
-// Tiles on and above the diagonal, a panel of columns at a time; what a panel computes, it also writes as mirror image.
-void dense_distances(const DpcKnn& p, Sample& s, const Runner& runner) {
+// Dot products of columns [j0, j1) become squared distances, written as their mirror image too.
+void mirror_distances(Sample& s, int64_t j0, int64_t j1) {
   const int64_t side = round_up(s.n, P);
-  s.each_part(runner, [&](int64_t q) {
-    for (int64_t first = q * P; first < s.n; first += s.parts * P) {
-      const int64_t stop = std::min(s.n, first + P);
-      tile_dots(s.panels, 0, stop, s.panels, first, stop, p.C, true, s.dense + first, side);
-      for (int64_t j = first; j < stop; j += W) {
-        for (int64_t i0 = 0; i0 <= j; i0 += W) {
-          vf block[W];
+  for (int64_t j = j0; j < j1; j += W) {
+    for (int64_t i0 = 0; i0 <= j; i0 += W) {
+      vf block[W];
 #pragma GCC unroll 16
-          for (int l = 0; l < W; ++l) {
-            block[l] = squared_distance(s.norm[i0 + l], load(s.norm + j), load(s.dense + (i0 + l) * side + j));
-            store(s.dense + (i0 + l) * side + j, block[l]);
-          }
-          if (j == i0) {  // the rest of this block on the diagonal is its own mirror image
-            for (int64_t l = 0; l < W; ++l) s.dense[(i0 + l) * side + i0 + l] = 0;
-            continue;
-          }
-          transpose<float>(block);
-#pragma GCC unroll 16
-          for (int l = 0; l < W; ++l) store(s.dense + (j + l) * side + i0, block[l]);
-        }
+      for (int l = 0; l < W; ++l) {
+        block[l] = squared_distance(s.norm[i0 + l], load(s.norm + j), load(s.dense + (i0 + l) * side + j));
+        store(s.dense + (i0 + l) * side + j, block[l]);
       }
+      if (j == i0) {  // the rest of this block on the diagonal is its own mirror image
+        for (int64_t l = 0; l < W; ++l) s.dense[(i0 + l) * side + i0 + l] = 0;
+        continue;
+      }
+      transpose<float>(block);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) store(s.dense + (j + l) * side + i0, block[l]);
     }
-  });
+  }
+}
+
+// Tiles on and above the diagonal, some channels at a time and for each a panel of columns at a time.
+void dense_distances(const DpcKnn& p, int64_t b, Sample& s, const Runner& runner) {
+  const int64_t side = round_up(s.n, P);
+  for (int64_t begin = 0; begin < p.C; begin += kDenseChannels) {
+    const int64_t end = std::min(p.C, begin + kDenseChannels);
+    pack(p, b, s, begin, end, runner);
+    s.each_part(runner, [&](int64_t q) {
+      for (int64_t first = q * P; first < s.n; first += s.parts * P) {
+        const int64_t stop = std::min(s.n, first + P);
+        tile_dots(s.panels, 0, stop, s.panels, first, stop, end - begin, true, s.dense + first, side, begin > 0);
+        if (end == p.C) mirror_distances(s, first, stop);
+      }
+    });
+  }
 }
 
 // r of W tokens at once: the matrix is symmetric, so lane l reads down column j + l.
@@ -272,8 +293,7 @@ void dense_densities(const DpcKnn& p, Sample& s, const Runner& runner) {
       case 8: return dense_density<8>(s, j, side, denominator);
       default: break;
     }
-    static_assert(W * kChannelBlock >= kDense);
-    float* row = part.rows;  // done with since step 1
+    float* row = part.row;
     for (int64_t i = j; i < std::min(j + W, s.n); ++i) {
       std::copy(s.dense + i * side, s.dense + i * side + s.n, row);
       std::partial_sort(row, row + k, row + s.n);
@@ -567,12 +587,12 @@ int64_t dpc_knn_scratch(const DpcKnn& p, int32_t threads) {
 void dpc_knn_fwd(const DpcKnn& p, int64_t b, void* scratch, const Runner& runner) {
   Sample s(p, runner.threads, scratch);
   find_valid(p, b, s);
-  pack(p, b, s, runner);
   const bool dense = s.n <= kDense;
   if (dense) {
-    dense_distances(p, s, runner);
+    dense_distances(p, b, s, runner);
     dense_densities(p, s, runner);
   } else {
+    pack(p, b, s, 0, p.C, runner);
     find_neighbours(p, s, runner);
   }
   rank_by_density(p, b, s);

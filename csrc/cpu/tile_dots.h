@@ -15,12 +15,13 @@ constexpr int64_t kChannelBlock = 128;    // channels per pass: a panel's 128 x 
 
 // t[i - i_begin][j - j_begin] = <a_i, b_j>. i_begin and j_begin are multiples of P; rows are written in groups of R and
 // columns in groups of W, so t needs room for round_up(i_end - i_begin, R) rows of round_up(j_end - j_begin, W).
-// With `upper` (a and b are the same tokens) only j >= i is computed, in whole vectors.
+// With `upper` (a and b are the same tokens) only j >= i is computed, in whole vectors. With `more`, t holds the products
+// over earlier channels, and those over these C are added.
 inline void tile_dots(const float* a, int64_t i_begin, int64_t i_end, const float* b, int64_t j_begin, int64_t j_end,
-                      int64_t C, bool upper, float* t, int64_t t_stride) {
+                      int64_t C, bool upper, float* t, int64_t t_stride, bool more = false) {
   for (int64_t c = 0; c < C; c += kChannelBlock) {
     const int64_t channels = C - c < kChannelBlock ? C - c : kChannelBlock;
-    const bool add = c > 0;
+    const bool add = more || c > 0;
     for (int64_t j = j_begin; j < j_end; j += P) {
       const float* panel_b = b + j * C + c * P;
       const int64_t vectors = j_end - j >= P ? 3 : (j_end - j + W - 1) / W;
@@ -42,8 +43,9 @@ inline void tile_dots(const float* a, int64_t i_begin, int64_t i_end, const floa
 }
 
 // norm[lane] = <x, x> of each token of one panel, in the order of tile_dots: x's distance to itself is exactly 0.
-inline void panel_norms(const float* panel, int64_t C, float* norm) {
+inline void panel_norms(const float* panel, int64_t C, float* norm, bool more) {
   vf total[3] = {};
+  for (int v = 0; more && v < 3; ++v) total[v] = load(norm + v * W);
   for (int64_t c = 0; c < C; c += kChannelBlock) {
     const int64_t stop = C - c < kChannelBlock ? C : c + kChannelBlock;
     vf acc[3] = {};
