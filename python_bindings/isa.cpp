@@ -1,4 +1,5 @@
 // Chooses the instruction set of the CPU kernels, once; _isa(force) tells it, or changes it for tests and benchmarks.
+// _is_intel() says whose the processor is: MKL, with which PyTorch multiplies, looks at that.
 #include <atomic>
 #include <cstdlib>
 
@@ -44,10 +45,21 @@ std::string isa_name(std::optional<std::string> force) {
   return kNames[current()];
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 Isa isa() { return static_cast<Isa>(current().load(std::memory_order_relaxed)); }
 
 }  // namespace hotkernels
 
-STABLE_TORCH_LIBRARY_IMPL(hotkernels, CompositeExplicitAutograd, m) { m.impl("_isa", TORCH_BOX(&hotkernels::isa_name)); }
+STABLE_TORCH_LIBRARY_IMPL(hotkernels, CompositeExplicitAutograd, m) {
+  m.impl("_isa", TORCH_BOX(&hotkernels::isa_name));
+  m.impl("_is_intel", TORCH_BOX(&hotkernels::is_intel));
+}

@@ -32,4 +32,5 @@ STABLE_TORCH_LIBRARY(hotkernels, m) {
       "recovery_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? "
       "key_bias, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   m.def("_isa(str? force) -> str");
+  m.def("_is_intel() -> bool");
 }

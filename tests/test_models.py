@@ -276,9 +276,13 @@ def test_bad_input() -> None:
 # The linear layers.
 
 
+@pytest.mark.parametrize("mkl_is_fast", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 4, 5), (0, 5)])
-def test_linear_is_the_layer(shape: tuple[int, ...], bias: bool) -> None:
+def test_linear_is_the_layer(
+    shape: tuple[int, ...], bias: bool, mkl_is_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotkernels.nn.linear._MKL_IS_FAST", mkl_is_fast)
     layer = nn.Linear(5, 7, bias=bias)
     x = torch.randn(*shape, requires_grad=True)
     weight = torch.randn(*shape[:-1], 7)
