@@ -36,6 +36,7 @@ from .baselines import (
     gathered_attention_eager,
     merge_tokens_eager,
 )
+from .doctor import processor
 from .errors import fail
 from .nn import TokenRecovery
 from .ops.dpc_knn import dpc_knn
@@ -523,10 +524,9 @@ def peak_memory(thunk: Thunk, device: str = "cpu") -> int | None:
 
 def machine() -> dict[str, Any]:
     """What a time depends on: processor, threads, versions, date."""
-    names = re.findall(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo")) or [platform.processor() or platform.machine()]
     about = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": names[0],
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -538,13 +538,6 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         about["gpu"] = torch.cuda.get_device_name()
     return about
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 def _sizes(shape: Sequence[int]) -> str:

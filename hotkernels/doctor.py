@@ -28,14 +28,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu() -> str:
+def processor() -> str:
     """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+    return names[0] if names else platform.processor() or platform.machine() or "unknown"
 
 
 def _instruction_sets() -> str:
@@ -107,7 +107,7 @@ def report() -> str:
     lines += [
         "machine",
         f"  platform    {platform.platform()}",
-        f"  cpu         {_cpu()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads",
+        f"  cpu         {processor()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads",
         f"  kernels     {_instruction_sets()}",
         f"  gpu         {', '.join(gpus) or 'none'}",
         "extensions",
