@@ -62,6 +62,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         library = {"cuda": "_C_cuda", "triton": "triton"}[name]
         if backends.LIBRARIES[library] is not None:
             pytest.skip(str(backends.LIBRARIES[library]))
+        if not EMULATED and not torch.cuda.is_available():
+            pytest.skip(f"{name}: no GPU")
         with contextlib.nullcontext() if EMULATED else torch.device("cuda"):
             yield name
         return

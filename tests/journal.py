@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from bench.supervise import LOST, Journal
+from hotkernels.backends import OPS
 
 # They take tens of GB each: one after the other, in one process.
 LARGE = ("test_tensors_of_more_than_two_to_the_31_elements", "test_strides_beyond_32_bits")
@@ -85,11 +86,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         why = (crash.message if crash else text).strip()[:400]
     elif skipped:
         why = str(skipped[0].longrepr[2] if isinstance(skipped[0].longrepr, tuple) else skipped[0].longrepr)
-    params = _params(item)
+    params, stem = _params(item), item.path.stem.removeprefix("test_")
     journal.end(
         item.nodeid,
         "failed" if failed or lost else "skipped" if skipped else "passed",
-        op=params["op"].name if "op" in params else item.path.stem.removeprefix("test_"),
+        op=params["op"].name if "op" in params else next((op for op in OPS if stem.startswith(op)), stem),
         backend=str(params.get("backend", "")),
         seconds=round(sum(report.duration for report in _reports), 2),
         why=f"{lost}; {why}" if lost else why,

@@ -20,6 +20,11 @@ ROOT = cuda_resources.ROOT
 SETUP = cuda_resources.build_script()
 DATA = Path(__file__).parent / "data"
 GENERATIONS = {"sm_80", "sm_90a", "sm_100"}
+# What torch 2.13's headers define and 2.11's do not: TORCH_TARGET_VERSION hides later functions, but not macros.
+LATER_MACROS = (
+    "AT_OPAQUE_TYPES", "C10_WARP_SIZE_LOWER_BOUND", "C10_WARP_SIZE_UPPER_BOUND", "STABLE_TORCH_ERROR_CODE_CHECK",
+    "TORCH_VERSION_2_12_0", "TORCH_VERSION_2_13_0",
+)  # fmt: skip
 
 
 def tool(name: str, *args: object) -> str:
@@ -70,6 +75,12 @@ def test_cpu_symbols_are_those_of_torch_2_11(cpu_library: Path) -> None:
 
 def test_cuda_symbols_are_those_of_torch_2_11(cuda_library: Path) -> None:
     check_symbols(cuda_library)
+
+
+def test_bindings_use_no_macro_that_torch_2_11_lacks() -> None:
+    bindings = [path for path in (ROOT / "python_bindings").iterdir() if path.suffix in (".h", ".cpp")]
+    used = {(path.name, word) for path in bindings for word in re.findall(r"\w+", path.read_text())}
+    assert not {(name, word) for name, word in used if word in LATER_MACROS}
 
 
 @pytest.mark.parametrize("isa", SETUP.ISA_FLAGS)

@@ -11,7 +11,7 @@ import attention_cases  # noqa: F401  # registers its ops
 import pytest
 import torch
 from cases import OPS, Args, Bad, OpCase, layouts, tensors, upcast
-from conftest import BACKENDS, FUSED, GPU_BACKENDS
+from conftest import BACKENDS, EMULATED, FUSED, GPU_BACKENDS
 from torch import Tensor
 from torch.autograd.gradcheck import gradcheck
 
@@ -34,7 +34,8 @@ def loop(*, inputs: bool = True, dtypes: tuple[torch.dtype, ...] = DTYPES, gradi
                 if kernel is None:
                     continue
                 if dtype not in kernel.dtypes:
-                    why = why_not(op.name, backend.partition("-")[0], "cpu", dtype)
+                    device = "cuda" if backend in GPU_BACKENDS and not EMULATED else "cpu"
+                    why = why_not(op.name, backend.partition("-")[0], device, dtype)
                     rows.append(pytest.param(op, backend, dtype, "", id=label, marks=pytest.mark.skip(str(why))))
                     continue
                 for case in op.inputs if inputs else ("small",):

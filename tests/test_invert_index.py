@@ -29,7 +29,7 @@ def test_the_index_comes_back(backend: str) -> None:
 def test_any_sizes(backend: str, L: int, N: int) -> None:
     """A stable sort, for every number of blocks per row, of passes over digits, of rounds that end in the middle."""
     index = torch.randint(-1, N, (2, L))
-    index[1, L // 3 :] = index[1, 0]  # one token has nearly all
+    index[1, L // 3 :] = index[1, 0].clone()  # one token has nearly all
     inverted = invert_index(index, N, backend=backend)
     for row, start, slots in zip(index, inverted.start, inverted.slots, strict=True):
         there = row >= 0
