@@ -1,8 +1,8 @@
 """Checks a clustering step by step against float64: each step is held to what the steps before it returned.
 
 Discrete answers may differ wherever the float64 margin is within rounding, and nowhere else: float32's, and where a
-GPU kernel computes (a GPU tensor, or an emulated GPU) that of rounding tokens to 11 bits. What is rounded may be as long
-as a token is away from where most are, whichever point among those a kernel counts from: a few outliers change nothing.
+GPU kernel computes (a GPU tensor, or an emulated GPU) that of rounding tokens to 11 bits. What is rounded may be as
+long as a token is away from where most are, whichever point among those a kernel counts from: outliers change nothing.
 """
 
 from __future__ import annotations

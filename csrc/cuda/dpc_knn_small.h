@@ -126,17 +126,17 @@ __device__ inline float largest_bound(const float* bound, int n) {
 template <class T>
 using Quad = Pack<T, 4>;
 
-// Starts to copy four channels of a token, of which the first `valid` exist, to shared memory; the others become 0. `x`
-// is any address that can be read.
+// Starts to copy four channels of a token, of which the first `valid` exist, to shared memory; the others become 0. At
+// `any` address something can be read.
 template <class T, bool kWide>
-__device__ inline void copy_quad_part(Quad<T>* to, const T* from, int64_t stride, int valid, const T* x) {
+__device__ inline void copy_quad_part(Quad<T>* to, const T* from, int64_t stride, int valid, const T* any) {
   if constexpr (kWide) {
-    ptx::async_copy_part<sizeof(*to)>(to, valid > 0 ? from : x, max(valid, 0) * static_cast<int>(sizeof(T)));
+    ptx::async_copy_part<sizeof(*to)>(to, valid > 0 ? from : any, max(valid, 0) * static_cast<int>(sizeof(T)));
   } else {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if constexpr (sizeof(T) == 4) {
-        ptx::async_copy_part<4>(&to->value[e], e < valid ? from + e * stride : x, e < valid ? 4 : 0);
+        ptx::async_copy_part<4>(&to->value[e], e < valid ? from + e * stride : any, e < valid ? 4 : 0);
       } else {
         to->value[e] = e < valid ? from[e * stride] : T{};
       }
@@ -241,13 +241,13 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
   Quad<T>* const slots = reinterpret_cast<Quad<T>*>(centred + 2 * padded * kReadyBytes);
   const auto arriving = [&](int chunk) { return slots + chunk % kSlots * padded * kQuads; };
   const auto exists = [&](int pass) { return row0 + pass * kRowsAtOnce < n; };
-  const T* const x = static_cast<const T*>(p.x) + b * p.x_stride_b;
-  const T* from[kPasses];  // what is to be copied next
+  const T* const any = static_cast<const T*>(p.x);
+  const T* next = any + b * p.x_stride_b + (first_channel + quad * 4) * p.x_stride_c;  // to be copied, of position 0
+  const auto offset = [&](int pass) { return s.position[row0 + pass * kRowsAtOnce] * p.x_stride_n; };
+  int64_t kept[kPasses];  // those offsets, where there are registers for them
 #pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    from[pass] = x + (first_channel + quad * 4) * p.x_stride_c;
-    if (exists(pass)) from[pass] += s.position[row0 + pass * kRowsAtOnce] * p.x_stride_n;
-  }
+  for (int pass = 0; pass < kPasses; ++pass) kept[pass] = kWide && exists(pass) ? offset(pass) : 0;
+  const auto from = [&](int pass) { return next + (kWide ? kept[pass] : offset(pass)); };
   const auto copy = [&](int chunk) {
     if (chunk < chunks) {
       Quad<T>* to = arriving(chunk) + thread;
@@ -255,13 +255,13 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
       if (valid >= 4) {
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
-          if (exists(pass)) copy_quad<T, kWide>(to + pass * kThreads, from[pass], p.x_stride_c);
-          from[pass] += kChunk * (kWide ? 1 : p.x_stride_c);
+          if (exists(pass)) copy_quad<T, kWide>(to + pass * kThreads, from(pass), p.x_stride_c);
         }
+        next += kChunk * (kWide ? 1 : p.x_stride_c);
       } else {  // in the last chunk only
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
-          if (exists(pass)) copy_quad_part<T, kWide>(to + pass * kThreads, from[pass], p.x_stride_c, valid, x);
+          if (exists(pass)) copy_quad_part<T, kWide>(to + pass * kThreads, from(pass), p.x_stride_c, valid, any);
         }
       }
     }
@@ -459,7 +459,7 @@ __device__ void collect(const Team& team, Shared& s, int n) {
 }
 
 // Whether every token certainly counts, since |x| <= |pivot| + |x - pivot|, nothing overflowed, which would have left
-// inf or NaN, and few lost bits to underflow: those of a few near the pivot are less than rounding takes from the others.
+// inf or NaN, and few lost bits to underflow: a few near the pivot lose no more than rounding takes from the others.
 // The same answer in every warp of the team.
 template <class Team>
 __device__ bool all_count(const Team& team, const Shared& s, int n) {

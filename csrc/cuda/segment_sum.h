@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSM) segment_sum_kern
   }
 }
 
-// Into how many ranges the segments of a sample are cut where each block sorts, if `slots` blocks run at once: as many as
-// one round of blocks has room for, or two or three rounds if those leave fewer idle.
+// Into how many ranges the segments of a sample are cut where each block sorts, if `slots` blocks run at once: as many
+// as one round of blocks has room for, or two or three rounds if those leave fewer idle.
 inline int64_t ranges_for(int64_t samples, int64_t slots) {
   int64_t ranges = 1;
   double least = 0;

@@ -35,7 +35,7 @@ int64_t dpc_knn_scratch_cuda(const DpcKnn& p);
 
 // Clusters all samples on `stream`. Distances are those of the tokens as counted from a pivot among them (the median of
 // three, channel by channel), rounded to 11 bits: float16 after scaling by a power of two. Below 2^-27 of a sample's
-// largest coordinate there are fewer: such coordinates are rounded to 2^-38 of it. A `keep` outside [-1, N) counts as -1.
+// largest coordinate there are fewer, for such are rounded to 2^-38 of it. A `keep` outside [-1, N) counts as -1.
 CudaError dpc_knn_fwd_cuda(const DpcKnn& p, void* scratch, CudaStream stream);
 
 }  // namespace hotkernels
