@@ -23,9 +23,10 @@ inline void check_32_bits(int64_t size, const char* op, const char* arg, const c
   HK_CHECK(size < 1 << 30, op, arg, "of fewer than 2^30 " << what << " on a GPU", size);
 }
 
-// Python sees a RuntimeError: the caller's arguments were right, the GPU refused.
+// Python sees a RuntimeError: the caller's arguments were right, the GPU refused. Nobody after us sees the error again.
 inline void check_launch(CudaError error, const char* op) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();
   throw std::runtime_error(std::string(op) + ": launch must be accepted by the GPU, got " +
                            cudaGetErrorString(static_cast<cudaError_t>(error)));
 }

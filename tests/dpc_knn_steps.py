@@ -1,7 +1,8 @@
 """Checks a clustering step by step against float64: each step is held to what the steps before it returned.
 
 Discrete answers may differ wherever the float64 margin is within rounding, and nowhere else: float32's, and where a
-GPU kernel computes (a GPU tensor, or an emulated GPU) that of rounding the centred tokens themselves to TF32.
+GPU kernel computes (a GPU tensor, or an emulated GPU) that of rounding tokens to 11 bits. What is rounded may be as
+long as a token is away from where most are, whichever point among those a kernel counts from: outliers change nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +20,9 @@ from hotkernels.ops.dpc_knn.reference import NORM_LIMIT
 EPS = torch.finfo(torch.float32).eps
 
 
-def rounds_to_tf32(x: Tensor) -> bool:
-    """Whether the kernel that clusters x may round tokens to TF32."""
+def rounds_tokens(x: Tensor) -> bool:
+    """Whether the kernel that clusters x may round tokens to 11 bits."""
     return x.is_cuda or bool(os.environ.get("HOTKERNELS_EMULATE_CUDA"))
-
-
-def tf32(x: Tensor) -> Tensor:
-    """x rounded to 10 bits of mantissa, ties away from zero."""
-    return ((x.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def check_dpc_knn(args: dict[str, Any], out: DensityPeaks) -> None:
@@ -79,13 +75,15 @@ def _check_sample(
         assert (out.index == -1).all()
         return
     density, delta, score = (t[valid].double() for t in (out.density, out.delta, out.score))
-    x = x[valid] - x[valid].mean(0)
+    x = x[valid] - x[valid].median(0).values
     d2 = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square() / C
-    # Each squared distance lies in [near2, far2]: moved by as much as its two tokens were, then rounded.
-    coarse = rounds_to_tf32(out.density)
-    moved = (x - tf32(x)).norm(dim=-1) / C**0.5 if coarse else x.new_zeros(n)
-    error2 = (128 if coarse else 32) * EPS * x.square().sum(-1).max() / C
+    # Each squared distance lies in [near2, far2]: moved by as much as its two tokens were, then rounded. To 11 bits: by
+    # up to 2^-11 of a coordinate. To float32: a tensor core may cut off, not round, after every 16 channels.
+    length = x.norm(dim=-1) / C**0.5
+    length = length + length.quantile(0.75)  # from any point among most of the tokens
+    moved = 2**-11 * length if rounds_tokens(out.density) else x.new_zeros(n)
     moved = moved[:, None] + moved[None, :]
+    error2 = (8 + C / 8) * EPS * (length[:, None].square() + length[None, :].square())
     near2 = ((d2.sqrt() - moved).clamp(min=0).square() - error2).clamp(min=0).fill_diagonal_(0)
     far2 = ((d2.sqrt() + moved).square() + error2).fill_diagonal_(0)
     near, far = near2.sqrt(), far2.sqrt()

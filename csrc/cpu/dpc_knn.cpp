@@ -65,8 +65,8 @@ struct Part {
 struct Sample {
   int64_t n, list, list_stride, kept_count;
   int32_t* position;       // [N] where in the sample a token stands
-  float* mean;             // [C]
-  float* row;              // [C]
+  float* pivot;            // [C]
+  float *row, *third;      // [C]
   float* panels;           // [Np / P, C, P]; up to kDense tokens, kDenseChannels of the C at a time
   float* norm;             // [Np]
   float* r;                // [Np] mean of the k smallest squared distances
@@ -92,8 +92,9 @@ struct Sample {
     list = std::max(kListMin, round_up(p.k - 1, W));
     list_stride = list + kListPad;
     position = a.take<int32_t>(p.N);
-    mean = a.take<float>(p.C);
+    pivot = a.take<float>(p.C);
     row = a.take<float>(p.C);
+    third = a.take<float>(p.C);
     panels = a.take<float>(np * (large ? p.C : std::min(p.C, kDenseChannels)));
     norm = a.take<float>(np);
     r = a.take<float>(np);
@@ -143,21 +144,32 @@ struct Sample {
 
 // ---- 1. centre and pack -------------------------------------------------------------------------------------------
 
-// Finds the valid tokens and their mean. A token counts if the mask has it and its squared norm is at most kNormLimit.
+float median(float a, float b, float c) {
+  const float low = a < b ? a : b, high = a < b ? b : a;
+  return c < low ? low : c > high ? high : c;
+}
+
+// Finds the valid tokens and the pivot. A token counts if the mask has it and its squared norm is at most kNormLimit.
+// The pivot is what is subtracted from all: of each channel, the median of three tokens. A mean would do as well, were
+// it not for outliers: one of n that is A away moves the mean by A / n, and squared distances between all others would
+// be rounded as if they were that long. Not the first and the last token, which often are special.
 void find_valid(const DpcKnn& p, int64_t b, Sample& s) {
   s.n = 0;
-  std::fill(s.mean, s.mean + p.C, 0.0f);
   for (int64_t i = 0; i < p.N; ++i) {
     if (p.mask && !p.mask[b * p.N + i]) continue;
     load_row(p.x, p.dtype, b * p.x_stride_b + i * p.x_stride_n, p.x_stride_c, p.C, s.row);
     float square = 0;
 #pragma omp simd reduction(+ : square)
     for (int64_t c = 0; c < p.C; ++c) square += s.row[c] * s.row[c];
-    if (!(square <= kNormLimit)) continue;
-    for (int64_t c = 0; c < p.C; ++c) s.mean[c] += s.row[c];
-    s.position[s.n++] = static_cast<int32_t>(i);
+    if (square <= kNormLimit) s.position[s.n++] = static_cast<int32_t>(i);
   }
-  for (int64_t c = 0; c < p.C; ++c) s.mean[c] /= static_cast<float>(std::max<int64_t>(s.n, 1));
+  if (s.n == 0) return;
+  float* const rows[] = {s.pivot, s.row, s.third};
+  for (int64_t t = 0; t < 3; ++t) {
+    const int64_t token = s.n / 6 + t * (s.n / 3);
+    load_row(p.x, p.dtype, b * p.x_stride_b + s.position[token] * p.x_stride_n, p.x_stride_c, p.C, rows[t]);
+  }
+  for (int64_t c = 0; c < p.C; ++c) s.pivot[c] = median(s.pivot[c], s.row[c], s.third[c]);
 }
 
 // Channels [begin, end) of P tokens, centred and transposed, and their share of the norms.
@@ -177,10 +189,10 @@ void pack_panel(const DpcKnn& p, int64_t b, const Sample& s, int64_t first, int6
         if (i >= s.n) continue;
         const auto* from = x + s.position[i] * p.x_stride_n + c * p.x_stride_c;
         if (whole) {
-          block[l] = load_as<E>(from) - load(s.mean + c);
+          block[l] = load_as<E>(from) - load(s.pivot + c);
         } else {
           float row[W] = {};
-          for (int64_t e = 0; e < channels; ++e) row[e] = E::get(from[e * p.x_stride_c]) - s.mean[c + e];
+          for (int64_t e = 0; e < channels; ++e) row[e] = E::get(from[e * p.x_stride_c]) - s.pivot[c + e];
           block[l] = load(row);
         }
       }

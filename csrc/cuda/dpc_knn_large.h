@@ -19,7 +19,7 @@
 
 namespace hotkernels::dpc::large {
 
-constexpr int kQueue = 16;           // candidates of a token that may wait for a place in its list
+constexpr int kQueue = 15;           // candidates of a token that may wait for a place in its list
 constexpr int kGroup = 2;            // tiles of one piece of work of the second and third pass
 constexpr int kMaxSplits = 16;       // shares of the columns that are listed by themselves
 constexpr int kListTiles = 1;        // what filling a list costs, in tiles (an estimate)
@@ -57,12 +57,11 @@ struct Large {
   int32_t* position;             // [T] where in the sample a token stands
   int32_t* token_at;             // [N] the inverse, -1 = invalid
   int32_t* count;                // n
-  unsigned* spread;              // largest distance of a coordinate from its mean, as bits
+  unsigned* spread;              // largest distance of a coordinate from the pivot, as bits
   unsigned* farthest;            // largest squared distance, as bits
   int32_t* pending_count;        // [2] of delta, of assignment
   int32_t* pending;              // [T] tokens that their list has no answer for
-  float* partial;                // [blocks, 3, C] sum, smallest, largest
-  float* mean;                   // [chunks * kChunk]
+  float* pivot;                  // [chunks * kChunk], 0 beyond the last channel
   uint16_t* value;               // [blocks, chunks, kTile, kChunk] the tokens as Tokens has them
   float* norm;                   // [T]
   uint64_t* lists;               // [splits, blocks, list, kTile] squared distance and token, ascending
@@ -82,7 +81,7 @@ struct Large {
   __device__ Tokens tokens(int64_t b) const { return {value + b * blocks * chunks * kPanel, norm + b * T, chunks}; }
 };
 
-// ---- 1. which tokens count, their mean, the copy that the tiles read -----------------------------------------------
+// ---- 1. which tokens count, the pivot, the copy that the tiles read ------------------------------------------------
 
 // A warp per token; what an invalid one answers is known at once.
 template <class T>
@@ -128,43 +127,24 @@ __global__ void __launch_bounds__(kSortThreads) number_kernel(const Large s) {
   s.pending_count[2 * b] = s.pending_count[2 * b + 1] = 0;
 }
 
-// Sum, smallest and largest of 128 tokens, a thread per channel.
+// The pivot and how far 128 tokens are from it, a thread per channel.
 template <class T>
-__global__ void __launch_bounds__(kThreads) partial_mean_kernel(const Large s, int slices) {
+__global__ void __launch_bounds__(kThreads) pivot_kernel(const Large s, int slices) {
   const DpcKnn& p = s.p;
   const int64_t c = int64_t{blockIdx.x % slices} * kThreads + threadIdx.x, block = blockIdx.x / slices % s.blocks;
   const int64_t b = blockIdx.x / slices / s.blocks;
-  const int begin = static_cast<int>(block) * kTile, end = min(s.count[b], begin + kTile);
-  if (c >= p.C || begin >= end) return;
-  const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b + c * p.x_stride_c;
-  const int32_t* position = s.position + b * s.T;
-  float sum = 0, low = kInf, high = -kInf;
+  const int n = s.count[b], begin = static_cast<int>(block) * kTile, end = min(n, begin + kTile);
+  if (begin >= end) return;
+  float pivot = 0, spread = 0;
+  if (c < p.C) {
+    const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b + c * p.x_stride_c;
+    const int32_t* position = s.position + b * s.T;
+    const auto value = [&](int i) { return get(x[position[i] * p.x_stride_n]); };
+    pivot = median(value(pivot_token(n, 0)), value(pivot_token(n, 1)), value(pivot_token(n, 2)));
 #pragma unroll 8
-  for (int i = begin; i < end; ++i) {
-    const float v = get(x[position[i] * p.x_stride_n]);
-    sum += v;
-    low = fminf(low, v), high = fmaxf(high, v);
+    for (int i = begin; i < end; ++i) spread = fmaxf(spread, fabsf(value(i) - pivot));
   }
-  float* partial = s.partial + (b * s.blocks + block) * 3 * p.C + c;
-  partial[0] = sum, partial[p.C] = low, partial[2 * p.C] = high;
-}
-
-__global__ void __launch_bounds__(kThreads) mean_kernel(const Large s, int slices) {
-  const int64_t c = int64_t{blockIdx.x % slices} * kThreads + threadIdx.x, C = s.p.C, b = blockIdx.x / slices;
-  const int n = s.count[b];
-  float mean = 0, spread = 0;
-  if (c < C && n > 0) {
-    const float* partial = s.partial + b * s.blocks * 3 * C + c;
-    float low = kInf, high = -kInf;
-#pragma unroll 4
-    for (int block = 0; block < (n + kTile - 1) / kTile; ++block, partial += 3 * C) {
-      mean += partial[0];
-      low = fminf(low, partial[C]), high = fmaxf(high, partial[2 * C]);
-    }
-    mean /= static_cast<float>(n);
-    spread = fmaxf(fabsf(low - mean), fabsf(high - mean));  // of every token: rounding keeps the order
-  }
-  if (c < int64_t{s.chunks} * kChunk) s.mean[b * s.chunks * kChunk + c] = mean;
+  if (block == 0 && c < int64_t{s.chunks} * kChunk) s.pivot[b * s.chunks * kChunk + c] = pivot;
   spread = warp_max_of_nonnegative(spread);
   if (lane_id() == 0) atomicMax(&s.spread[b], __float_as_uint(spread));
 }
@@ -207,7 +187,7 @@ __global__ void __launch_bounds__(kThreads) centre_kernel(const Large s) {
   if (first / kTile * kTile >= n) return;  // no tile will read it
   const float scale = scale_of(s, b).scale;
   const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b;
-  const float* mean = s.mean + b * s.chunks * kChunk;
+  const float* pivot = s.pivot + b * s.chunks * kChunk;
   const int row = lane_id() / 4, part = lane_id() % 4;
   uint16_t* value = s.value + (b * s.blocks + first / kTile) * s.chunks * kPanel + first % kTile * kChunk;
   const T* token[2];
@@ -221,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) centre_kernel(const Large s) {
     const int64_t c = int64_t{chunk} * kChunk + part * 8;
     float centre[8];
 #pragma unroll
-    for (int e = 0; e < 8; ++e) centre[e] = mean[c + e];
+    for (int e = 0; e < 8; ++e) centre[e] = pivot[c + e];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint4 rounded{};
@@ -278,7 +258,8 @@ struct Lists {  // in shared memory, one column per token of the block
   int* waiting;     // [kTile] candidates in each queue, or more: those found no room
   int* full;        // [2] whether any found no room, by turns
 };
-inline int lists_bytes(int list) { return kTileBytes + (list + kQueue) * kTile * 8 + kTile * 8 + 16; }
+constexpr int lists_bytes(int list) { return kTileBytes + (list + kQueue) * kTile * 8 + kTile * 8 + 16; }
+static_assert(lists_bytes(kUsualList) <= 99 << 10, "chips with 99 KB fill the usual list in registers, too");
 
 // Takes the waiting candidates of this thread's token into its list: one of kLength entries in registers, or, if that
 // is 0, one of any length where it lies. For whole warps.
@@ -846,7 +827,7 @@ inline Large plan(const DpcKnn& p, void* scratch, int64_t* bytes) {
   };
   take(s.valid, B * p.N), take(s.position, B * s.T), take(s.token_at, B * p.N), take(s.count, B), take(s.spread, B);
   take(s.farthest, B), take(s.pending_count, B * 2), take(s.pending, B * s.T);
-  take(s.partial, B * s.blocks * 3 * p.C), take(s.mean, B * s.chunks * kChunk);
+  take(s.pivot, B * s.chunks * kChunk);
   take(s.value, B * s.T * s.chunks * kChunk), take(s.norm, B * s.T);
   take(s.lists, B * s.splits * s.T * s.list);
   if (s.splits > 1) take(s.merged, B * s.T * s.list); else s.merged = s.lists;
@@ -884,13 +865,11 @@ cudaError_t run(const Large& s, cudaStream_t stream) {
     error = launch(stream, kernel, dim3(static_cast<unsigned>(grid)), threads, shared, s, arguments...);
   };
   const int64_t tiles = p.B * s.blocks;
-  const int slices = static_cast<int>((p.C + kThreads - 1) / kThreads);
-  const int padded_slices = (s.chunks * kChunk + kThreads - 1) / kThreads;
+  const int slices = (s.chunks * kChunk + kThreads - 1) / kThreads;
   constexpr int kScan = kWarp * 4;
   go(valid_kernel<T>, (p.B * p.N + 256 / kWarp - 1) / (256 / kWarp), 256, 0);
   go(number_kernel, p.B, kSortThreads, kScan);
-  go(partial_mean_kernel<T>, tiles * slices, kThreads, 0, slices);
-  go(mean_kernel, p.B * padded_slices, kThreads, 0, padded_slices);
+  go(pivot_kernel<T>, tiles * slices, kThreads, 0, slices);
   go(centre_kernel<T>, tiles * 2, kThreads, kThreads / kWarp * 16 * kTokenBytes);
   if (error == cudaSuccess) {
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(s.splits));

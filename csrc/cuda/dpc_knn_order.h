@@ -1,4 +1,4 @@
-// What both CUDA forms of dpc_knn share: reading elements, which tokens count, the order of densities and of scores.
+// What both CUDA forms of dpc_knn share: which tokens count, the pivot, the order of densities and of scores.
 #pragma once
 #include <cstdint>
 
@@ -11,6 +11,14 @@ namespace hotkernels::dpc {
 constexpr float kInf = __builtin_inff();
 // A token counts only if its squared norm is at most this: then no sum of squared distances overflows. NaN fails too.
 constexpr float kNormLimit = 0x1p93f;
+
+// ---- the pivot ----------------------------------------------------------------------------------------------------
+
+// What is subtracted before rounding: of each channel, the median of three tokens. A mean would do as well, were it not
+// for outliers: one of n that is A away moves the mean by A / n, and all others would be rounded as if they were that
+// long. Not the first and the last token, which often are special.
+__device__ inline float median(float a, float b, float c) { return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c)); }
+__device__ inline int pivot_token(int n, int which) { return n / 6 + which * (n / 3); }  // of n, which = 0, 1, 2
 
 // ---- warps --------------------------------------------------------------------------------------------------------
 

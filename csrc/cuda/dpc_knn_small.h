@@ -5,17 +5,17 @@
 //
 //   products   Tiles of 32 x 32 dot products, on and above the diagonal only, stay in registers. Two groups of blocks
 //              share the tiles, the four blocks of a group the channels: each block reads a quarter of x, in chunks
-//              that hold every token. So a channel's mean is known where the channel is: subtract it, scale by a power
-//              of two, round to float16, which has the 11 bits of TF32 at half the bytes and twice the rate, multiply.
+//              that hold every token. Subtract the pivot (dpc_knn_order.h), scale by a power of two, round to float16,
+//              which has the 11 bits of TF32 at half the bytes and twice the rate, multiply.
 //   distances  The four partial sums of a tile are added in order and sent to the blocks that own its rows, and its
 //              columns. Norms are the diagonal: d2 = (n_i + n_j) - 2 <i, j> is exactly 0 for copies, exactly symmetric.
 //   rows       A warp per token: density, then delta, then its place by counting, then its nearest kept token. Between
 //              these steps each token's number goes to every block.
 //
 // Which tokens count (no NaN, no norm over 1e14) and how large their coordinates are would take a pass over x. So the
-// cluster first takes all tokens of the mask, and the scale from the first chunk: if then the mean and all norms are
-// small, every token counts and nothing overflowed. If not, it looks, and starts again. Tokens that do not count are
-// left out from the start: nothing depends on where they stood.
+// cluster first takes all tokens of the mask, and the scale from the first chunk: if then the pivot and all norms are
+// small, every token counts and nothing overflowed, and if most norms are not too small, no bits were lost. If not, it
+// looks, and starts again. Tokens that do not count are left out from the start: nothing depends on where they stood.
 #pragma once
 #include <atomic>
 #include <climits>
@@ -31,8 +31,8 @@ constexpr int kChunk = 16, kQuads = kChunk / 4;  // channels in a chunk; a threa
 constexpr int kRowsAtOnce = kThreads / kQuads, kPasses = (kMaxTokens + kRowsAtOnce - 1) / kRowsAtOnce;
 constexpr int kTilesPerWarp = 3;  // 96 accumulators per thread
 constexpr int kTileFloats = kTile * kTile;
-constexpr int kReadyFloats = kChunk / 2;           // of a token in a centred chunk: float16
-constexpr int kClusterSlots = 8, kStagedSlots = 3;  // chunks on their way: the latter leave room on 99 KB chips
+constexpr int kReadyBytes = kChunk * 2;             // of a token in a centred chunk: two parts of 16 bytes, float16
+constexpr int kClusterSlots = 8, kStagedSlots = 3;  // chunks, one in use: the latter leave room on 99 KB chips
 constexpr int64_t kStagedSamples = 64;              // per round of launches, which bounds the scratch
 constexpr int kNever = INT_MAX;
 
@@ -45,12 +45,12 @@ static_assert(tiles_of_group(kMaxAcross) <= kWarps * kTilesPerWarp && kMaxTokens
 
 // The tokens that count, numbered 0 .. n-1 in ascending position, and what `products` needs.
 struct alignas(16) Tokens {
-  float sums[2][kWarps][kChunk];  // of each warp's rows, for this chunk and the next
   int position[kMaxTokens];
   int token[kMaxTokens];  // of a position, -1 if it does not count
   unsigned words[kWarps];
   float peak[kWarps];  // of each warp: the largest coordinate
-  float mean2;         // squared norm of the mean, of this block's channels
+  float pivot2;        // squared norm of the pivot, of this block's channels
+  float floor2;        // squared norm in them below which a token's coordinates may have lost bits to underflow
 };
 
 struct Shared : Tokens {
@@ -69,12 +69,12 @@ struct Shared : Tokens {
 };
 
 constexpr int64_t shared_bytes(int across) {  // of a block of a cluster
-  const int ring = (kReadyFloats * 2 + kClusterSlots * kChunk) * across * kTile;
+  const int ring = (kReadyBytes / 4 * 2 + kClusterSlots * kChunk) * across * kTile;
   const int rest = tiles_of_group(across) * kTileFloats + ceil_div(across * kTile, kTeam) * row_stride(across);
   return static_cast<int64_t>(sizeof(Shared)) + 4 * (ring > rest ? ring : rest);
 }
 constexpr int64_t staged_shared_bytes(int across) {  // of a block of dpc_knn_products_kernel
-  return static_cast<int64_t>(sizeof(Tokens)) + 4 * (kReadyFloats * 2 + kStagedSlots * kChunk) * across * kTile;
+  return static_cast<int64_t>(sizeof(Tokens)) + 4 * (kReadyBytes / 4 * 2 + kStagedSlots * kChunk) * across * kTile;
 }
 static_assert(sizeof(Shared) % 16 == 0 && sizeof(Tokens) % 16 == 0);
 static_assert(shared_bytes(kMaxAcross) <= 227 * 1024 && staged_shared_bytes(kMaxAcross) <= 99 * 1024);
@@ -126,18 +126,35 @@ __device__ inline float largest_bound(const float* bound, int n) {
 template <class T>
 using Quad = Pack<T, 4>;
 
-// Starts to copy four channels of a token, of which the first `valid` exist, to shared memory.
+// Starts to copy four channels of a token, of which the first `valid` exist, to shared memory; the others become 0. At
+// `any` address something can be read.
 template <class T, bool kWide>
-__device__ inline void copy_quad(Quad<T>* to, const T* x, int64_t offset, int64_t stride, int valid) {
+__device__ inline void copy_quad_part(Quad<T>* to, const T* from, int64_t stride, int valid, const T* any) {
   if constexpr (kWide) {
-    ptx::async_copy<sizeof(*to)>(to, valid > 0 ? x + offset : x, valid * static_cast<int>(sizeof(T)));
+    ptx::async_copy_part<sizeof(*to)>(to, valid > 0 ? from : any, max(valid, 0) * static_cast<int>(sizeof(T)));
   } else {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if constexpr (sizeof(T) == 4) {
-        ptx::async_copy<4>(&to->value[e], e < valid ? x + offset + e * stride : x, e < valid ? 4 : 0);
+        ptx::async_copy_part<4>(&to->value[e], e < valid ? from + e * stride : any, e < valid ? 4 : 0);
       } else {
-        to->value[e] = e < valid ? x[offset + e * stride] : T{};
+        to->value[e] = e < valid ? from[e * stride] : T{};
+      }
+    }
+  }
+}
+// All four exist.
+template <class T, bool kWide>
+__device__ inline void copy_quad(Quad<T>* to, const T* from, int64_t stride) {
+  if constexpr (kWide) {
+    ptx::async_copy<sizeof(*to)>(to, from);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if constexpr (sizeof(T) == 4) {
+        ptx::async_copy<4>(&to->value[e], from + e * stride);
+      } else {
+        to->value[e] = from[e * stride];
       }
     }
   }
@@ -157,6 +174,10 @@ __device__ inline float4 operator-(float4 a, float4 b) {
   return make_float4(a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w);
 }
 __device__ inline float4 operator*(float4 a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
+using dpc::median;
+__device__ inline float4 median(float4 a, float4 b, float4 c) {
+  return make_float4(median(a.x, b.x, c.x), median(a.y, b.y, c.y), median(a.z, b.z, c.z), median(a.w, b.w, c.w));
+}
 __device__ inline float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
 __device__ inline float largest(float4 a) {
   return fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(a.z), fabsf(a.w)));
@@ -173,16 +194,19 @@ struct TileAt {
   }
 };
 
-// acc += the products of two times 32 tokens of a centred chunk. A token is 32 bytes; lane 4g + t reads channels 4t ..
-// 4t + 3 of tokens g, g + 8, ..: a step of 16 channels, in an order that is the same on both sides.
-__device__ inline void multiply(float (&acc)[8][4], const uint2 (&rows)[4], const float* columns) {
+// Where part `part` of a token lies in a centred chunk: turned, so that one part of eight tokens meets no bank twice.
+__device__ inline int offset_of(int token, int part) { return token * kReadyBytes + (part ^ (token / 4 & 1)) * 16; }
+
+// acc += the products of two times 32 tokens of a centred chunk; `columns` points at what this lane reads of them.
+__device__ inline void multiply(float (&acc)[8][4], const uint32_t (&rows)[2][4], const unsigned char* columns) {
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const uint2 column = *reinterpret_cast<const uint2*>(columns + c * 8 * kReadyFloats);
+  for (int c = 0; c < 4; c += 2) {
+    uint32_t column[4];
+    ptx::load_matrices(column, columns + c * 8 * kReadyBytes);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint2 &low = rows[2 * r], &high = rows[2 * r + 1];
-      ptx::mma_m16n8k16(acc[4 * r + c], {low.x, high.x, low.y, high.y}, {column.x, column.y});
+      ptx::mma_m16n8k16(acc[4 * r + c], rows[r], {column[0], column[1]});
+      ptx::mma_m16n8k16(acc[4 * r + c + 1], rows[r], {column[2], column[3]});
     }
   }
 }
@@ -197,148 +221,153 @@ __device__ inline float power_of_two(int exponent) {
 
 // The dot products of the tiles of `group`, summed over the channels of `split`, in the order of the registers:
 // `partial` is [tile of the group, 8, lane, 4]. It may lie where `ring` does: two centred chunks and those on their
-// way. No coordinate exceeds `bound`; if that is negative, the first chunk tells how large they are. Others may be
-// 1000 times as large before they overflow, or 2^19 times smaller before they lose a bit.
+// way. No coordinate exceeds `bound`; if that is negative, the first chunk that is not constant tells how large they
+// are. Others may be 1000 times as large before they overflow, or 2^19 times smaller before they lose a bit.
 template <class T, bool kWide, int kSlots>
 __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bound, int group, int split, float* ring,
                          float* partial) {
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   const int quad = thread % kQuads, row0 = thread / kQuads;
   const int across = ceil_div(n, kTile), padded = across * kTile;
-  const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b;
-  const int64_t all_chunks = (p.C + kChunk - 1) / kChunk, most = (all_chunks + kSplits - 1) / kSplits;
-  const int64_t first_chunk = split * most;
-  const int chunks = static_cast<int>(all_chunks <= first_chunk ? 0 : min(most, all_chunks - first_chunk));
+  const int all_chunks = static_cast<int>((p.C + kChunk - 1) / kChunk), most = ceil_div(all_chunks, kSplits);
+  const int chunks = n == 0 ? 0 : max(0, min(most, all_chunks - split * most));
+  const int64_t first_channel = int64_t{split} * most * kChunk;
+  const int channels = static_cast<int>(min(p.C - first_channel, int64_t{chunks} * kChunk));
 
-  // A thread copies, reads and centres the same four channels of the same tokens. What completes the last tile stays
-  // as it is: it ends in products that nobody looks at.
-  const auto ready = [&](int chunk) { return ring + chunk % 2 * padded * kReadyFloats; };
-  Quad<T>* arriving = reinterpret_cast<Quad<T>*>(ring + 2 * padded * kReadyFloats) + thread;
-  const auto arriving_at = [&](int chunk, int pass) {
-    return arriving + chunk % kSlots * padded * kQuads + pass * kThreads;
-  };
+  // A thread copies and centres the same four channels of the same tokens. What completes the last tile stays as it is:
+  // it ends in products that nobody looks at.
+  unsigned char* const centred = reinterpret_cast<unsigned char*>(ring);
+  const auto ready = [&](int chunk) { return centred + chunk % 2 * padded * kReadyBytes; };
+  Quad<T>* const slots = reinterpret_cast<Quad<T>*>(centred + 2 * padded * kReadyBytes);
+  const auto arriving = [&](int chunk) { return slots + chunk % kSlots * padded * kQuads; };
+  const auto exists = [&](int pass) { return row0 + pass * kRowsAtOnce < n; };
+  const T* const any = static_cast<const T*>(p.x);
+  const T* next = any + b * p.x_stride_b + (first_channel + quad * 4) * p.x_stride_c;  // to be copied, of position 0
+  const auto offset = [&](int pass) { return s.position[row0 + pass * kRowsAtOnce] * p.x_stride_n; };
+  int64_t kept[kPasses];  // those offsets, where there are registers for them
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) kept[pass] = kWide && exists(pass) ? offset(pass) : 0;
+  const auto from = [&](int pass) { return next + (kWide ? kept[pass] : offset(pass)); };
   const auto copy = [&](int chunk) {
     if (chunk < chunks) {
-      const int64_t c = (first_chunk + chunk) * kChunk + quad * 4;
-      const int valid = static_cast<int>(p.C <= c ? 0 : min(p.C - c, int64_t{4}));
+      Quad<T>* to = arriving(chunk) + thread;
+      const int valid = channels - chunk * kChunk - quad * 4;
+      if (valid >= 4) {
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int row = row0 + pass * kRowsAtOnce;
-        if (row >= n) continue;
-        const int64_t offset = s.position[row] * p.x_stride_n + c * p.x_stride_c;
-        copy_quad<T, kWide>(arriving_at(chunk, pass), x, offset, p.x_stride_c, valid);
+        for (int pass = 0; pass < kPasses; ++pass) {
+          if (exists(pass)) copy_quad<T, kWide>(to + pass * kThreads, from(pass), p.x_stride_c);
+        }
+        next += kChunk * (kWide ? 1 : p.x_stride_c);
+      } else {  // in the last chunk only
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+          if (exists(pass)) copy_quad_part<T, kWide>(to + pass * kThreads, from(pass), p.x_stride_c, valid, any);
+        }
       }
     }
     ptx::async_commit();
   };
-  float4 mine[kPasses];
-  const auto read_and_sum = [&](int chunk) {
-    float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      mine[pass] = row0 + pass * kRowsAtOnce < n ? read_quad(arriving_at(chunk, pass)) : make_float4(0, 0, 0, 0);
-      sum = sum + mine[pass];
-    }
-#pragma unroll
-    for (int step = kQuads; step < kWarp; step *= 2) {
-      sum = sum + make_float4(__shfl_xor_sync(kAllLanes, sum.x, step), __shfl_xor_sync(kAllLanes, sum.y, step),
-                              __shfl_xor_sync(kAllLanes, sum.z, step), __shfl_xor_sync(kAllLanes, sum.w, step));
-    }
-    if (lane < kQuads) *reinterpret_cast<float4*>(&s.sums[chunk % 2][warp][4 * lane]) = sum;
-  };
-  int exponent = bound < 0 ? 0 : exponent_for(bound, 14);
-  float mean2 = 0;
-  const float share = 1.0f / static_cast<float>(n);
+
+  bool scaled = bound >= 0;
+  int exponent = scaled ? exponent_for(bound, 14) : 0;
+  float pivot2 = 0;
   const auto centre = [&](int chunk) {
-    float4 mean = make_float4(0, 0, 0, 0);
-#pragma unroll 4  // more at once would take registers from the accumulators
-    for (int w = 0; w < kWarps; ++w) mean = mean + *reinterpret_cast<const float4*>(&s.sums[chunk % 2][w][4 * quad]);
-    mean = mean * share;
-    mean2 += dot(mean, mean);
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) mine[pass] = mine[pass] - mean;
-    if (chunk == 0 && bound < 0) {
+    const Quad<T>* here = arriving(chunk) + quad;
+    const float4 pivot = median(read_quad(here + pivot_token(n, 0) * kQuads),
+                                read_quad(here + pivot_token(n, 1) * kQuads),
+                                read_quad(here + pivot_token(n, 2) * kQuads));
+    pivot2 += dot(pivot, pivot);
+    here += row0 * kQuads;
+    if (!scaled) {
       float peak = 0;
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        if (row0 + pass * kRowsAtOnce < n) peak = fmaxf(peak, largest(mine[pass]));
+        if (exists(pass)) peak = fmaxf(peak, largest(read_quad(here + pass * kThreads) - pivot));
       }
       peak = warp_max_of_nonnegative(peak);
       if (lane == 0) s.peak[warp] = peak;
       __syncthreads();
       for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, s.peak[w]);
-      exponent = exponent_for(peak, 5);  // if they are all 0, others overflow unless they are tiny
+      scaled = peak > 0;
+      if (scaled) exponent = exponent_for(peak, 5);
     }
     const float scale = power_of_two(exponent);
+    const float4 shift = pivot * -scale;
+    unsigned char* to = ready(chunk) + offset_of(row0, quad / 2) + quad % 2 * 8;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = row0 + pass * kRowsAtOnce;
-      const float4 v = mine[pass] * scale;
-      if (row < n) {
-        reinterpret_cast<uint2*>(ready(chunk) + row * kReadyFloats)[quad] =
-            make_uint2(ptx::pack_half(v.x, v.y), ptx::pack_half(v.z, v.w));
+      if (exists(pass)) {
+        const float4 v = read_quad(here + pass * kThreads);  // (v - pivot) * scale, rounded once
+        *reinterpret_cast<uint2*>(to + pass * kRowsAtOnce * kReadyBytes) =
+            make_uint2(ptx::pack_half(fmaf(v.x, scale, shift.x), fmaf(v.y, scale, shift.y)),
+                       ptx::pack_half(fmaf(v.z, scale, shift.z), fmaf(v.w, scale, shift.w)));
       }
     }
   };
+  static_assert(kRowsAtOnce % 8 == 0, "all tokens of a thread have their parts turned alike");
 
+  // Warps w, w + 4, .. share a scheduler: they get neighbouring shares, so that all schedulers have as much to do.
   const int all_tiles = tiles_of(across), first_tile = group * (all_tiles / kGroups);
   const int tiles = group == 0 ? all_tiles / kGroups : all_tiles - first_tile;
-  const int my_tile = tiles * warp / kWarps, my_tiles = tiles * (warp + 1) / kWarps - my_tile;
+  const int share = warp % 4 * (kWarps / 4) + warp / 4;
+  const int my_tile = tiles * share / kWarps, my_tiles = tiles * (share + 1) / kWarps - my_tile;
   int row_at[kTilesPerWarp] = {}, column_at[kTilesPerWarp] = {};  // where a tile's tokens start in a centred chunk
   float acc[kTilesPerWarp][8][4];
 #pragma unroll
   for (int u = 0; u < kTilesPerWarp; ++u) {
     if (u < my_tiles) {
       const TileAt at(first_tile + my_tile + u, across);
-      row_at[u] = at.row * kTile * kReadyFloats, column_at[u] = at.column * kTile * kReadyFloats;
+      row_at[u] = at.row * kTile * kReadyBytes, column_at[u] = at.column * kTile * kReadyBytes;
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) acc[u][e][0] = acc[u][e][1] = acc[u][e][2] = acc[u][e][3] = 0;
   }
+  const int row_lane = offset_of(lane % 16, lane / 16), column_lane = offset_of(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
-  for (int chunk = 0; chunk < kSlots; ++chunk) copy(chunk);
+  for (int chunk = 0; chunk < kSlots - 1; ++chunk) copy(chunk);
   for (int chunk = 0; chunk <= chunks; ++chunk) {
+    ptx::async_wait<kSlots - 2>();
+    __syncthreads();  // the chunk is there, the one before is centred, nobody reads the one before that any more
     if (chunk < chunks) {
-      ptx::async_wait<kSlots - 1>();
-      read_and_sum(chunk);
-    }
-    __syncthreads();  // the sums are there, the chunk before is centred, nobody reads the one before that any more
-    if (chunk < chunks) {
-      copy(chunk + kSlots);
+      copy(chunk + kSlots - 1);
       centre(chunk);
     }
     if (chunk == 0) continue;
-    const float* here = ready(chunk - 1) + 2 * lane;
-    uint2 rows[4];
+    const unsigned char* here = ready(chunk - 1);
+    uint32_t rows[2][4];
 #pragma unroll
     for (int u = 0; u < kTilesPerWarp; ++u) {
       if (u < my_tiles) {
         if (u == 0 || row_at[u] != row_at[u - 1]) {
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            rows[r] = *reinterpret_cast<const uint2*>(here + row_at[u] + r * 8 * kReadyFloats);
+          for (int r = 0; r < 2; ++r) {
+            ptx::load_matrices(rows[r], here + row_at[u] + row_lane + r * 16 * kReadyBytes);
           }
         }
-        multiply(acc[u], rows, here + column_at[u]);
+        multiply(acc[u], rows, here + column_at[u] + column_lane);
       }
     }
   }
   __syncthreads();
-  const float inverse = power_of_two(-2 * exponent);
+  const float inverse2 = power_of_two(-2 * exponent);
 #pragma unroll
   for (int u = 0; u < kTilesPerWarp; ++u) {
     if (u < my_tiles) {
       float4* to = reinterpret_cast<float4*>(partial + (my_tile + u) * kTileFloats) + lane;
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        to[e * kWarp] = make_float4(acc[u][e][0], acc[u][e][1], acc[u][e][2], acc[u][e][3]) * inverse;
+        to[e * kWarp] = make_float4(acc[u][e][0], acc[u][e][1], acc[u][e][2], acc[u][e][3]) * inverse2;
       }
     }
   }
   if (warp == 0) {  // lanes 0 .. 3 hold the four quads
-    mean2 += __shfl_xor_sync(kAllLanes, mean2, 1);
-    mean2 += __shfl_xor_sync(kAllLanes, mean2, 2);
-    if (lane == 0) s.mean2 = mean2;
+    pivot2 += __shfl_xor_sync(kAllLanes, pivot2, 1);
+    pivot2 += __shfl_xor_sync(kAllLanes, pivot2, 2);
+    if (lane == 0) {
+      s.pivot2 = pivot2;
+      // Underflow moves a coordinate by up to 2^-25, rounding by 2^-12 of it.
+      s.floor2 = scaled ? static_cast<float>(channels) * 0x1p-26f * inverse2 : 0;
+    }
   }
 }
 
@@ -429,15 +458,22 @@ __device__ void collect(const Team& team, Shared& s, int n) {
   }
 }
 
-// Whether every token certainly counts, since |x| <= |mean| + |x - mean|, and nothing overflowed, which would have left
-// inf or NaN. The same answer in every warp of the team.
+// Whether every token certainly counts, since |x| <= |pivot| + |x - pivot|, nothing overflowed, which would have left
+// inf or NaN, and few lost bits to underflow: a few near the pivot lose no more than rounding takes from the others.
+// The same answer in every warp of the team.
 template <class Team>
 __device__ bool all_count(const Team& team, const Shared& s, int n) {
-  float mean2 = 0;
-  for (int split = 0; split < kSplits; ++split) mean2 += *team.in(split, &s.mean2);
-  bool sure = mean2 <= kNormLimit / 8;
-  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < n; i += kWarp) sure = sure && s.norm[i] <= kNormLimit / 8;
-  return __all_sync(kAllLanes, sure) || n == 0;
+  float pivot2 = 0, floor2 = 0;
+  for (int split = 0; split < kSplits; ++split) {
+    pivot2 += *team.in(split, &s.pivot2), floor2 += *team.in(split, &s.floor2);
+  }
+  bool sure = pivot2 <= kNormLimit / 8;
+  int below = 0;
+  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < n; i += kWarp) {
+    sure = sure && s.norm[i] <= kNormLimit / 8;
+    below += s.norm[i] < floor2;
+  }
+  return (__all_sync(kAllLanes, sure) && __reduce_add_sync(kAllLanes, below) <= 1 + n / 8) || n == 0;
 }
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
@@ -525,11 +561,16 @@ __device__ void choose(const DpcKnn& p, int64_t b, const Team& team, Shared& s, 
       far = fmaxf(far, s.r_far[j].y);
     }
     const float delta2 = __any_sync(kAllLanes, any) ? warp_min_of_nonnegative(nearest) : warp_max_of_nonnegative(far);
-    const bool candidate = s.keep[i] == kNever;
-    const uint64_t score = candidate ? score_key(s.r_far[i].x, s.density[i], noisy, delta2, p.C) : kNotACandidate;
-    if (lane < Team::kSize) team.in(lane, s.score)[i] = score;
     if (lane == 0) s.delta2[i] = delta2;
   }
+  __syncthreads();
+  // Scores, a thread for each row and block that needs it: logarithms in float64 are slow, so all at once.
+  if (const int i = mine.first + thread / Team::kSize; i < mine.last) {
+    const bool candidate = s.keep[i] == kNever;
+    const uint64_t score = candidate ? score_key(s.r_far[i].x, s.density[i], noisy, s.delta2[i], p.C) : kNotACandidate;
+    team.in(thread % Team::kSize, s.score)[i] = score;
+  }
+  static_assert(ceil_div(kMaxTokens, Team::kSize) * Team::kSize <= kThreads);
   team.sync();
 
   // A token's place is the number of better ones; tokens of `keep` come after the best.
@@ -745,26 +786,30 @@ auto with_layout(const DpcKnn& p, const Body& body) {
 }
 
 // Whether the current device takes the cluster form: its code was compiled for sm_90 or later, rather than from the PTX
-// of an older generation, and the device has room for a whole cluster. Found out once per device.
+// of an older generation, and the device has room for a whole cluster. Remembered per device, unless asking failed.
 inline bool has_clusters() {
   static std::atomic<uint64_t> known{0}, takes{0}, raised{0};
-  int device = 0, generation = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
-  if (generation < 9) return false;
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if (known.load() & bit) return takes.load() & bit;
+  int device = 0, generation = 0, clusters = 0;
+  cudaFuncAttributes attributes{};
   const auto kernel = dpc_knn_small_kernel<float, true>;
   const ClusterLaunch launch(kTeam, shared_bytes(kMaxAcross), kTeam, nullptr);
-  cudaFuncAttributes attributes{};
-  int clusters = 0;
-  const bool yes = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
-                   allow_shared(kernel, shared_bytes(kMaxAcross), raised) == cudaSuccess &&
-                   cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess && clusters > 0;
-  cudaGetLastError();  // what was asked is not what the caller asked for
-  if (yes) takes.fetch_or(bit);
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess && generation < 9) return false;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (error == cudaSuccess && (known.load() & bit)) return takes.load() & bit;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess && attributes.ptxVersion >= 90) {
+    error = allow_shared(kernel, shared_bytes(kMaxAcross), raised);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // what was asked is not what the caller asked for
+    return false;
+  }
+  if (clusters > 0) takes.fetch_or(bit);
   known.fetch_or(bit);
-  return yes;
+  return clusters > 0;
 }
 
 inline int across_of(const DpcKnn& p) { return ceil_div(static_cast<int>(p.N), kTile); }
@@ -808,8 +853,9 @@ inline bool takes(const DpcKnn& p) { return p.N <= kMaxTokens; }
 
 inline int64_t scratch(const DpcKnn& p) { return has_clusters() ? 0 : Staged(p, nullptr).bytes; }
 
+// Without scratch there were clusters a moment ago.
 inline cudaError_t fwd(const DpcKnn& p, void* scratch, cudaStream_t stream) {
-  return has_clusters() ? fwd_cluster(p, stream) : fwd_staged(p, scratch, stream);
+  return scratch == nullptr || has_clusters() ? fwd_cluster(p, stream) : fwd_staged(p, scratch, stream);
 }
 
 }  // namespace hotkernels::dpc::small

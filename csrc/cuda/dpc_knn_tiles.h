@@ -129,7 +129,7 @@ __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side co
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const uint16_t* token = from[i] ? from[i] + int64_t{chunk} * kPanel : s.value;
-      ptx::async_copy<16>(to + (thread + i * kThreads) * 16, token, from[i] ? 16 : 0);
+      ptx::async_copy_part<16>(to + (thread + i * kThreads) * 16, token, from[i] ? 16 : 0);
     }
   };
   const uint16_t *row_from[kCopies], *column_from[kCopies];

@@ -44,11 +44,21 @@ __device__ inline void load_matrices(uint32_t (&registers)[4], const void* row) 
                : "memory");
 }
 
-// Asynchronous copies from global to shared memory of 4, 8 or 16 aligned bytes, of which the first `valid` are read;
-// the rest is filled with 0 (valid = 0 reads nothing). A thread's copies form groups: after async_wait<n> at most its n
-// last groups are still under way. Other threads see the copies after a barrier.
+// Asynchronous copies from global to shared memory of 4, 8 or 16 aligned bytes. A thread's copies form groups: after
+// async_wait<n> at most its n last groups are still under way. Other threads see the copies after a barrier.
 template <int kBytes>
-__device__ inline void async_copy(void* shared, const void* global, int valid = kBytes) {
+__device__ inline void async_copy(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)), "l"(global), "n"(kBytes)
+                 : "memory");
+  }
+}
+// Reads the first `valid` bytes only, which may be none, and fills the rest with 0.
+template <int kBytes>
+__device__ inline void async_copy_part(void* shared, const void* global, int valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)

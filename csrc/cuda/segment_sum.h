@@ -35,7 +35,8 @@ struct SegmentWork {
 
 constexpr int kSumThreads = 512;      // many, as each block reads the whole row of the index
 constexpr unsigned kMaxLanes = 256;
-constexpr int64_t kSumBlocks = 512;   // enough for every SM of a large GPU; more would only sort the same rows again
+constexpr int kSumBlocksPerSM = 2;
+constexpr double kSortShare = 0.1;    // of a block's time, if it summed all segments of a sample (an estimate)
 constexpr int kMaxSumRange = 448;
 
 // Of shared memory, where a block sorts a row of L entries.
@@ -46,7 +47,7 @@ static_assert(segment_sum_bytes(kMaxSumRange, kMaxSortedInBlock) <= 48 << 10, "m
 
 // blockDim = (threads that share a token's packs, segments at a time). kMean: weights, total and mean are there.
 template <class T, int V, bool kMean>
-__global__ void __launch_bounds__(kSumThreads, 2) segment_sum_kernel(SegmentSum p, SegmentWork work) {
+__global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSM) segment_sum_kernel(SegmentSum p, SegmentWork work) {
   using Packed = Pack<T, V>;
   using Sum = Compute<T>;
   constexpr int kTokensInFlight = kMean && V == 8 ? 3 : 4;  // 4 of half types, weighted, would spill on sm_100
@@ -124,17 +125,35 @@ __global__ void __launch_bounds__(kSumThreads, 2) segment_sum_kernel(SegmentSum 
   }
 }
 
+// Into how many ranges the segments of a sample are cut where each block sorts, if `slots` blocks run at once: as many
+// as one round of blocks has room for, or two or three rounds if those leave fewer idle.
+inline int64_t ranges_for(int64_t samples, int64_t slots) {
+  int64_t ranges = 1;
+  double least = 0;
+  for (int64_t rounds = 1; rounds <= 3; ++rounds) {
+    const int64_t here = rounds * slots / samples;
+    if (here < 1) continue;
+    const double time = static_cast<double>(rounds) * (1.0 / static_cast<double>(here) + kSortShare);
+    if (least == 0 || time < least) least = time, ranges = here;
+  }
+  return ranges;
+}
+
 template <class T, int V, bool kMean>
 cudaError_t launch_segment_sum(const SegmentSum& p, cudaStream_t stream) {
   const bool sorts = p.start == nullptr;
   const int64_t packs = p.R * (p.C / V);
   const unsigned lanes = lanes_for(packs, kMaxLanes), rows = kSumThreads / lanes;
+  int device = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
   // Few blocks per sample where each of them sorts, then pieces of tokens to fill the GPU.
-  const int64_t wanted = sorts ? (p.B * p.S + kSumBlocks - 1) / kSumBlocks : 1;
-  const int64_t rounded = (wanted + rows - 1) / rows * rows;
+  const int64_t slots = int64_t{kSumBlocksPerSM} * processors, wanted = sorts ? ranges_for(p.B, slots) : p.S;
+  const int64_t rounded = ((p.S + wanted - 1) / wanted + rows - 1) / rows * rows;
   const int range = static_cast<int>(rounded < kMaxSumRange ? rounded : kMaxSumRange);
   const unsigned ranges = blocks_for(p.S, range);
-  const int64_t pieces = (packs + lanes - 1) / lanes, free = kSumBlocks / (p.B * ranges);
+  const int64_t pieces = (packs + lanes - 1) / lanes, free = slots / (p.B * ranges);
   return launch_in_runs(p.B, ranges, [&](int64_t first, int64_t samples) {
     cudaLaunchConfig_t config{};
     config.blockDim = dim3(lanes, rows);

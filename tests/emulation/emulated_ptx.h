@@ -57,9 +57,13 @@ inline void load_matrices(uint32_t (&registers)[4], const void* row) {
 }
 
 template <int kBytes>
-inline void async_copy(void* shared, const void* global, int valid = kBytes) {
+inline void async_copy_part(void* shared, const void* global, int valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   hk_emulation::copy_later(shared, global, kBytes, valid);
+}
+template <int kBytes>
+inline void async_copy(void* shared, const void* global) {
+  async_copy_part<kBytes>(shared, global, kBytes);
 }
 inline void async_commit() { hk_emulation::commit_copies(); }
 template <int kPending>

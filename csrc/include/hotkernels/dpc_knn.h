@@ -33,8 +33,9 @@ HK_CPU_KERNEL(void dpc_knn_fwd(const DpcKnn& p, int64_t b, void* scratch, const 
 // the few hundred tokens that are clustered in one go. 256-byte aligned.
 int64_t dpc_knn_scratch_cuda(const DpcKnn& p);
 
-// Clusters all samples on `stream`. Distances are those of the centred tokens rounded to 11 bits (TF32, or float16 after
-// scaling by a power of two). A `keep` outside [-1, N) counts as -1.
+// Clusters all samples on `stream`. Distances are those of the tokens as counted from a pivot among them (the median of
+// three, channel by channel), rounded to 11 bits: float16 after scaling by a power of two. Below 2^-27 of a sample's
+// largest coordinate there are fewer, for such are rounded to 2^-38 of it. A `keep` outside [-1, N) counts as -1.
 CudaError dpc_knn_fwd_cuda(const DpcKnn& p, void* scratch, CudaStream stream);
 
 }  // namespace hotkernels

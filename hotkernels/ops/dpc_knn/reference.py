@@ -41,16 +41,15 @@ def dpc_knn_reference(
     x = x if x.dtype == torch.float64 else x.float()
     infinity = x.new_full((), torch.inf)
 
-    # 1. Valid tokens, centred on their mean.
+    # 1. Valid tokens; 0 where there is none.
     valid = (x * x).sum(-1) <= NORM_LIMIT  # false for NaN and inf
     if mask is not None:
         valid = valid & mask
     count = valid.sum(1, keepdim=True)
     x = torch.where(valid[..., None], x, 0.0)
-    x = torch.where(valid[..., None], x - x.sum(1, keepdim=True) / count.clamp(min=1)[..., None], 0.0)
 
     def squared_distances(rows: slice, to: Tensor, there: Tensor) -> Tensor:
-        # Differences, not dot products: symmetric bit for bit and exactly 0 on the diagonal.
+        # Differences, not dot products: symmetric bit for bit, exactly 0 on the diagonal, and no offset takes bits.
         d = torch.cdist(x[:, rows], to, compute_mode="donot_use_mm_for_euclid_dist")
         return torch.where(there[:, None, :], d * d / C, infinity)
 
