@@ -106,7 +106,7 @@ def dpc_knn(
     Example::
 
         >>> import torch, hotkernels
-        >>> x = torch.tensor([[[0.0], [0.1], [0.3], [5.0], [5.2], [5.3]]])
+        >>> x = torch.tensor([[[0.0], [0.1], [0.3], [5.0], [5.2], [5.35]]])
         >>> peaks = hotkernels.dpc_knn(x, num_clusters=2, k=2)
         >>> peaks.index, peaks.assignment
         (tensor([[0, 4]]), tensor([[0, 0, 0, 1, 1, 1]]))
