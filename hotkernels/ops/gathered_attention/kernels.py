@@ -94,6 +94,12 @@ def softmax_shift(top):
 
 
 @triton.jit
+def reciprocal(total):
+    """What sums of weighted rows are multiplied by, once per row; without any weight they are zeros and stay so."""
+    return 1.0 / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
 def log_sum_exp(top, total):
     """In the definition's units: log(total * 2^top), -inf where total is 0."""
     return tl.where(total == 0.0, float("-inf"), (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN2)
@@ -194,7 +200,7 @@ def gathered_attention_long_fwd_kernel(
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
             top = new_top
 
-        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        out = acc * reciprocal(total)[:, None]
         out_base = out_ptr + b * stride_ob + j * stride_oj + h * stride_oh
         store_rows(out_base, q_row, q_there, stride_on, out, HEAD_DIM, BLOCK_D)
         lse_at = lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m
@@ -282,7 +288,7 @@ def gathered_attention_short_fwd_kernel(
     p = tl.exp2(logits - softmax_shift(top)[:, :, None])
     total = tl.sum(p, 2)
     acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, :, None]
+    out = acc * reciprocal(total)[:, :, None]
     out_base = out_ptr + (b * stride_ob + j * stride_oj + h * stride_oh)[:, None, None]
     store_rows(out_base, q_row, q_there, stride_on, out, HEAD_DIM, BLOCK_D)
     lse_at = lse_ptr + (sequence.to(tl.int64) * H + h)[:, None] * Nq + m
@@ -382,7 +388,7 @@ def gathered_attention_each_fwd_kernel(
         acc = acc * rescale[:, None] + tl.sum(p[:, :, None] * v.to(tl.float32), 0)
         top = new_top
 
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out = acc * reciprocal(total)[:, None]
     store_rows(out_ptr + b * stride_ob + j * stride_oj + m * stride_on, h, live, stride_oh, out, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m, log_sum_exp(top, total), mask=live)
 
