@@ -325,11 +325,13 @@ def test_what_a_sanitizer_says(
 ) -> None:
     made = session(tmp_path, monkeypatch)
     made.log("memcheck").write_text(log)
+    made.log("racecheck").write_text(log)
     monkeypatch.setattr(made, "run", lambda *command, **options: code)
     monkeypatch.setattr(gpu, "find", lambda tool: None)
     assert gpu.sanitize(made, "memcheck").state == "skipped"
     monkeypatch.setattr(gpu, "find", lambda tool: tool)
     assert gpu.sanitize(made, "memcheck").state == state
+    assert gpu.sanitize(made, "racecheck").state == ("hazards" if code == 9 else state)
 
 
 def test_a_stage_that_breaks_is_a_failed_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,20 +372,22 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         def elapsed_time(self, end: Any) -> float:
             return (end.at - self.at) * 1e3
 
-    graph = SimpleNamespace(replay=lambda: None)
+    restored: list[Any] = []
+    graph = SimpleNamespace(replay=lambda: None, restored=restored)
     properties = SimpleNamespace(
         L2_cache_size=1 << 20, major=9, minor=0, multi_processor_count=132, total_memory=1 << 37
     )
     pretend = {
         "Event": Event, "Stream": Stream, "current_stream": Stream, "synchronize": lambda: None,
         "stream": lambda stream: contextlib.nullcontext(), "graph": lambda graph: contextlib.nullcontext(),
+        "set_stream": restored.append,
         "CUDAGraph": lambda: graph, "current_device": lambda: 0, "device_count": lambda: 1,
         "get_device_properties": lambda device: properties, "empty_cache": lambda: None,
     }  # fmt: skip
     for name, value in pretend.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, device=None, **k: zeros(*a, **k))
     return graph
 
 
@@ -392,6 +396,10 @@ def test_events_and_graphs(pretended: SimpleNamespace) -> None:
     calls: list[int] = []
     out, replay = captured(lambda: calls.append(1) or len(calls), calls=3)
     assert (out, len(calls), replay) == (5, 5, pretended.replay)
+    assert len(pretended.restored) == 1
+    with pytest.raises(ZeroDivisionError):
+        captured(lambda: calls.append(1) or 1 // (len(calls) < 8))
+    assert len(pretended.restored) == 2, "a refused capture leaves its stream behind"
     bench = gpu_rows.Bench("cuda", 0.01)
     assert isinstance(bench.clock, EventClock)
     assert bench.graph(lambda: None) is pretended.replay

@@ -18,6 +18,7 @@ from torch.autograd.gradcheck import gradcheck
 import hotkernels
 from hotkernels.backends import OPS as KERNELS
 from hotkernels.backends import why_not
+from hotkernels.bench import rounding_floor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -86,10 +87,7 @@ def assert_as_accurate(
     if ours.numel() == 0:
         return
     assert ours.isfinite().all()
-    roundings, precise = (32, torch.float64) if ours.dtype == torch.float64 else (4, torch.float32)
-    if backend == "triton":
-        roundings = 16  # tensor cores cut off what a sum cannot hold: 32 times in a product of 256 channels
-    floor = roundings * torch.finfo(precise).eps * scale
+    floor = rounding_floor(ours.dtype, tensor_cores=backend == "triton") * scale
     error, *errors = ((t.double() - truth).abs().max().item() for t in (ours, *torchs))
     allowed = max(e for e in errors if math.isfinite(e))
     if backend == "torch":
