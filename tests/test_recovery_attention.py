@@ -52,17 +52,6 @@ def test_a_sample_depends_on_nothing_but_itself(backend: str) -> None:
         assert torch.equal(out, gathered_attention(query[:1], key, value, backend=backend))
 
 
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_a_query_loaded_once_for_several_sequences(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With many sequences a program serves a group of them; the last group is not full."""
-    from hotkernels.ops.gathered_attention import kernels  # imports triton
-
-    query, key, value = (t.half() for t in heads(9, Nq=63, Nk=41))
-    each = recovery_attention(query[0], key, value, backend=backend)
-    monkeypatch.setattr(kernels, "MANY_PROGRAMS", 1)
-    torch.testing.assert_close(recovery_attention(query[0], key, value, backend=backend), each)
-
-
 def test_masked_keys(backend: str) -> None:
     """As if they were not there; with none left 0, and no gradient."""
     query, key, value = heads(3, Nq=63, Nk=40)

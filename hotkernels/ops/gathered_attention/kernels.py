@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import launcher
 from ...errors import fail
 from ...launcher import MAX_PROGRAMS, Launch, cdiv, is_aligned, launch, next_power_of_2
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
+INTERPRETED: tl.constexpr = tl.constexpr(launcher.INTERPRETED)
 
 # ---- what kernels share ----------------------------------------------------------------------------------------------
 
@@ -32,6 +34,12 @@ def sequence_of(sequence, J):
 
 
 @triton.jit
+def within(x, N):
+    """Whether the int64 x is in [0, N): below 0 it counts as huge, so that one comparison does."""
+    return x.to(tl.uint64) < N.to(tl.uint64)
+
+
+@triton.jit
 def rows_of_slots(index_at, slot, there, Nk):
     """The row that each slot names, and whether it names one; out of [0, Nk) is absent.
 
@@ -41,7 +49,7 @@ def rows_of_slots(index_at, slot, there, Nk):
         row = slot.to(tl.int64)
     else:
         row = tl.load(index_at, mask=there, other=-1)
-        there = there & (row >= 0) & (row < Nk)
+        there = there & within(row, Nk)
     return row, there
 
 
@@ -85,6 +93,18 @@ def load_bias(bias_ptr, m, slot, there, bias_stride_q, bias_stride_s):
     """The bias of queries m and slots in powers of two, zeros where not there; m and slot broadcast."""
     at = bias_ptr + m.to(tl.int64) * bias_stride_q + slot.to(tl.int64) * bias_stride_s
     return tl.load(at, mask=there, other=0.0) * LOG2E
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """a b + acc, which may be None.
+
+    One TF32 product takes operands that are rounded to TF32: tensor cores would cut them off, at four times the error.
+    """
+    if PRECISION == "tf32" and not INTERPRETED:
+        a = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [a], dtype=tl.float32, is_pure=True, pack=1)
+        b = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [b], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -155,56 +175,49 @@ def gathered_attention_long_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,  # sequences per program; more than one share a query, which is loaded once
 ):
-    """One program per (group of sequences, block of queries, head); heads, which are neighbours in memory, fastest."""
+    """One program per (sequence, block of queries, head); heads, which are neighbours in memory, fastest."""
     program = tl.program_id(0)
     h = (program % H).to(tl.int64)
     rest = program // H
     blocks = (Nq + BLOCK_M - 1) // BLOCK_M
     m = rest % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = rest // blocks * GROUP
+    sequence = rest // blocks
+    b, j = sequence_of(sequence, J)
     q_row, q_there = m.to(tl.int64), m < Nq
-    if GROUP > 1:
-        q = load_rows(q_ptr + h * stride_qh, q_row, q_there, stride_qn, HEAD_DIM, BLOCK_D)
-    for member in range(0, 1 if GROUP == 1 else tl.minimum(GROUP, sequences - first)):
-        sequence = first + member
-        b, j = sequence_of(sequence, J)
-        if GROUP == 1:
-            q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
-            q = load_rows(q_base, q_row, q_there, stride_qn, HEAD_DIM, BLOCK_D)
-        k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
-        v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
-        index_base = None if index_ptr is None else index_ptr + b * index_stride_b
-        bias_base = None if bias_ptr is None else bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h
-        key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
+    q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
+    k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
+    v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
+    index_base = None if index_ptr is None else index_ptr + b * index_stride_b
+    bias_base = None if bias_ptr is None else bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h
+    key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
+    q = load_rows(q_base, q_row, q_there, stride_qn, HEAD_DIM, BLOCK_D)
 
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for start in range(0, S, BLOCK_N):
-            slot = start + tl.arange(0, BLOCK_N)
-            row, there = rows_of_slots(None if index_ptr is None else index_base + slot, slot, slot < S, Nk)
-            added, there = added_to_logits(key_bias_base, row, there, key_bias_stride_n)
-            k = load_rows(k_base, row, there, stride_kn, HEAD_DIM, BLOCK_D)
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + added[None, :]
-            if bias_ptr is not None:
-                both = q_there[:, None] & there[None, :]
-                logits += load_bias(bias_base, m[:, None], slot[None, :], both, bias_stride_q, bias_stride_s)
-            new_top = tl.maximum(top, tl.max(logits, 1))
-            shift = softmax_shift(new_top)
-            p = tl.exp2(logits - shift[:, None])
-            rescale = tl.exp2(top - shift)
-            total = total * rescale + tl.sum(p, 1)
-            v = load_rows(v_base, row, there, stride_vn, HEAD_DIM, BLOCK_D)
-            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-            top = new_top
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, S, BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        row, there = rows_of_slots(None if index_ptr is None else index_base + slot, slot, slot < S, Nk)
+        added, there = added_to_logits(key_bias_base, row, there, key_bias_stride_n)
+        k = load_rows(k_base, row, there, stride_kn, HEAD_DIM, BLOCK_D)
+        logits = product(q, tl.trans(k), None, PRECISION) * scale + added[None, :]
+        if bias_ptr is not None:
+            both = q_there[:, None] & there[None, :]
+            logits += load_bias(bias_base, m[:, None], slot[None, :], both, bias_stride_q, bias_stride_s)
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        shift = softmax_shift(new_top)
+        p = tl.exp2(logits - shift[:, None])
+        rescale = tl.exp2(top - shift)
+        total = total * rescale + tl.sum(p, 1)
+        v = load_rows(v_base, row, there, stride_vn, HEAD_DIM, BLOCK_D)
+        acc = product(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
+        top = new_top
 
-        out = acc * reciprocal(total)[:, None]
-        out_base = out_ptr + b * stride_ob + j * stride_oj + h * stride_oh
-        store_rows(out_base, q_row, q_there, stride_on, out, HEAD_DIM, BLOCK_D)
-        lse_at = lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m
-        tl.store(lse_at, log_sum_exp(top, total), mask=q_there)
+    out = acc * reciprocal(total)[:, None]
+    out_base = out_ptr + b * stride_ob + j * stride_oj + h * stride_oh
+    store_rows(out_base, q_row, q_there, stride_on, out, HEAD_DIM, BLOCK_D)
+    tl.store(lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m, log_sum_exp(top, total), mask=q_there)
 
 
 @triton.jit
@@ -278,7 +291,7 @@ def gathered_attention_short_fwd_kernel(
     q = load_rows(q_base, q_row, q_there, stride_qn, HEAD_DIM, BLOCK_D)
     k = load_rows(k_base, row, there, stride_kn, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, row, there, stride_vn, HEAD_DIM, BLOCK_D)
-    logits = tl.dot(q, tl.permute(k, 0, 2, 1), input_precision=PRECISION) * scale + added[:, None, :]
+    logits = product(q, tl.permute(k, 0, 2, 1), None, PRECISION) * scale + added[:, None, :]
     if bias_ptr is not None:
         bias_base = bias_ptr + (b * bias_stride_b + j * bias_stride_j + h * bias_stride_h)[:, None, None]
         both = q_there[:, :, None] & there[:, None, :]
@@ -287,7 +300,7 @@ def gathered_attention_short_fwd_kernel(
     top = tl.max(logits, 2)
     p = tl.exp2(logits - softmax_shift(top)[:, :, None])
     total = tl.sum(p, 2)
-    acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    acc = product(p.to(v.dtype), v, None, PRECISION)
     out = acc * reciprocal(total)[:, :, None]
     out_base = out_ptr + (b * stride_ob + j * stride_oj + h * stride_oh)[:, None, None]
     store_rows(out_base, q_row, q_there, stride_on, out, HEAD_DIM, BLOCK_D)
@@ -343,49 +356,55 @@ def gathered_attention_each_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    PER_HEAD: tl.constexpr,  # whether heads have slots of their own
 ):
-    """One program per query and block of heads: where heads share slots, a gathered token is one run of memory."""
+    """One program per query and block of heads; with slots of a head's own, a block is one head.
+
+    A tile of rows is [BLOCK_S, BLOCK_H * BLOCK_D], as wide as the run of memory that a token's heads are.
+    """
     program = tl.program_id(0)
     head_blocks = (H + BLOCK_H - 1) // BLOCK_H
     rest = program // head_blocks
-    h = (program - rest * head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    first = (program - rest * head_blocks) * BLOCK_H
+    h = (first + tl.arange(0, BLOCK_H)).to(tl.int64)
     live = h < H
-    h = h.to(tl.int64)
     sequence = rest // Nq
     m = (rest - sequence * Nq).to(tl.int64)
     b, j = sequence_of(sequence, J)
-    q_base = q_ptr + b * stride_qb + j * stride_qj + m * stride_qn
-    k_base = k_ptr + b * stride_kb + j * stride_kj + (h * stride_kh)[None, :, None]
-    v_base = v_ptr + b * stride_vb + j * stride_vj + (h * stride_vh)[None, :, None]
-    index_base = index_ptr + b * index_stride_b + j * index_stride_j + m * index_stride_q
+    column = tl.arange(0, BLOCK_H * BLOCK_D)
+    column_h, d = (first + column // BLOCK_D).to(tl.int64), column % BLOCK_D
+    column_there = column_h < H
+    if HEAD_DIM != BLOCK_D:
+        column_there = column_there & (d < HEAD_DIM)
+    q_at = q_ptr + b * stride_qb + j * stride_qj + m * stride_qn + column_h * stride_qh + d
+    k_at = k_ptr + b * stride_kb + j * stride_kj + column_h * stride_kh + d
+    v_at = v_ptr + b * stride_vb + j * stride_vj + column_h * stride_vh + d
+    index_base = index_ptr + b * index_stride_b + j * index_stride_j + first.to(tl.int64) * index_stride_h
+    index_base += m * index_stride_q
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
-    q = load_rows(q_base, h, live, stride_qh, HEAD_DIM, BLOCK_D).to(tl.float32)
+    q = tl.load(q_at, mask=column_there, other=0.0).to(tl.float32)
 
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     for start in range(0, S, BLOCK_S):
-        slot = (start + tl.arange(0, BLOCK_S))[:, None]
-        index_at = index_base + slot
-        if PER_HEAD:
-            index_at += (h * index_stride_h)[None, :]
-        there = (slot < S) & live[None, :] if PER_HEAD else slot < S
-        row, there = rows_of_slots(index_at, slot, there, Nk)
+        slot = start + tl.arange(0, BLOCK_S)
+        row, there = rows_of_slots(index_base + slot, slot, slot < S, Nk)
         added, there = added_to_logits(key_bias_base, row, there, key_bias_stride_n)
-        there = there & live[None, :]
-        k = load_rows(k_base, row, there, stride_kn, HEAD_DIM, BLOCK_D)
-        v = load_rows(v_base, row, there, stride_vn, HEAD_DIM, BLOCK_D)
-        logits = tl.sum(q[None, :, :] * k.to(tl.float32), 2) * scale + added  # [BLOCK_S, BLOCK_H]
+        mask = there[:, None] & column_there[None, :]
+        k = tl.load(k_at[None, :] + (row * stride_kn)[:, None], mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_at[None, :] + (row * stride_vn)[:, None], mask=mask, other=0.0).to(tl.float32)
+        products = tl.reshape(q[None, :] * k, [BLOCK_S, BLOCK_H, BLOCK_D])
+        logits = tl.sum(products, 2) * scale + added[:, None]
         if bias_ptr is not None:
             bias_base = bias_ptr + b * bias_stride_b + j * bias_stride_j + (h * bias_stride_h)[None, :]
-            logits += load_bias(bias_base, m, slot, there, bias_stride_q, bias_stride_s)
+            both = there[:, None] & live[None, :]
+            logits += load_bias(bias_base, m, slot[:, None], both, bias_stride_q, bias_stride_s)
         new_top = tl.maximum(top, tl.max(logits, 0))
         shift = softmax_shift(new_top)
         p = tl.exp2(logits - shift[None, :])
         rescale = tl.exp2(top - shift)
         total = total * rescale + tl.sum(p, 0)
-        acc = acc * rescale[:, None] + tl.sum(p[:, :, None] * v.to(tl.float32), 0)
+        acc = acc * rescale[:, None] + tl.sum(p[:, :, None] * tl.reshape(v, [BLOCK_S, BLOCK_H, BLOCK_D]), 0)
         top = new_top
 
     out = acc * reciprocal(total)[:, None]
@@ -524,25 +543,30 @@ _LONG = {
     (True, 128): Blocks(32, 32, 8, 1),
     (True, 256): Blocks(16, 16, 8, 1),
 }
-# A program that loads a shared query once for several sequences needs more registers; it is worth it if many remain.
-GROUP = 4
-MANY_PROGRAMS = 1024
 SHORT = 32  # the most queries, and slots, of the short kernel
 
 
 def long_blocks(p: Problem) -> Blocks:
     """Blocks for a problem: smaller where they would be mostly padding. They depend on no batch, and so do the bits."""
-    M, N, num_warps, num_stages = _LONG[p.query.dtype == torch.float32, max(64, p.BLOCK_D)]
+    float32 = p.query.dtype == torch.float32
+    M, N, num_warps, num_stages = _LONG[float32, max(64, p.BLOCK_D)]
+    if p.index is not None:  # every row has an address of its own: copying ahead takes more instructions than it hides
+        num_stages = 1
+        if not float32 and p.BLOCK_D <= 64:
+            N, num_warps = 32, 4 if p.bias is None else 8
+    least = 2 if float32 and p.bias is None else 4
     while M > 32 and p.Nq <= M // 2:
-        M, num_warps = M // 2, max(4, num_warps // 2)
+        M, num_warps = M // 2, max(least, num_warps // 2)
     if p.S <= 256 and (p.S - 1) % 64 < 32:  # 81 slots are three blocks of 32 or two of 64
         N = min(N, 32)
-    return Blocks(M, N, num_warps, num_stages + (p.index is not None and num_stages > 1))
+    if p.S <= N:
+        num_stages = 1
+    return Blocks(M, N, num_warps, num_stages)
 
 
 def is_short(p: Problem) -> bool:
     """Whether the short kernel serves a problem."""
-    widest = 64 if p.query.dtype == torch.float32 else 256
+    widest = 32 if p.query.dtype == torch.float32 else 64
     return p.Nq <= SHORT and p.S <= SHORT and widest >= p.BLOCK_D
 
 
@@ -564,15 +588,15 @@ def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch
     half = p.query.element_size() == 2
     if p.per_query:
         added = (*p.index_strides, *p.bias_strides, *p.key_bias_strides)
-        BLOCK_H = min(next_power_of_2(p.H), max(1, 1024 // p.BLOCK_D))
-        BLOCK_S = min(next_power_of_2(p.S), max(1, (8192 if half else 4096) // (BLOCK_H * p.BLOCK_D)))
-        num_warps = min(4, max(1, BLOCK_S * BLOCK_H * p.BLOCK_D // 2048))
+        BLOCK_H = 1 if p.per_head else min(next_power_of_2(p.H), max(1, 512 // p.BLOCK_D))
+        BLOCK_S = min(next_power_of_2(p.S), max(1, 4096 // (BLOCK_H * p.BLOCK_D)))
+        num_warps = max(1, BLOCK_S * BLOCK_H * p.BLOCK_D // 2048)
         return Launch(
             gathered_attention_each_fwd_kernel,
             p.sequences * p.Nq * cdiv(p.H, BLOCK_H),
             tensors,
             (*rows, *added, p.J, p.H, p.Nq, p.Nk, p.S, scale),
-            (p.D, p.BLOCK_D, BLOCK_H, BLOCK_S, p.per_head),
+            (p.D, p.BLOCK_D, BLOCK_H, BLOCK_S),
             num_warps,
             2,
             aligned,
@@ -590,22 +614,17 @@ def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch
             tensors,
             numbers,
             (p.D, p.BLOCK_D, BLOCK_M, BLOCK_N, precision, pairs),
-            4 if half else 2,
+            min(4, pairs),
             1,
             aligned,
         )
     blocks = long_blocks(p)
-    programs = p.sequences * p.H * cdiv(p.Nq, blocks.M)
-    group = 1
-    if half and p.BLOCK_D <= 64 and p.heads(p.query)[:2] == (0, 0) and programs >= GROUP * MANY_PROGRAMS:
-        group = GROUP
-        programs = cdiv(p.sequences, group) * p.H * cdiv(p.Nq, blocks.M)
     return Launch(
         gathered_attention_long_fwd_kernel,
-        programs,
+        p.sequences * p.H * cdiv(p.Nq, blocks.M),
         tensors,
         numbers,
-        (p.D, p.BLOCK_D, blocks.M, blocks.N, precision, group),
+        (p.D, p.BLOCK_D, blocks.M, blocks.N, precision),
         blocks.num_warps,
         blocks.num_stages,
         aligned,
