@@ -10,6 +10,7 @@ their logits differ by the bias only, so p is summed over them before anything e
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,11 +27,13 @@ from .kernels import (
     Problem,
     dot_precision,
     load_rows,
+    product,
     rows_of_slots,
     sequence_of,
     store_rows,
     strides,
     with_contiguous_last,
+    within,
 )
 
 # ---- what the kernels share ------------------------------------------------------------------------------------------
@@ -93,9 +96,9 @@ def _tokens(entry, S, Nk, index_ptr, start_ptr, slots_ptr):
         return entry, there, 1
     else:
         slot = tl.load(slots_ptr + entry, mask=there, other=-1)
-        there &= (slot >= 0) & (slot < S)
+        there &= within(slot, S)
         token = tl.load(index_ptr + slot, mask=there, other=-1)
-        there &= (token >= 0) & (token < Nk)
+        there &= within(token, Nk)
         begin = tl.load(start_ptr + token, mask=there, other=-1)
         end = tl.load(start_ptr + token + 1, mask=there, other=0)
         return token, there & (begin == entry), tl.minimum(end, S) - entry
@@ -126,7 +129,7 @@ def _probabilities(logits, lse, row_there, attended, entry, copies, bias_ptr, st
         for copy in range(0, tl.max(tl.where(attended, copies, 0)).to(tl.int32)):
             there = attended & (copy < copies)
             slot = tl.load(slots_ptr + entry + copy, mask=there, other=-1)
-            there &= (slot >= 0) & (slot < S)
+            there &= within(slot, S)
             bias = tl.load(bias_ptr + slot * stride_s, mask=there & row_there, other=0.0)
             p += tl.where(there, tl.exp2(logits + bias * LOG2E - lse), 0.0)
     return p
@@ -165,7 +168,7 @@ def gathered_attention_fused_bwd_kernel(
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
     index_stride_b: tl.int64, start_stride_b: tl.int64,
     sequences: tl.int32, turns: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
-    scale: tl.float32,
+    scale: tl.float32, logit_scale: tl.float32,  # which is scale times log2(e)
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SHARED_QUERY: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +232,7 @@ def gathered_attention_fused_bwd_kernel(
             key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
             k = load_rows(_rows_of(k_base, G), token, attended, stride_kn, HEAD_DIM, BLOCK_D)
             v = load_rows(_rows_of(v_base, G), token, attended, stride_vn, HEAD_DIM, BLOCK_D)
-            logits = tl.dot(q, _transposed(k), input_precision=PRECISION) * (scale * LOG2E)
+            logits = product(q, _transposed(k), None, PRECISION) * logit_scale
             if key_bias_ptr is not None:
                 logits += _across(key_bias)
             p = _probabilities(
@@ -237,16 +240,16 @@ def gathered_attention_fused_bwd_kernel(
                 1 if index_ptr is None else _across(copies), bias_rows, bias_stride_s,
                 None if index_ptr is None else _rows_of(slots_base, G), S,
             )  # fmt: skip
-            grad_v = tl.dot(_transposed(p.to(q.dtype)), grad_out, input_precision=PRECISION)
+            grad_v = product(_transposed(p.to(q.dtype)), grad_out, None, PRECISION)
             store_rows(_rows_of(grad_v_base, G), token, there, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
-            grad_p = tl.dot(grad_out, _transposed(v), input_precision=PRECISION)
+            grad_p = product(grad_out, _transposed(v), None, PRECISION)
             grad_logits = p * (grad_p - _down(delta))
             if grad_key_bias_ptr is not None:
                 tl.store(grad_key_bias_base + token, tl.sum(grad_logits, -2), mask=there)
             grad_logits = grad_logits.to(q.dtype)
-            grad_k = tl.dot(_transposed(grad_logits), q, input_precision=PRECISION) * scale
+            grad_k = product(_transposed(grad_logits), q, None, PRECISION) * scale
             store_rows(_rows_of(grad_k_base, G), token, there, stride_grad_kn, grad_k, HEAD_DIM, BLOCK_D)
-            grad_q = tl.dot(grad_logits, k, grad_q, input_precision=PRECISION)
+            grad_q = product(grad_logits, k, grad_q, PRECISION)
         if index_ptr is not None:
             for block in range(0, Nk, BLOCK_N):
                 token = (block + column).to(tl.int64)
@@ -278,7 +281,7 @@ def gathered_attention_queries_bwd_kernel(
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
     index_stride_b: tl.int64, start_stride_b: tl.int64,
     sequences: tl.int32, turns: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
-    scale: tl.float32,
+    scale: tl.float32, logit_scale: tl.float32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SHARED_QUERY: tl.constexpr,
 ):  # fmt: skip
@@ -327,16 +330,16 @@ def gathered_attention_queries_bwd_kernel(
             key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
             k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D)
             v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D)
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            logits = product(q, tl.trans(k), None, PRECISION) * logit_scale
             if key_bias_ptr is not None:
                 logits += _across(key_bias)
             p = _probabilities(
                 logits, _down(lse), _down(row_there), _across(attended), _across(entry),
                 1 if index_ptr is None else _across(copies), bias_rows, bias_stride_s, slots_base, S,
             )  # fmt: skip
-            grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+            grad_p = product(grad_out, tl.trans(v), None, PRECISION)
             grad_logits = p * (grad_p - _down(delta))
-            grad_q = tl.dot(grad_logits.to(q.dtype), k, grad_q, input_precision=PRECISION)
+            grad_q = product(grad_logits.to(q.dtype), k, grad_q, PRECISION)
     if SHARED_QUERY:
         b, j = group.to(tl.int64), 0
     else:
@@ -360,7 +363,7 @@ def gathered_attention_keys_bwd_kernel(
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
     index_stride_b: tl.int64, start_stride_b: tl.int64,
     sequences: tl.int32, turns: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
-    scale: tl.float32,
+    scale: tl.float32, logit_scale: tl.float32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -399,19 +402,19 @@ def gathered_attention_keys_bwd_kernel(
         if bias_ptr is not None:
             bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
             bias_rows = _across(bias_rows)
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+        logits = product(k, tl.trans(q), None, PRECISION) * logit_scale
         if key_bias_ptr is not None:
             logits += _down(key_bias)
         p = _probabilities(
             logits, _across(lse), _across(row_there), _down(attended), _down(entry),
             1 if index_ptr is None else _down(copies), bias_rows, bias_stride_s, slots_base, S,
         )  # fmt: skip
-        grad_v = tl.dot(p.to(q.dtype), grad_out, grad_v, input_precision=PRECISION)
-        grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        grad_v = product(p.to(q.dtype), grad_out, grad_v, PRECISION)
+        grad_p = product(v, tl.trans(grad_out), None, PRECISION)
         grad_logits = p * (grad_p - _across(delta))
         if grad_key_bias_ptr is not None:
             grad_key_bias += tl.sum(grad_logits, -1)
-        grad_k = tl.dot(grad_logits.to(q.dtype), q, grad_k, input_precision=PRECISION)
+        grad_k = product(grad_logits.to(q.dtype), q, grad_k, PRECISION)
     grad_at = b * stride_grad_kb + j * stride_grad_kj + h * stride_grad_kh
     grad_k_base, grad_v_base = grad_k_ptr + grad_at, grad_v_ptr + grad_at
     store_rows(grad_v_base, token, there, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
@@ -443,7 +446,7 @@ def gathered_attention_bias_bwd_kernel(
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
     index_stride_b: tl.int64, start_stride_b: tl.int64,
     sequences: tl.int32, turns: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
-    scale: tl.float32,
+    scale: tl.float32, logit_scale: tl.float32,
     HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -481,11 +484,11 @@ def gathered_attention_bias_bwd_kernel(
         for c in tl.static_range(0, HEAD_DIM, BLOCK_C):
             q = load_rows(q_base + c, i, row_there, stride_qn, HEAD_DIM - c, BLOCK_C)
             k = load_rows(k_base + c, token, attended, stride_kn, HEAD_DIM - c, BLOCK_C)
-            logits = tl.dot(q, tl.trans(k), logits, input_precision=PRECISION)
+            logits = product(q, tl.trans(k), logits, PRECISION)
             grad_out = load_rows(grad_out_base + c, i, row_there, stride_gn, HEAD_DIM - c, BLOCK_C)
             v = load_rows(v_base + c, token, attended, stride_vn, HEAD_DIM - c, BLOCK_C)
-            grad_p = tl.dot(grad_out, tl.trans(v), grad_p, input_precision=PRECISION)
-        logits *= scale * LOG2E
+            grad_p = product(grad_out, tl.trans(v), grad_p, PRECISION)
+        logits *= logit_scale
         if key_bias_ptr is not None:
             logits += _across(key_bias)
         p = _probabilities(
@@ -516,7 +519,7 @@ def gathered_attention_each_queries_bwd_kernel(
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
     index_stride_b: tl.int64, index_stride_j: tl.int64, index_stride_h: tl.int64, index_stride_q: tl.int64,
     sequences: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
-    scale: tl.float32,
+    scale: tl.float32, logit_scale: tl.float32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INT: tl.constexpr,
 ):  # fmt: skip
@@ -551,10 +554,10 @@ def gathered_attention_each_queries_bwd_kernel(
         slot = _across((block + tl.arange(0, BLOCK_N)).to(tl.int64))
         asked = _down(row_there) & (slot < S)
         token = tl.load(_down(index_rows) + slot, mask=asked, other=-1)
-        key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, asked & (token >= 0) & (token < Nk))
+        key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, asked & within(token, Nk))
         k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D).to(tl.float32)
         v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D).to(tl.float32)
-        logits = tl.sum(_across(q) * k, -1) * (scale * LOG2E)
+        logits = tl.sum(_across(q) * k, -1) * logit_scale
         if key_bias_ptr is not None:
             logits += key_bias
         p = _probabilities(logits, _down(lse), _down(row_there), attended, slot, 1, bias_rows, bias_stride_s, None, S)
@@ -582,7 +585,7 @@ def gathered_attention_each_keys_bwd_kernel(
     start_stride_b: tl.int64, start_stride_j: tl.int64, start_stride_h: tl.int64,
     slots_stride_b: tl.int64, slots_stride_j: tl.int64, slots_stride_h: tl.int64,
     sequences: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
-    scale: tl.float32,
+    scale: tl.float32, logit_scale: tl.float32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INT: tl.constexpr,
 ):  # fmt: skip
@@ -621,13 +624,13 @@ def gathered_attention_each_keys_bwd_kernel(
         entry = _down(begin) + _across((block + tl.arange(0, BLOCK_M)).to(tl.int64))
         named = entry < _down(end)
         at = tl.load(slots_base + entry, mask=named, other=-1)
-        named &= (at >= 0) & (at < entries)
+        named &= within(at, entries)
         i = (at.to(INT) // S).to(tl.int64)
         q = load_rows(q_base, i, named, stride_qn, HEAD_DIM, BLOCK_D).to(tl.float32)
         grad_out = load_rows(grad_out_base, i, named, stride_gn, HEAD_DIM, BLOCK_D).to(tl.float32)
         lse = _load_lse(lse_ptr, stats + i, named)
         delta = tl.load(delta_ptr + stats + i, mask=named, other=0.0)
-        logits = tl.sum(_across(k) * q, -1) * (scale * LOG2E)
+        logits = tl.sum(_across(k) * q, -1) * logit_scale
         if key_bias_ptr is not None:
             logits += _down(key_bias)
         bias_rows = None
@@ -669,6 +672,11 @@ _KEYS = {
     (True, 128): Blocks(32, 16, 8, 1),
     (True, 256): Blocks(16, 16, 8, 1),
 }
+# float32 -> those of queries and of keys where there is a bias, whose addresses need registers, up to 64 channels.
+_WITH_BIAS = {
+    False: (Blocks(64, 32, 4, 1), Blocks(32, 64, 8, 1)),
+    True: (Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1)),
+}
 # float32 -> those of the bias, and how many channels it takes at a time.
 _BIAS = {False: (Blocks(64, 32, 8, 1), 64), True: (Blocks(16, 32, 4, 1), 16)}
 
@@ -684,7 +692,12 @@ def fused_blocks(p: Problem) -> Blocks | None:
         return Blocks(M, min(N, 32), 2, 1)
     if M <= 128:
         return Blocks(M, min(N, 32), M // 16, 1)
-    return Blocks(M, min(N, 16 if p.index is not None and p.bias is not None else 32), 8, 1) if M == 256 else None
+    if M > 256 or (p.index is not None and p.bias is not None):
+        return None
+    # With 64 columns every product is a warp group's; whatever else needs registers leaves too few for so many.
+    if p.bias is not None or p.D != p.BLOCK_D:
+        return Blocks(M, 16, 8, 1)
+    return Blocks(M, min(N, 64 if p.index is None and p.query.dim() > 3 else 32), 8, 1)
 
 
 def sequences_at_once(p: Problem, blocks: Blocks) -> int:
@@ -807,6 +820,7 @@ class Backward:
         blocks: Blocks,
     ) -> None:
         p = self.problem
+        logit_scale = self.scale * math.log2(math.e)
         rows = (
             *p.heads(p.query), *p.heads(p.key), *p.heads(p.value), *p.heads(self.grad_out), *p.heads(self.out),
             *p.heads(self.grad_query), *p.heads(self.grad_key),
@@ -816,7 +830,7 @@ class Backward:
                 kernel,
                 programs,
                 tensors,
-                (*rows, *p.bias_strides, *p.key_bias_strides, *index_strides, *sizes, self.scale),
+                (*rows, *p.bias_strides, *p.key_bias_strides, *index_strides, *sizes, self.scale, logit_scale),
                 (p.D, channels, blocks.M, blocks.N, *constants),
                 blocks.num_warps,
                 blocks.num_stages,
@@ -846,7 +860,7 @@ class Backward:
         p = self.problem
         G, turns = sequences_at_once(p, blocks), 1
         if G > 1:
-            blocks = blocks._replace(num_warps=4)
+            blocks = blocks._replace(num_warps=min(4, G))
         groups = cdiv(p.sequences, G)
         if self.shared_query:
             G, (groups, turns) = 1, self._parts(p.H)
@@ -863,8 +877,10 @@ class Backward:
 
     def _split(self) -> None:
         p = self.problem
-        size = p.query.dtype == torch.float32, max(64, p.BLOCK_D)
-        blocks = _QUERIES[size]
+        float32, size = p.query.dtype == torch.float32, max(64, p.BLOCK_D)
+        blocks, of_keys = _QUERIES[float32, size], _KEYS[float32, size]
+        if p.bias is not None and size == 64:
+            blocks, of_keys = _WITH_BIAS[float32]
         row_blocks, groups, turns = cdiv(p.Nq, blocks.M), p.sequences, 1
         if self.shared_query:
             groups, turns = self._parts(p.H * row_blocks)
@@ -883,10 +899,9 @@ class Backward:
             (self.shared_query,),
             blocks,
         )  # fmt: skip
-        blocks = _KEYS[size]
         self._dense(
             gathered_attention_keys_bwd_kernel,
-            p.sequences * cdiv(p.S, blocks.N),
+            p.sequences * cdiv(p.S, of_keys.N),
             (
                 p.query, p.key, p.value, self.grad_out, self.lse, self.delta,
                 self.grad_key, self.grad_value, self._wanted(self.grad_key_bias), *index,
@@ -894,7 +909,7 @@ class Backward:
             1,
             p.BLOCK_D,
             (),
-            blocks,
+            of_keys,
         )  # fmt: skip
 
     def _bias(self) -> None:
@@ -920,7 +935,7 @@ class Backward:
         wide = p.sequences * max(p.Nq, p.Nk) >= 2**31 - 2048 or p.Nq * p.S >= 2**31
         constants = (tl.int64 if wide else tl.int32,)
         sizes = (p.sequences, p.J, p.H, p.Nq, p.Nk, p.S)
-        queries, entries = each_blocks(p, p.S, 2048)
+        queries, entries = each_blocks(p, p.S, 2048 if p.bias is None else 1024)
         blocks = Blocks(queries, entries, 1, 1)
         self._add(
             gathered_attention_each_queries_bwd_kernel,
