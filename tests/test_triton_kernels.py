@@ -6,6 +6,7 @@ import json
 
 import cuda_resources
 import pytest
+import torch
 from conftest import EMULATED
 
 triton = pytest.importorskip("triton")
@@ -21,12 +22,13 @@ def resources() -> triton_resources.Resources:
 
 
 def test_triton_compiles_for_every_generation_within_its_limits(resources: triton_resources.Resources) -> None:
-    table = json.loads(triton_resources.TABLE.read_text())
-    assert resources.keys() == table["kernels"].keys(), "after a change: python tests/triton_resources.py"
+    tables = json.loads(triton_resources.TABLE.read_text())
+    for version, table in tables.items():
+        assert resources.keys() == table.keys(), f"with triton {version}: python tests/triton_resources.py"
     assert all(needs.keys() == triton_resources.GENERATIONS.keys() for needs in resources.values())
-    if triton.__version__ != table["triton"]:
-        pytest.skip(f"compiled, but the limits are for triton {table['triton']}, this is {triton.__version__}")
-    assert not cuda_resources.over(resources, table["kernels"]), (
+    if triton_resources.VERSION not in tables:
+        pytest.skip(f"compiled, but the limits are for triton {', '.join(tables)}, this is {triton.__version__}")
+    assert not cuda_resources.over(resources, tables[triton_resources.VERSION]), (
         "(needs, limit); where it is meant: python tests/triton_resources.py"
     )
 
@@ -41,6 +43,20 @@ def test_launches_fit_every_generation(resources: triton_resources.Resources) ->
         if needs["shared_bytes"] > limits[generation]
     }
     assert not over
+
+
+def test_one_tf32_product_takes_rounded_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is multiplied is rounded to TF32 by an instruction: tensor cores cut it off."""
+    target = triton_resources.GENERATIONS["sm_90"]
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    with triton_resources.recorded(target) as jobs:
+        triton_resources.attend((4,), 2, 243, 243, 64, torch.float32, added=True)
+    assert len(jobs) == 4
+    for job in jobs:
+        assert "tf32" in job.constants
+        source, options = job.variant.source()
+        ptx = triton.compile(source, target=target, options=options).asm["ptx"]
+        assert "cvt.rna.tf32.f32" in ptx, job.kernel.__name__
 
 
 def test_lengths_and_batches_compile_nothing_new() -> None:

@@ -1,11 +1,13 @@
 """Compiles every Triton kernel ahead of time, as its launcher would on typical workloads, for each GPU generation.
 
-`python tests/triton_resources.py` writes data/triton_resources.json, the limits that test_triton_kernels.py holds
-kernels to. No GPU is needed: the public functions run on meta tensors, and what they would launch is compiled.
+`python tests/triton_resources.py` writes the running Triton's table into data/triton_resources.json, the limits that
+test_triton_kernels.py holds kernels to; versions of Triton allot registers differently. No GPU is needed: the public
+functions run on meta tensors, and what they would launch is compiled.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -34,9 +36,10 @@ GENERATIONS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+VERSION = ".".join(triton.__version__.split(".")[:2])
 HALF, FLOAT = torch.bfloat16, torch.float32
 
-# kernel and workload -> generation -> what it needs
+# kernel and workload -> generation -> what it needs. The file has one for each version of Triton.
 Resources = dict[str, dict[str, dict[str, int]]]
 
 
@@ -100,7 +103,14 @@ WORKLOADS: dict[str, Callable[[], None]] = {
     "recovery 243 from 81, f32": partial(recover, (16, 17), 8, 243, 81, 64, FLOAT),
     "17 tokens with bias, bf16": partial(attend, (100,), 8, 17, 17, 64, HALF, added=True),
     "243 tokens with bias, bf16": partial(attend, (100,), 8, 243, 243, 64, HALF, added=True),
+    "243 tokens with bias, f32": partial(attend, (100,), 8, 243, 243, 64, FLOAT, added=True),
+    "81 of 243 with bias, bf16": partial(attend, (100,), 8, 243, 243, 64, HALF, "set", 81, added=True),
+    "81 of 243 with bias, f32": partial(attend, (100,), 8, 243, 243, 64, FLOAT, "set", 81, added=True),
+    "D=32 with bias, f32": partial(attend, (100,), 8, 243, 243, 32, FLOAT, added=True),
+    "81 of 243, D=32 with bias, f32": partial(attend, (100,), 8, 243, 243, 32, FLOAT, "set", 81, added=True),
+    "32 per query, D=8 with bias, f32": partial(attend, (1,), 8, 999, 999, 8, FLOAT, "query", 32, added=True),
     "32 per head with bias, bf16": partial(attend, (1,), 8, 999, 999, 64, HALF, "head", 32, added=True),
+    "243 tokens, D=39, bf16": partial(attend, (100,), 8, 243, 243, 39, HALF),
     "D=39, bf16": partial(attend, (100,), 8, 351, 351, 39, HALF),
     "D=128, bf16": partial(attend, (100,), 4, 243, 243, 128, HALF),
     "D=128, f32": partial(attend, (100,), 4, 243, 243, 128, FLOAT),
@@ -122,6 +132,7 @@ def recorded(target: GPUTarget) -> Iterator[list[Launch]]:
         yield jobs
 
 
+@functools.cache
 def jobs_on(target: GPUTarget) -> dict[str, Launch]:
     """`kernel: workload` -> the first workload's launch of each distinct machine code."""
     found: dict[launcher.Variant, tuple[str, Launch]] = {}
@@ -169,6 +180,7 @@ def measured() -> Resources:
 
 
 if __name__ == "__main__":
-    table = {"triton": triton.__version__, "kernels": measured()}
-    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    print(f"wrote {TABLE.name}: {len(table['kernels'])} kernels")
+    tables = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    tables[VERSION] = measured()
+    TABLE.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
+    print(f"wrote {TABLE.name}: {len(tables[VERSION])} kernels of triton {VERSION}")
