@@ -136,7 +136,10 @@ def is_aligned(strides: Sequence[int], *tensors: Tensor) -> bool:
 
 
 def _interpret(job: Launch) -> None:
-    """Triton's interpreter takes a bfloat16 for the integer of its bits: it gets float32 copies of the same strides."""
+    """Triton's interpreter takes a bfloat16 for the integer of its bits: it gets float32 copies of the same strides.
+
+    What kernels round to a half type on the way is therefore rounded in tests with float16 only.
+    """
     given = [None if t is None else _in_float32(t) if t.dtype == torch.bfloat16 else t for t in job.tensors]
     job.kernel[(job.programs,)](*given, *job.numbers, *job.constants)
     for t, copy in zip(job.tensors, given, strict=True):
