@@ -45,12 +45,15 @@ def test_launches_fit_every_generation(resources: triton_resources.Resources) ->
     assert not over
 
 
-def test_one_tf32_product_takes_rounded_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_tf32_product_takes_rounded_operands() -> None:
     """What is multiplied is rounded to TF32 by an instruction: tensor cores cut it off."""
     target = triton_resources.GENERATIONS["sm_90"]
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    with triton_resources.recorded(target) as jobs:
-        triton_resources.attend((4,), 2, 243, 243, 64, torch.float32, added=True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with triton_resources.recorded(target) as jobs:
+            triton_resources.attend((4,), 2, 243, 243, 64, torch.float32, added=True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert len(jobs) == 4
     for job in jobs:
         assert "tf32" in job.constants

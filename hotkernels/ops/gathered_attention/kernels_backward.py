@@ -653,8 +653,8 @@ def gathered_attention_each_keys_bwd_kernel(
 PROGRAMS = 256  # of kernels that take several sequences per program: two for each multiprocessor of an H200
 
 
-# Blocks that do not spill registers on sm_90 with triton 3.6 and 3.9, but for float32 of more than 128 channels, for 39
-# channels, and with 3.9 for 243 tokens in half types, by 56 bytes: tests/data/triton_resources.json.
+# Blocks that spill at most 16 bytes on sm_90 with triton 3.6 and 3.9, but float32 of more than 128 channels, 243 tokens
+# of 39 channels, and with 3.9 those of 243 tokens in half types, 56 bytes: tests/data/triton_resources.json.
 # (float32, BLOCK_D up to) -> those of queries and of keys.
 _QUERIES = {
     (False, 64): Blocks(128, 64, 8, 2),
