@@ -1,8 +1,7 @@
 """Linear layers by oneDNN on the CPU, forward and backward: float32, bias and GELU within the matrix product.
 
 PyTorch multiplies float32 with MKL, which leaves half of an AMD core with AVX-512 idle: 94 against 195 GF/s on an EPYC.
-On Intel's both reach 145 GF/s forward, but MKL 140 and oneDNN 122 in the products of the backward pass, so there only
-calls that record none take this way.
+On Intel's both reach 145 GF/s forward, but MKL 140 and oneDNN 122 in the products of the backward pass.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def multiply(x: Tensor, weight: Any, bias: Any, gelu: bool = False) -> Tensor:
     served = _served(x, weight)
     if served and not wants_grad(x, weight, bias):
         return _onednn(x, weight, bias, gelu)
-    function = _recorded if served and not _MKL_IS_FAST else F.linear
+    function = _recorded if served else F.linear
     out = function(x, weight, bias)
     return F.gelu(out) if gelu else out
 
@@ -78,6 +77,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x = _onednn(grad_out, weight.t()) if ctx.needs_input_grad[0] else None
-        grad_weight = _onednn(grad_out.t(), x.t()) if ctx.needs_input_grad[1] else None
+        product = torch.mm if _MKL_IS_FAST else lambda a, b: _onednn(a, b.t())
+        grad_x = product(grad_out, weight) if ctx.needs_input_grad[0] else None
+        grad_weight = product(grad_out.t(), x) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, grad_out.sum(0) if ctx.needs_input_grad[2] else None
