@@ -477,9 +477,11 @@ class EventClock:
     not more. It reads, because what it would write goes back to memory later, during the call.
     """
 
+    device = "cuda"
+
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self._other = torch.zeros(3 * cache // 4, dtype=torch.float32, device="cuda")
+        self._other = torch.zeros(3 * cache // 4, dtype=torch.float32, device=self.device)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __call__(self, thunk: Thunk, repeats: int = 1) -> float:

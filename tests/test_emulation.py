@@ -13,7 +13,7 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
-from conftest import EMULATED, GPU_BACKENDS
+from conftest import EMULATED
 
 from hotkernels import backends
 
@@ -42,13 +42,15 @@ def test_every_selftest_is_run(library: Path) -> None:
     assert emulation.selftest(len(KERNELS)) is None
 
 
-# How a process is told to emulate a backend, and which of its tests to run. The interpreter is slow, and half types
-# are little else than float32 to it: all shapes for float32, forward for float16 too.
+# How a process is told to emulate a backend, and which of its tests to run. The interpreter is slow, so two share them;
+# and half types are little else than float32 to it: all shapes for float32, forward for float16 too.
+CUDA, TRITON = {"HOTKERNELS_EMULATE_CUDA": "1"}, {"TRITON_INTERPRET": "1"}
 EMULATE = {
-    "cuda": ({"HOTKERNELS_EMULATE_CUDA": "1"}, "cuda"),
-    "triton": (
-        {"TRITON_INTERPRET": "1"},
-        "triton and not (conformance and bfloat16 and not small) and not (test_gradients and float16 and not small)",
+    "cuda": (CUDA, "cuda"),
+    "triton ops": (TRITON, "triton and not conformance"),
+    "triton conformance": (
+        TRITON,
+        "triton and conformance and not (bfloat16 and not small) and not (test_gradients and float16 and not small)",
     ),
 }
 
@@ -68,32 +70,33 @@ class Process:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Process]]:
-    """Both at once: they take minutes."""
+    """All at once: they take minutes."""
     if backends.LIBRARIES["_C_cpu"] is not None:
         pytest.skip(str(backends.LIBRARIES["_C_cpu"]))
     if torch.cuda.is_available():
         pytest.skip("here is a GPU: every test with the backend fixture runs on it")
     folder = tmp_path_factory.mktemp("emulation")
     running = {}
-    for backend, (environment, expression) in EMULATE.items():
+    for name, (environment, expression) in EMULATE.items():
+        backend = name.partition(" ")[0]
         if backend == "triton" and importlib.util.find_spec("triton") is None:
             continue
         ops = [op for op, kernels in backends.OPS.items() if backend in kernels]
         files = sorted({path for op in ("conformance", *ops) for path in HERE.glob(f"test_{op}*.py")})
         command = [sys.executable, "-m", "pytest", "-q", "-k", expression, *map(str, files)]
-        running[backend] = Process(command, os.environ | environment, folder / backend)
+        running[name] = Process(command, os.environ | environment, folder / name)
     yield running
     for process in running.values():
         process.popen.kill()
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
-def test_gpu_backend_without_a_gpu(processes: dict[str, Process], backend: str) -> None:
+@pytest.mark.parametrize("name", EMULATE)
+def test_gpu_backend_without_a_gpu(processes: dict[str, Process], name: str) -> None:
     """The tests of every op that has the backend, on CPU tensors."""
-    if backend not in processes:
-        pytest.skip(f"{backend} is not installed")
-    status, said = processes[backend].finished()
+    if name not in processes:
+        pytest.skip(f"{name}: not installed")
+    status, said = processes[name].finished()
     assert status == 0, said[-8000:]
-    ran = re.search(rf"kernel tests run per backend: {backend} (\d+)", said)
-    assert ran, f"no kernel test ran on {backend}"
+    ran = re.search(rf"kernel tests run per backend: {name.partition(' ')[0]} (\d+)", said)
+    assert ran, f"no kernel test ran: {name}"
     print(ran[0])
