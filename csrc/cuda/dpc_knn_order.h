@@ -14,9 +14,7 @@ constexpr float kNormLimit = 0x1p93f;
 
 // ---- the pivot ----------------------------------------------------------------------------------------------------
 
-// What is subtracted before rounding: of each channel, the median of three tokens. A mean would do as well, were it not
-// for outliers: one of n that is A away moves the mean by A / n, and all others would be rounded as if they were that
-// long. Not the first and the last token, which often are special.
+// What is subtracted before rounding: of each channel, the median of three tokens. csrc/cpu/dpc_knn.cpp says why.
 __device__ inline float median(float a, float b, float c) { return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c)); }
 __device__ inline int pivot_token(int n, int which) { return n / 6 + which * (n / 3); }  // of n, which = 0, 1, 2
 
