@@ -10,7 +10,7 @@ from cases import upcast
 from hotkernels import gathered_attention, recovery_attention
 
 pytest.importorskip("triton")
-from hotkernels.ops.gathered_attention import kernels_backward
+from hotkernels.ops.gathered_attention import launches_backward
 
 only_triton = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
@@ -19,7 +19,7 @@ only_triton = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("L", [9, 40])  # one kernel for all gradients, and one for each of two
 @pytest.mark.parametrize("programs", [1, 2, 6, 256])
 def test_the_gradient_of_a_shared_query(backend: str, monkeypatch: pytest.MonkeyPatch, L: int, programs: int) -> None:
-    monkeypatch.setattr(kernels_backward, "PROGRAMS", programs)
+    monkeypatch.setattr(launches_backward, "PROGRAMS", programs)
     args = [torch.randn(shape) for shape in ((2, L, 8), (5, 2, 7, 8), (5, 2, 7, 8))]
     grad_out = torch.randn(5, 2, L, 8)
     leaves = [t.requires_grad_() for t in args]
@@ -33,7 +33,7 @@ def test_the_gradient_of_a_shared_query(backend: str, monkeypatch: pytest.Monkey
 @only_triton
 @pytest.mark.parametrize("programs", [1, 4, 256])
 def test_the_gradient_of_a_bias_for_every_batch(backend: str, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
-    monkeypatch.setattr(kernels_backward, "PROGRAMS", programs)
+    monkeypatch.setattr(launches_backward, "PROGRAMS", programs)
     query, key, value = (torch.randn(5, 2, N, 8) for N in (9, 7, 7))
     index, bias, grad_out = torch.tensor([[3, -1, 0, 3, 6]]), torch.randn(2, 9, 5), torch.randn(5, 2, 9, 8)
     leaf = bias.requires_grad_()

@@ -26,8 +26,8 @@ from triton.backends.compiler import GPUTarget
 
 from hotkernels import launcher
 from hotkernels.launcher import Launch
-from hotkernels.ops.gathered_attention import kernels as forward
-from hotkernels.ops.gathered_attention import kernels_backward as backward
+from hotkernels.ops.gathered_attention import launches as forward
+from hotkernels.ops.gathered_attention import launches_backward as backward
 
 TABLE = Path(__file__).parent / "data/triton_resources.json"
 GENERATIONS = {

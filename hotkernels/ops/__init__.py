@@ -1,1 +1,1 @@
-"""One folder per operator: api.py (public function), reference.py (the definition), kernels.py (Triton)."""
+"""One folder per operator: api.py (public function), reference.py (the definition), kernels and launches (Triton)."""

@@ -24,11 +24,11 @@ register(
     cpp=Kernel(FLOATING, device="cpu", library="_C_cpu"),
     torch=Kernel(FLOATING),
 )
-implement_in_triton("gathered_attention_fwd", module="hotkernels.ops.gathered_attention.kernels")
+implement_in_triton("gathered_attention_fwd", module="hotkernels.ops.gathered_attention.launches")
 implement_in_triton(
     "gathered_attention_bwd",
     "gathered_attention_packed_bwd",
-    module="hotkernels.ops.gathered_attention.kernels_backward",
+    module="hotkernels.ops.gathered_attention.launches_backward",
 )
 
 

@@ -20,8 +20,8 @@ register(
     cpp=Kernel(FLOATING, device="cpu", library="_C_cpu"),
     torch=Kernel(FLOATING),
 )
-implement_in_triton("recovery_attention_fwd", module="hotkernels.ops.gathered_attention.kernels")
-implement_in_triton("recovery_attention_bwd", module="hotkernels.ops.gathered_attention.kernels_backward")
+implement_in_triton("recovery_attention_fwd", module="hotkernels.ops.gathered_attention.launches")
+implement_in_triton("recovery_attention_bwd", module="hotkernels.ops.gathered_attention.launches_backward")
 
 
 class RecoveryAttention(torch.autograd.Function):

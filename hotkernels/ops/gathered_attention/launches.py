@@ -1,0 +1,256 @@
+"""Attention in Triton, forward: checks a call, chooses its kernel and blocks, and launches it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import fail
+from ...launcher import MAX_PROGRAMS, Launch, cdiv, is_aligned, launch, next_power_of_2
+from .kernels import (
+    gathered_attention_each_fwd_kernel,
+    gathered_attention_long_fwd_kernel,
+    gathered_attention_short_fwd_kernel,
+)
+
+Strides = tuple[int, ...]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Problem:
+    """A call's arguments, checked, with sizes and strides as the kernels take them; b and j of size 1 have stride 0."""
+
+    def __init__(
+        self,
+        op: str,
+        query: Tensor,  # [*batch, H, Nq, D], or [H, Nq, D] for all sequences
+        key: Tensor,
+        value: Tensor,
+        index: Tensor | None = None,
+        bias: Tensor | None = None,
+        key_bias: Tensor | None = None,
+    ) -> None:
+        query, key, value = (with_contiguous_last(t) for t in (query, key, value))
+        self.query, self.key, self.value = query, key, value
+        self.index, self.bias, self.key_bias = index, bias, key_bias
+        *batch, self.H, self.Nk, self.D = key.shape
+        self.batch = tuple(batch)
+        self.B, self.J = self.batch if len(batch) == 2 else (*batch, 1)
+        self.Nq = query.shape[-2]
+        heads = (*batch, self.H, self.Nq, self.D)
+        if len(batch) not in (1, 2) or value.shape != key.shape:
+            fail(
+                op, "value", f"[*batch, H, Nk, D] = {list(key.shape)} as key, one or two batch dims", list(value.shape)
+            )
+        if query.shape != heads and query.shape != heads[-3:]:
+            fail(op, "query", f"[*batch, H, Nq, D] = {list(heads)} with key's batch", list(query.shape))
+        if not 1 <= self.D <= 256 or self.Nq < 1 or self.Nk < 1:
+            fail(op, "query", "of a head dim in [1, 256], with a token and a key", list(query.shape))
+        if not query.dtype == key.dtype == value.dtype or query.dtype not in DTYPES:
+            fail(op, "key and value", f"of query's dtype {query.dtype}", f"{key.dtype} and {value.dtype}", TypeError)
+        self.S, self.index_strides = self.Nk, (0, 0, 0, 0)
+        self.per_query = self.per_head = False
+        if index is not None:
+            self._take_index(op, index)
+        self.bias_strides: Strides = (0, 0, 0, 0, 0)
+        if bias is not None:
+            self._check_added(op, "bias", bias, (*batch, self.H, self.Nq, self.S))
+            b, *j, h, q, s = strides(bias)
+            self.bias_strides = (b, *(j or (0,)), h, q, s)
+        self.key_bias_strides: Strides = (0, 0, 0)
+        if key_bias is not None:
+            self._check_added(op, "key_bias", key_bias, (*batch, self.Nk))
+            b, *j, n = strides(key_bias)
+            self.key_bias_strides = (b, *(j or (0,)), n)
+        self.sequences = self.B * self.J
+        if self.sequences * self.H > MAX_PROGRAMS - 4096:
+            fail(op, "query", "of less than 2^31 sequences times heads", self.sequences * self.H)
+        self.BLOCK_D = max(16, next_power_of_2(self.D))
+
+    def _take_index(self, op: str, index: Tensor) -> None:
+        batch, n = self.batch, index.dim()
+        self.per_head = n == len(batch) + 3
+        self.per_query = n > 2
+        full = (batch[0], None) if n == 2 else (*batch, *([self.H] if self.per_head else []), self.Nq, None)
+        fits = n == len(full) and all(s in (1, f) or f is None for s, f in zip(index.shape, full, strict=True))
+        if not fits or (self.per_query and index.shape[-2] != self.Nq) or index.shape[-1] < 1:
+            fail(
+                op, "index", f"[B, M], [*batch, Nq, K] or [*batch, H, Nq, K], batch = {list(batch)}", list(index.shape)
+            )
+        if index.dtype != torch.int64 or not index.is_contiguous():
+            fail(op, "index", "a contiguous tensor of int64", f"{index.dtype} of strides {index.stride()}", TypeError)
+        self.S = index.shape[-1]
+        of = iter(strides(index))
+        b = next(of)
+        if self.per_query:
+            j = next(of) if len(batch) == 2 else 0
+            h = next(of) if self.per_head else 0
+            self.index_strides = (b, j, h, next(of))
+        else:
+            self.index_strides = (b, 0, 0, 0)
+
+    def _check_added(self, op: str, arg: str, t: Tensor, full: tuple[int, ...]) -> None:
+        if t.dim() != len(full) or not all(s in (1, f) for s, f in zip(t.shape, full, strict=True)):
+            fail(op, arg, f"broadcastable to {list(full)}", list(t.shape))
+        if t.dtype != torch.float32:
+            fail(op, arg, "a tensor of float32", t.dtype, TypeError)
+
+    def heads(self, t: Tensor) -> Strides:
+        """(b, j, h, n) strides of [*batch, H, N, D], or of [H, N, D] which all sequences share."""
+        of = strides(t)
+        return (0, 0, *of[:2]) if len(of) == 3 else (of[0], 0, of[1], of[2]) if len(of) == 4 else of[:4]
+
+    def token_major(self, like: Tensor, N: int) -> Tensor:
+        """An empty [*batch, H, N, D] stored [B, N, (J,) H, D]."""
+        if len(self.batch) == 1:
+            return like.new_empty(self.B, N, self.H, self.D).transpose(1, 2)
+        return like.new_empty(self.B, N, self.J, self.H, self.D).permute(0, 2, 3, 1, 4)
+
+
+def strides(t: Tensor) -> Strides:
+    """Strides, 0 for a dim of size 1."""
+    return tuple([0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)])
+
+
+def with_contiguous_last(t: Tensor) -> Tensor:
+    """The tensor itself, unless its last dim has a stride."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How matrix products take float32: in three TF32 ones, or in one where the user allowed TF32."""
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+class Blocks(NamedTuple):
+    """How a program of a kernel is cut."""
+
+    M: int
+    N: int
+    num_warps: int
+    num_stages: int
+
+
+# (float32, BLOCK_D up to) -> the largest blocks of the long kernel. With triton 3.6 and 3.9 none spills registers on
+# sm_90 but float32 of at most 32 queries, by 24 bytes, in three quarters of the instructions that twice the warps take:
+# tests/data/triton_resources.json.
+_LONG = {
+    (False, 64): Blocks(128, 64, 8, 2),
+    (False, 128): Blocks(64, 32, 4, 2),
+    (False, 256): Blocks(32, 32, 4, 1),
+    (True, 64): Blocks(64, 32, 4, 2),
+    (True, 128): Blocks(32, 32, 8, 1),
+    (True, 256): Blocks(16, 16, 8, 1),
+}
+SHORT = 32  # the most queries, and slots, of the short kernel
+
+
+def long_blocks(p: Problem) -> Blocks:
+    """Blocks for a problem: smaller where they would be mostly padding. They depend on no batch, and so do the bits."""
+    float32 = p.query.dtype == torch.float32
+    M, N, num_warps, num_stages = _LONG[float32, max(64, p.BLOCK_D)]
+    narrow_half = not float32 and p.BLOCK_D <= 64
+    if p.index is not None:  # every row has an address of its own: copying ahead takes more instructions than it hides
+        N, num_stages = 32 if narrow_half else N, 1
+    if p.S <= 256 and (p.S - 1) % 64 < 32:  # 81 slots are three blocks of 32 or two of 64
+        N = min(N, 32)
+    if p.S <= N:
+        num_stages = 1
+    if narrow_half and N == 32 and p.bias is None:
+        num_warps = 4  # each of 8 would do as much per slot for half as many queries
+    least = 2 if float32 and p.bias is None else 4
+    while M > 32 and p.Nq <= M // 2:
+        M, num_warps = M // 2, max(least, num_warps // 2)
+    return Blocks(M, N, num_warps, num_stages)
+
+
+def is_short(p: Problem) -> bool:
+    """Whether the short kernel serves a problem."""
+    widest = 32 if p.query.dtype == torch.float32 else 64
+    return p.Nq <= SHORT and p.S <= SHORT and widest >= p.BLOCK_D
+
+
+def attention_forward(p: Problem, scale: float) -> tuple[Tensor, Tensor]:
+    """out [*batch, H, Nq, D], stored [B, Nq, (J,) H, D], and lse [*batch, H, Nq]."""
+    out = p.token_major(p.query, p.Nq)
+    lse = p.query.new_empty((*p.batch, p.H, p.Nq), dtype=torch.float32)
+    launch(forward_launch(p, out, lse, scale))
+    return out, lse
+
+
+def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch:
+    """Which kernel runs for a problem, and with what."""
+    tensors = (p.query, p.key, p.value, out, lse, p.index, p.bias, p.key_bias)
+    rows = (*p.heads(p.query), *p.heads(p.key), *p.heads(p.value), *p.heads(out))
+    aligned = is_aligned(rows, *[t for t in tensors if t is not None])
+    scale *= math.log2(math.e)
+    precision = dot_precision(p.query.dtype)
+    half = p.query.element_size() == 2
+    if p.per_query:
+        added = (*p.index_strides, *p.bias_strides, *p.key_bias_strides)
+        BLOCK_H = 1 if p.per_head else min(next_power_of_2(p.H), max(1, 512 // p.BLOCK_D))
+        BLOCK_S = min(next_power_of_2(p.S), max(1, 4096 // (BLOCK_H * p.BLOCK_D)))
+        num_warps = max(1, BLOCK_S * BLOCK_H * p.BLOCK_D // 2048)
+        return Launch(
+            gathered_attention_each_fwd_kernel,
+            p.sequences * p.Nq * cdiv(p.H, BLOCK_H),
+            tensors,
+            (*rows, *added, p.J, p.H, p.Nq, p.Nk, p.S, scale),
+            (p.D, p.BLOCK_D, BLOCK_H, BLOCK_S),
+            num_warps,
+            2,
+            aligned,
+        )
+    numbers = (
+        *rows, p.index_strides[0], *p.bias_strides, *p.key_bias_strides,
+        p.sequences, p.J, p.H, p.Nq, p.Nk, p.S, scale,
+    )  # fmt: skip
+    if is_short(p):
+        BLOCK_M, BLOCK_N = (max(16, next_power_of_2(n)) for n in (p.Nq, p.S))
+        pairs = max(1, (4096 if half else 2048) // (max(BLOCK_M, BLOCK_N) * p.BLOCK_D))
+        return Launch(
+            gathered_attention_short_fwd_kernel,
+            cdiv(p.sequences * p.H, pairs),
+            tensors,
+            numbers,
+            (p.D, p.BLOCK_D, BLOCK_M, BLOCK_N, precision, pairs),
+            min(4, pairs),
+            1,
+            aligned,
+        )
+    blocks = long_blocks(p)
+    return Launch(
+        gathered_attention_long_fwd_kernel,
+        p.sequences * p.H * cdiv(p.Nq, blocks.M),
+        tensors,
+        numbers,
+        (p.D, p.BLOCK_D, blocks.M, blocks.N, precision),
+        blocks.num_warps,
+        blocks.num_stages,
+        aligned,
+    )
+
+
+def gathered_attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The raw operator."""
+    return attention_forward(Problem("gathered_attention", query, key, value, index, bias, key_bias), scale)
+
+
+def recovery_attention_fwd(
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The raw operator."""
+    return attention_forward(Problem("recovery_attention", query, key, value, key_bias=key_bias), scale)
