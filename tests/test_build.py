@@ -101,6 +101,14 @@ def test_kernels_hold_the_instructions_of_their_set(isa: str, has: str, lacks: s
     assert any(has in code for code in codes.values()), "nothing was vectorised"
 
 
+@pytest.mark.parametrize("isa", SETUP.ISA_FLAGS)
+def test_attention_prefetches(isa: str) -> None:
+    # A compiler may drop them without an answer changing: for each dtype, three kinds of rows to read and one to write
+    # forward, four and three backward.
+    (path,) = (path for path in kernel_objects(isa) if path.name.startswith("gathered_attention"))
+    assert len(re.findall(r"\bprefetch", tool("objdump", "-d", "--no-show-raw-insn", path))) >= 4 * (3 + 1 + 4 + 3)
+
+
 def test_cuda_compiles_for_every_generation_within_its_limits(cuda_library: Path) -> None:
     table, kernels = json.loads(cuda_resources.TABLE.read_text()), cuda_resources.measured()
     assert {name: set(needs) for name, needs in kernels.items()} == dict.fromkeys(kernels, GENERATIONS)
