@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hotkernels.bench import machine
+from hotkernels.bench.timing import machine
 from hotkernels.models import HoTMixSTE
 from hotkernels.models.eager import HoTMixSTEEager
 from hotkernels.motion import generate_motion, normalise

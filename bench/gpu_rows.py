@@ -30,7 +30,8 @@ from bench import models
 from bench.harness import Row, import_rows
 from bench.supervise import LOST, Journal
 from hotkernels.backends import explain
-from hotkernels.bench import Clock, EventClock, Thunk, Workload, captured, host_clock, interleaved, peak_memory
+from hotkernels.bench.timing import Clock, EventClock, Thunk, captured, host_clock, interleaved, peak_memory
+from hotkernels.bench.workloads import Workload
 
 SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,

@@ -1,6 +1,6 @@
 """What all benchmark files share: the list of rows, a run of them in turns, the table, and pytest-benchmark cases.
 
-The workloads themselves and the clock are hotkernels.bench, which also times a user's own shapes.
+The workloads themselves and the clock are in hotkernels.bench, which also times a user's own shapes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 import torch
 
-from hotkernels.bench import WORKLOADS, Workload, interleaved, machine, peak_memory
+from hotkernels.bench.timing import interleaved, machine, peak_memory
+from hotkernels.bench.workloads import WORKLOADS, Workload
 
 OPS = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 CONTENDERS = ("eager", "compile", "sdpa", "ours")
@@ -64,7 +65,7 @@ ROWS: list[Row] = []
 
 @dataclass(frozen=True)
 class At:
-    """A named workload: the arguments of an op's builder in hotkernels.bench, and flags of Row."""
+    """A named workload: the arguments of an op's builder in hotkernels.bench.workloads, and flags of Row."""
 
     name: str
     args: tuple[Any, ...]

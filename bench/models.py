@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import hotkernels
 from bench.harness import header
-from hotkernels.bench import interleaved, peak_memory
+from hotkernels.bench.timing import interleaved, peak_memory
 from hotkernels.models import HoTMixSTE
 from hotkernels.models.eager import HoTMixSTEEager
 

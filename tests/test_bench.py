@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from hotkernels.bench import WORKLOADS, EventClock, captured, interleaved, machine, main, peak_memory
+from hotkernels.bench import main
+from hotkernels.bench.timing import EventClock, captured, interleaved, machine, peak_memory
+from hotkernels.bench.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench/ is no part of the package

@@ -18,7 +18,7 @@ from torch.autograd.gradcheck import gradcheck
 import hotkernels
 from hotkernels.backends import OPS as KERNELS
 from hotkernels.backends import why_not
-from hotkernels.bench import rounding_floor
+from hotkernels.bench.workloads import rounding_floor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from hotkernels import checked, gathered_attention, invert_index
 from hotkernels.autograd import GatheredAttention
-from hotkernels.bench import rounding_floor
+from hotkernels.bench.workloads import rounding_floor
 from hotkernels.ops.gathered_attention.api import PackedAttention, packed_attention, unpack
 from hotkernels.ops.invert_index.reference import invert_index_reference
 

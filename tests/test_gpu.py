@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 import hotkernels
 from hotkernels.backends import OPS as KERNELS
 from hotkernels.baselines import AttentionEager, TokenRecoveryEager
-from hotkernels.bench import captured, peak_memory
+from hotkernels.bench.timing import captured, peak_memory
 from hotkernels.nn import Attention, TokenRecovery
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: what only a GPU can prove is not proved")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hotkernels.bench import interleaved, peak_memory
+from hotkernels.bench.timing import interleaved, peak_memory
 
 
 def arguments(about: str | None, **options: int) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import torch
 
-from ..bench import interleaved, peak_memory
+from ..bench.timing import interleaved, peak_memory
 
 Calls = tuple[Callable[[], Any], Callable[[], Any]]
 """The published code's call, and ours."""

@@ -1,24 +1,10 @@
-"""Times an op against the published eager code on shapes of your own: `python -m hotkernels bench`.
-
-Correctness comes before time: a workload whose answers are wrong is not timed. Contenders take turns, so that whatever
-else the machine does hits all of them; medians are reported. The suite in bench/ is built on what is here.
-"""
+"""One call of each op as published and as ours, at shapes of published models; answers are checked before times."""
 
 from __future__ import annotations
 
-import argparse
-import ctypes
 import functools
-import inspect
-import os
-import platform
-import re
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from . import __version__
-from .backends import instruction_set
-from .baselines import (
+from ..baselines import (
     TokenRecoveryEager,
     attention_eager,
     cluster_dpc_knn_eager,
@@ -36,22 +20,17 @@ from .baselines import (
     gathered_attention_eager,
     merge_tokens_eager,
 )
-from .doctor import processor
-from .errors import fail
-from .nn import TokenRecovery
-from .ops.dpc_knn import dpc_knn
-from .ops.gather_tokens import gather_tokens
-from .ops.gathered_attention import gathered_attention
-from .ops.gathered_attention.api import packed_attention, unpack
-from .ops.invert_index import invert_index
-from .ops.invert_index.reference import invert_index_reference
-from .ops.merge_tokens import merge_tokens
-from .ops.recovery_attention import recovery_attention
-
-Thunk = Callable[[], Any]
-
-
-# Workloads: one call, as published and as ours.
+from ..errors import fail
+from ..nn import TokenRecovery
+from ..ops.dpc_knn import dpc_knn
+from ..ops.gather_tokens import gather_tokens
+from ..ops.gathered_attention import gathered_attention
+from ..ops.gathered_attention.api import packed_attention, unpack
+from ..ops.invert_index import invert_index
+from ..ops.invert_index.reference import invert_index_reference
+from ..ops.merge_tokens import merge_tokens
+from ..ops.recovery_attention import recovery_attention
+from .timing import Thunk
 
 
 @dataclass(frozen=True)
@@ -125,6 +104,10 @@ def rounding_floor(dtype: torch.dtype, tensor_cores: bool) -> float:
     """
     roundings = 16 if tensor_cores else 32 if dtype == torch.float64 else 4
     return roundings * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _tokens(shape: Sequence[int], dtype: torch.dtype, device: str, smooth: bool = False) -> Tensor:
@@ -400,281 +383,3 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     "recovery_attention": recovery_attention_workload,
     "invert_index": invert_index_workload,
 }
-_SHAPES = {"gather_tokens": ("B,N,C", "B,N,J,C"), "recovery_attention": ("B,F,J,C",)}
-"""What --shape may be, where it is not B,N,C."""
-
-
-# Measuring.
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call."""
-
-    median: float
-    lower: float
-    """First quartile."""
-    upper: float
-    """Third quartile."""
-    rounds: int
-
-
-Clock = Callable[[Thunk, int], float]
-"""Seconds per call, of so many calls in a row."""
-
-
-def interleaved(
-    contenders: dict[str, Thunk],
-    seconds: float = 1.0,
-    least: int = 5,
-    tick: Callable[[], None] | None = None,
-    clock: Clock | None = None,
-) -> dict[str, Timing]:
-    """Time contenders in turns, each for about `seconds` and at least `least` rounds; short calls run in a row.
-
-    Every contender is called twice before its time counts. `tick` is called after every round. `clock`: the host's by
-    default, or a GPU's `EventClock`.
-    """
-    clock = clock or host_clock
-    once = {}
-    for name, thunk in contenders.items():
-        thunk()
-        once[name] = clock(thunk, 1)
-    rounds = max(least, min(200, int(seconds / max(max(once.values()), 2e-3))))
-    repeats = {name: max(1, int(2e-3 / t)) for name, t in once.items()}
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, thunk in contenders.items():
-            samples[name].append(clock(thunk, repeats[name]))
-        if tick is not None:
-            tick()
-    timings = {}
-    for name, times in samples.items():
-        lower, _, upper = statistics.quantiles(times, n=4)
-        timings[name] = Timing(statistics.median(times), lower, upper, rounds)
-    return timings
-
-
-def host_clock(thunk: Thunk, repeats: int) -> float:
-    """The time that the host waits for the results."""
-    _wait()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        thunk()
-    _wait()
-    return (time.perf_counter() - start) / repeats
-
-
-def _wait() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-class EventClock:
-    """The time that a GPU takes for one call, by its own events, with nothing of the call's in the L2 cache.
-
-    While the GPU fills its cache with something else, the host prepares the call: some 40 us of launching are hidden,
-    not more. It reads, because what it would write goes back to memory later, during the call.
-    """
-
-    device = "cuda"
-
-    def __init__(self) -> None:
-        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self._other = torch.zeros(3 * cache // 4, dtype=torch.float32, device=self.device)
-        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def __call__(self, thunk: Thunk, repeats: int = 1) -> float:
-        """Seconds; of one call, whatever `repeats` says: the second in a row would find its inputs in the cache."""
-        torch.cuda.synchronize()
-        self._other.sum()
-        self._start.record()
-        thunk()
-        self._end.record()
-        self._end.synchronize()
-        return self._start.elapsed_time(self._end) * 1e-3
-
-
-def captured(thunk: Thunk, calls: int = 1) -> tuple[Any, Thunk]:
-    """A CUDA graph of so many calls in a row: what the last one returned, which replays rewrite, and the replay."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and sets up whatever is set up once
-        for _ in range(2):
-            thunk()
-    stream = torch.cuda.current_stream()
-    stream.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                out = thunk()
-    finally:
-        torch.cuda.set_stream(stream)  # a capture that is refused may leave its own behind
-    return out, graph.replay
-
-
-def peak_memory(thunk: Thunk, device: str = "cpu") -> int | None:
-    """The most memory, in bytes, that a call holds beyond what was held before it; None where nobody counts it.
-
-    On a CPU, Linux counts resident pages. Its peak is reset before the call, and freed memory given back, so that
-    the call cannot hide in pages that an earlier one left. Call `thunk` once before, for what it sets up only once.
-    """
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        thunk()
-        return torch.cuda.max_memory_allocated() - before
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        reset.write_text("5")
-    except (OSError, AttributeError, TypeError):  # not Linux, or another C library
-        return None
-
-    def peak() -> int:
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        assert found is not None
-        return int(found[1]) * 1024
-
-    before = peak()
-    thunk()
-    return peak() - before
-
-
-def machine() -> dict[str, Any]:
-    """What a time depends on: processor, threads, versions, date."""
-    about = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "isa": instruction_set() or "no C++ kernels",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "hotkernels": __version__,
-    }
-    if torch.cuda.is_available():
-        about["gpu"] = torch.cuda.get_device_name()
-    return about
-
-
-def _sizes(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-# The command.
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(size) for size in text.split(","))
-    if min(sizes) < 1:
-        raise ValueError
-    return sizes
-
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def _device(text: str) -> str:
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise ValueError from error
-    return text
-
-
-# argparse: "invalid shape value".
-_shape.__name__, _count.__name__, _device.__name__ = "shape", "count", "device"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m hotkernels bench",
-        description="Time an op against the published eager code on your own shapes, after checking its answers.",
-        epilog="example: python -m hotkernels bench --op dpc_knn --shape 16,243,512 --clusters 81 -k 2",
-    )
-    parser.add_argument("--op", choices=WORKLOADS, default="dpc_knn")
-    parser.add_argument(
-        "--shape",
-        type=_shape,
-        required=True,
-        metavar="B,N,C",
-        help="of x; gather_tokens takes B,N,J,C too; recovery_attention: of what is recovered, B,F,J,C",
-    )
-    parser.add_argument(
-        "--clusters",
-        type=_count,
-        metavar="M",
-        help="tokens kept, gathered, merged into, attended to (N: all) or recovered from; default N / 4",
-    )
-    parser.add_argument(
-        "-k",
-        type=_count,
-        help="dpc_knn: neighbours per density, itself included (default 5); gathered_attention: keys per query",
-    )
-    parser.add_argument("--heads", type=_count, help="of attention (default 8)")
-    parser.add_argument("--smooth", action="store_true", default=None, help="dpc_knn: a random walk instead of noise")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32")
-    parser.add_argument("--device", type=_device, default="cpu", help="default cpu")
-    parser.add_argument("--backend", help="of ours: cuda, triton, cpp or torch (default: the fastest that serves it)")
-    parser.add_argument("--backward", action="store_true", help="time forward + backward")
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the eager code")
-    parser.add_argument("--threads", type=_count, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time per contender (default 2)")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command; 0 if our answers are right, else 1."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    build = WORKLOADS[args.op]
-    options = {name: getattr(args, name) for name in ("k", "heads", "smooth") if getattr(args, name) is not None}
-    for name in options.keys() - inspect.signature(build).parameters.keys():
-        parser.error(f"{args.op} has no option '{name}'")
-    shapes = _SHAPES.get(args.op, ("B,N,C",))
-    if len(args.shape) not in (shape.count(",") + 1 for shape in shapes):
-        parser.error(f"--shape must be {' or '.join(shapes)}, got {len(args.shape)} sizes")
-    tokens = args.shape[1]
-    clusters = args.clusters or max(1, tokens // 4)
-    if clusters > tokens:
-        parser.error(f"--clusters must be in [1, N = {tokens}], got {clusters}")
-    options |= {"dtype": getattr(torch, args.dtype), "device": args.device, "backend": args.backend}
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
-        work = build(args.shape, clusters, **options)
-        if args.backward and not work.grad_of:
-            parser.error(f"{args.op} has no backward")
-        print("; ".join(f"{name} {value}" for name, value in machine().items()))
-        print(f"{args.op} {work.what}, {args.dtype}, " + ("forward + backward" if args.backward else "forward"))
-        wrong = work.check(args.backward)
-        if wrong:
-            print(f"WRONG: {wrong}")
-            return 1
-        functions = {"eager": work.eager, "ours": work.ours}
-        if work.sdpa is not None:
-            functions["sdpa"] = work.sdpa
-        if args.compile:
-            functions["compile"] = torch.compile(work.eager, dynamic=False)
-        thunks = {name: work.thunk(function, args.backward) for name, function in functions.items()}
-        clock = EventClock() if torch.device(args.device).type == "cuda" else None
-        timings = interleaved(thunks, args.seconds, clock=clock)
-        for name, timing in timings.items():
-            memory = peak_memory(thunks[name], args.device)
-            print(
-                f"  {name:<8}{timing.median * 1e3:10.3f} ms  [{timing.lower * 1e3:.3f}, {timing.upper * 1e3:.3f}]"
-                f"{timings['eager'].median / timing.median:8.2f}x"
-                + ("" if memory is None else f"{memory / 2**20:10.1f} MB extra")
-            )
-    except (ValueError, TypeError) as error:
-        parser.error(str(error))
-    finally:
-        torch.set_num_threads(threads)
-    return 0

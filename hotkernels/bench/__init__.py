@@ -1,0 +1,132 @@
+"""Times an op against the published eager code on shapes of your own: `python -m hotkernels bench`.
+
+Correctness comes before time: a workload whose answers are wrong is not timed. Contenders take turns, so that whatever
+else the machine does hits all of them; medians are reported. The suite in bench/ is built on what is here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Sequence
+
+import torch
+
+from .timing import EventClock, interleaved, machine, peak_memory
+from .workloads import WORKLOADS
+
+_SHAPES = {"gather_tokens": ("B,N,C", "B,N,J,C"), "recovery_attention": ("B,F,J,C",)}
+"""What --shape may be, where it is not B,N,C."""
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(size) for size in text.split(","))
+    if min(sizes) < 1:
+        raise ValueError
+    return sizes
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise ValueError from error
+    return text
+
+
+# argparse: "invalid shape value".
+_shape.__name__, _count.__name__, _device.__name__ = "shape", "count", "device"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hotkernels bench",
+        description="Time an op against the published eager code on your own shapes, after checking its answers.",
+        epilog="example: python -m hotkernels bench --op dpc_knn --shape 16,243,512 --clusters 81 -k 2",
+    )
+    parser.add_argument("--op", choices=WORKLOADS, default="dpc_knn")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        required=True,
+        metavar="B,N,C",
+        help="of x; gather_tokens takes B,N,J,C too; recovery_attention: of what is recovered, B,F,J,C",
+    )
+    parser.add_argument(
+        "--clusters",
+        type=_count,
+        metavar="M",
+        help="tokens kept, gathered, merged into, attended to (N: all) or recovered from; default N / 4",
+    )
+    parser.add_argument(
+        "-k",
+        type=_count,
+        help="dpc_knn: neighbours per density, itself included (default 5); gathered_attention: keys per query",
+    )
+    parser.add_argument("--heads", type=_count, help="of attention (default 8)")
+    parser.add_argument("--smooth", action="store_true", default=None, help="dpc_knn: a random walk instead of noise")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32")
+    parser.add_argument("--device", type=_device, default="cpu", help="default cpu")
+    parser.add_argument("--backend", help="of ours: cuda, triton, cpp or torch (default: the fastest that serves it)")
+    parser.add_argument("--backward", action="store_true", help="time forward + backward")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the eager code")
+    parser.add_argument("--threads", type=_count, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time per contender (default 2)")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; 0 if our answers are right, else 1."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    build = WORKLOADS[args.op]
+    options = {name: getattr(args, name) for name in ("k", "heads", "smooth") if getattr(args, name) is not None}
+    for name in options.keys() - inspect.signature(build).parameters.keys():
+        parser.error(f"{args.op} has no option '{name}'")
+    shapes = _SHAPES.get(args.op, ("B,N,C",))
+    if len(args.shape) not in (shape.count(",") + 1 for shape in shapes):
+        parser.error(f"--shape must be {' or '.join(shapes)}, got {len(args.shape)} sizes")
+    tokens = args.shape[1]
+    clusters = args.clusters or max(1, tokens // 4)
+    if clusters > tokens:
+        parser.error(f"--clusters must be in [1, N = {tokens}], got {clusters}")
+    options |= {"dtype": getattr(torch, args.dtype), "device": args.device, "backend": args.backend}
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        work = build(args.shape, clusters, **options)
+        if args.backward and not work.grad_of:
+            parser.error(f"{args.op} has no backward")
+        print("; ".join(f"{name} {value}" for name, value in machine().items()))
+        print(f"{args.op} {work.what}, {args.dtype}, " + ("forward + backward" if args.backward else "forward"))
+        wrong = work.check(args.backward)
+        if wrong:
+            print(f"WRONG: {wrong}")
+            return 1
+        functions = {"eager": work.eager, "ours": work.ours}
+        if work.sdpa is not None:
+            functions["sdpa"] = work.sdpa
+        if args.compile:
+            functions["compile"] = torch.compile(work.eager, dynamic=False)
+        thunks = {name: work.thunk(function, args.backward) for name, function in functions.items()}
+        clock = EventClock() if torch.device(args.device).type == "cuda" else None
+        timings = interleaved(thunks, args.seconds, clock=clock)
+        for name, timing in timings.items():
+            memory = peak_memory(thunks[name], args.device)
+            print(
+                f"  {name:<8}{timing.median * 1e3:10.3f} ms  [{timing.lower * 1e3:.3f}, {timing.upper * 1e3:.3f}]"
+                f"{timings['eager'].median / timing.median:8.2f}x"
+                + ("" if memory is None else f"{memory / 2**20:10.1f} MB extra")
+            )
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    finally:
+        torch.set_num_threads(threads)
+    return 0
