@@ -45,6 +45,17 @@ def test_no_tokens_to_gather_from(backend: str) -> None:
         gather_tokens(torch.zeros(2, 0, 4), torch.zeros(2, 3, dtype=torch.int64), backend=backend)
 
 
+def test_the_stride_of_a_dim_of_size_1_means_nothing(backend: str) -> None:
+    x, index = torch.randn(2, 5, 3 * 4), torch.tensor([[4, 0], [-1, 3]])
+    odd = x.as_strided((2, 5, 3, 1, 1, 4), (60, 12, 4, 4, 50, 1)).requires_grad_()
+    out = gather_tokens(odd, index, backend=backend)
+    assert torch.equal(out.flatten(2), gather_tokens(x, index, backend=backend))
+    grad_out = x[:, :2].as_strided(out.shape, (60, 12, 4, 4, 50, 1))
+    (grad,) = torch.autograd.grad(out, odd, grad_out)
+    assert torch.equal(grad[0, 4].flatten(), x[0, 0])
+    assert torch.equal(grad[1, 3].flatten(), x[1, 1])
+
+
 def test_gradient_of_a_repeated_token_is_summed_in_order(backend: str) -> None:
     """In ascending order of the places: as float32 adds them one by one, whatever they are."""
     grad_out = torch.randn(1, 100, 300) * 10.0 ** torch.arange(100).remainder(7)[None, :, None]
