@@ -45,6 +45,11 @@ __host__ __device__ constexpr int segment_sum_bytes(int range, int64_t L) {
 }
 static_assert(segment_sum_bytes(kMaxSumRange, kMaxSortedInBlock) <= 48 << 10, "more would have to be asked for");
 
+// What a segment's sum is divided by: 1 for a total of 0, which tokens without weight have where eps = 0.
+// Not multiplied by a reciprocal: a denormal total has none.
+template <class Sum>
+__device__ inline Sum divisor_of(Sum total) { return total == 0 ? Sum{1} : total; }
+
 // blockDim = (threads that share a token's packs, segments at a time). kMean: weights, total and mean are there.
 template <class T, int V, bool kMean>
 __global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSM) segment_sum_kernel(SegmentSum p, SegmentWork work) {
@@ -106,9 +111,9 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSM) segment_sum_kern
       }
       if constexpr (kMean) {
         total += static_cast<Sum>(p.eps);
-        const Sum scale = total == 0 ? Sum{0} : Sum{1} / total;  // 0 only for an empty segment with eps = 0
+        const Sum divisor = divisor_of(total);
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum[v] *= scale;
+        for (int v = 0; v < V; ++v) sum[v] /= divisor;
         if (j == 0) static_cast<Sum*>(p.total)[segment] = total;
         if (p.mean && reads) {
           Pack<Sum, V> mean;
