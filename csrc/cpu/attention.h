@@ -189,23 +189,23 @@ struct Core {
   void score(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, int64_t k0, int64_t k1, const T* columns) {
     const int64_t vectors = (count + lanes - 1) / lanes;
     multiply<false>(k + k0 * key_stride, key_stride, columns, Q, k1 - k0, vectors, p.D, scores, Q, false);
-    if (p.key_bias) {
-      const T* bias = static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j;
-      for (int64_t key = k0; key < k1; ++key) {
-        const T add = bias[token(key, b, j, h) * p.key_bias_stride_n];
-        T* row = scores + (key - k0) * Q;
-        // -inf masks a key whatever its logit is, NaN included.
-        for (int64_t e = 0; e < vectors; ++e) {
-          store(row + e * lanes, add == -static_cast<T>(INFINITY) ? splat(add) : load(row + e * lanes) + add);
-        }
-      }
-    }
     if (p.bias) {
       const T* bias = static_cast<const T*>(p.bias) + b * p.bias_stride_b + j * p.bias_stride_j + h * p.bias_stride_h +
                       q0 * p.bias_stride_q;
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t key = k0; key < k1; ++key) {
           scores[(key - k0) * Q + i] += bias[i * p.bias_stride_q + slot(key) * p.bias_stride_s];
+        }
+      }
+    }
+    if (p.key_bias) {
+      const T* bias = static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j;
+      for (int64_t key = k0; key < k1; ++key) {
+        const T add = bias[token(key, b, j, h) * p.key_bias_stride_n];
+        T* row = scores + (key - k0) * Q;
+        // Last, as -inf masks a key whatever its logit and its bias are, NaN included.
+        for (int64_t e = 0; e < vectors; ++e) {
+          store(row + e * lanes, add == -static_cast<T>(INFINITY) ? splat(add) : load(row + e * lanes) + add);
         }
       }
     }
