@@ -370,13 +370,20 @@ struct Core {
       T *s = scores + e * lanes, *g = grad_scores + e * lanes;
       const vec log_sum = load(lse + e * lanes);
       const auto empty = log_sum == splat(static_cast<T>(-INFINITY));
-      vec shift = load(delta + e * lanes);
+      vec shift = load(delta + e * lanes), dot{}, total{};
       for (int64_t key = 0; key < count_keys; ++key) {
         const vec weight = empty ? vec{} : vexp(load(s + key * Q) - log_sum);
         store(s + key * Q, weight);
-        if (whole) shift += weight * load(g + key * Q);
+        if (whole) dot += weight * load(g + key * Q), total += weight;
       }
-      for (int64_t key = 0; key < count_keys; ++key) store(g + key * Q, load(s + key * Q) * (load(g + key * Q) - shift));
+      // The total is 1 but for the rounding of lse, which is no small part of gradients where one key takes all.
+      const vec inverse = whole ? (empty ? vec{} : splat(T{1}) / total) : splat(T{1});
+      shift += dot * inverse;
+      for (int64_t key = 0; key < count_keys; ++key) {
+        const vec weight = load(s + key * Q) * inverse;
+        store(s + key * Q, weight);
+        store(g + key * Q, weight * (load(g + key * Q) - shift));
+      }
     }
   }
 

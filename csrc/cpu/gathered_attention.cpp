@@ -202,6 +202,9 @@ struct Each {
       if (log_sum == static_cast<T>(-INFINITY)) fill(logits, keys, T{0}); else exponentials(log_sum);
       pack_row<E>(at(p.grad_out, b, j, h, i), p.D, T{1}, row2);
       dots(p.value, b, j, h, row2, other);
+      // They sum to 1 but for the rounding of lse, which is no small part of gradients where one key takes all.
+      const T total = sum_of(keys, [&](int64_t key) { return logits[key]; }), inverse = total == 0 ? T{0} : T{1} / total;
+      for (int64_t key = 0; key < keys; ++key) logits[key] *= inverse;
       // grad_out . out, from the probabilities: out may have been rounded to a half type.
       T delta = sum_of(keys, [&](int64_t key) { return logits[key] * other[key]; });
       if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[at_row];
