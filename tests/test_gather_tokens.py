@@ -41,6 +41,10 @@ def test_no_tokens_to_gather_from(backend: str) -> None:
     out = gather_tokens(torch.zeros(2, 0, 4), torch.full((2, 3), -1), backend=backend)
     assert out.shape == (2, 3, 4)
     assert not out.any()
+    pos = torch.randn(3, 4)
+    assert torch.equal(
+        gather_tokens(torch.zeros(2, 0, 4), torch.full((2, 3), -1), pos, backend=backend), pos.expand(2, 3, 4)
+    )
     with checked(), pytest.raises(ValueError, match=r"^gather_tokens: index must be -1 or in \[0, 0\), got 0$"):
         gather_tokens(torch.zeros(2, 0, 4), torch.zeros(2, 3, dtype=torch.int64), backend=backend)
 
