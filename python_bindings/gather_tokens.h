@@ -22,21 +22,24 @@ struct Rows {
 
   explicit Rows(const Tensor& t) : tensor(t) {
     HK_CHECK(t.dim() >= 3, kGatherTokens, "x", "[B, N, ..., C]", shape_of(t));
-    if (!fits()) tensor = torch::stable::contiguous(t);
-    const int64_t last = tensor.dim() - 1;
-    C = tensor.size(last);
-    for (int64_t d = 2; d < last; ++d) R *= tensor.size(d);
-    stride_r = last > 2 ? tensor.stride(last - 1) : C;
+    if (fold()) return;
+    tensor = torch::stable::contiguous(t);
+    fold();
   }
 
  private:
-  bool fits() const {
+  // Whether the strides allow it. That of a dim of size 1 means nothing.
+  bool fold() {
     const int64_t last = tensor.dim() - 1;
-    if (tensor.size(last) > 1 && tensor.stride(last) != 1) return false;
-    for (int64_t d = 2; d + 1 < last; ++d) {
-      if (tensor.size(d) > 1 && tensor.stride(d) != tensor.stride(d + 1) * tensor.size(d + 1)) return false;
+    R = 1, C = stride_r = tensor.size(last);
+    bool fits = C <= 1 || tensor.stride(last) == 1;
+    for (int64_t d = last - 1; d >= 2; --d) {
+      if (tensor.size(d) == 1) continue;
+      if (R == 1) stride_r = tensor.stride(d);
+      fits = fits && tensor.stride(d) == stride_r * R;
+      R *= tensor.size(d);
     }
-    return true;
+    return fits;
   }
 };
 

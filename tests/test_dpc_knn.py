@@ -135,6 +135,18 @@ def test_noise_orders_first(backend: str) -> None:
     check_dpc_knn({"x": x, "num_clusters": 9, "noise": noise}, out)
 
 
+def test_infinite_noise_on_copies_leaves_the_others_in_order(backend: str) -> None:
+    """Infinity times distance 0 is NaN; it comes first."""
+    x, noise = torch.randn(99, 20, 2).repeat(1, 2, 1), torch.rand(99, 40)
+    noise[:, ::13] = torch.inf
+    noise[:, 20] = torch.inf  # the copy of token 0
+    out = dpc_knn(x, 40, 2, noise=noise, backend=backend)
+    log_score = (out.density.log() + out.delta.log()).gather(1, out.index)
+    assert log_score.isnan().any()
+    log_score = log_score.nan_to_num(1e9, 1e9, -1e9)
+    assert (log_score.diff() <= 1e-5).all()
+
+
 # ---- duplicates and adversarial data ---------------------------------------------------------------------------------
 
 

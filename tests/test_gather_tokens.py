@@ -41,8 +41,23 @@ def test_no_tokens_to_gather_from(backend: str) -> None:
     out = gather_tokens(torch.zeros(2, 0, 4), torch.full((2, 3), -1), backend=backend)
     assert out.shape == (2, 3, 4)
     assert not out.any()
+    pos = torch.randn(3, 4)
+    assert torch.equal(
+        gather_tokens(torch.zeros(2, 0, 4), torch.full((2, 3), -1), pos, backend=backend), pos.expand(2, 3, 4)
+    )
     with checked(), pytest.raises(ValueError, match=r"^gather_tokens: index must be -1 or in \[0, 0\), got 0$"):
         gather_tokens(torch.zeros(2, 0, 4), torch.zeros(2, 3, dtype=torch.int64), backend=backend)
+
+
+def test_the_stride_of_a_dim_of_size_1_means_nothing(backend: str) -> None:
+    x, index = torch.randn(2, 5, 3 * 4), torch.tensor([[4, 0], [-1, 3]])
+    odd = x.as_strided((2, 5, 3, 1, 1, 4), (60, 12, 4, 4, 50, 1)).requires_grad_()
+    out = gather_tokens(odd, index, backend=backend)
+    assert torch.equal(out.flatten(2), gather_tokens(x, index, backend=backend))
+    grad_out = x[:, :2].as_strided(out.shape, (60, 12, 4, 4, 50, 1))
+    (grad,) = torch.autograd.grad(out, odd, grad_out)
+    assert torch.equal(grad[0, 4].flatten(), x[0, 0])
+    assert torch.equal(grad[1, 3].flatten(), x[1, 1])
 
 
 def test_gradient_of_a_repeated_token_is_summed_in_order(backend: str) -> None:

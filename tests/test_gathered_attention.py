@@ -186,6 +186,19 @@ def test_large_logits(backend: str, kind: str) -> None:
         assert (a.double() - c).abs().max() <= 3e-3 * c.abs().max()
 
 
+@on_every_cpp
+@each_kind
+def test_gradients_that_cancel(backend: str, kind: str) -> None:
+    """Where one key takes all, the logits' gradients are near 0, and what rounding lse leaves of them is not seen."""
+    args, index = heads(3, Nq=63, Nk=40), index_of(kind, (3,), 2, 63, 40, 20)
+    args = (args[0] * 60, *args[1:])  # logits of 60 and more
+    ours = gradients(lambda *a: gathered_attention(*a, index, backend=backend), *args)
+    torchs = gradients(lambda *a: attend(*a, index)[0], *args)
+    truth = gradients(lambda *a: attend(*a, index)[0], *upcast(args))
+    for a, b, c in zip(ours, torchs, truth, strict=True):
+        assert (a - c).abs().median() <= 3 * (b - c).abs().median()
+
+
 @pytest.mark.parametrize("rising", [True, False])
 @each_kind
 def test_running_maximum(backend: str, kind: str, rising: bool) -> None:
@@ -204,11 +217,13 @@ def test_what_is_not_a_number_stays_where_it_is(backend: str, kind: str) -> None
     """A query that is NaN spoils its own row; a key or value outside the index, or under -1, nothing at all."""
     query, key, value = heads(2, Nq=63, Nk=40)
     index = index_of(kind, (2,), 2, 63, 39, 20)  # never the last key
+    if index is not None:
+        index[index == 0] = -1  # nor the first
     clean, *clean_grads = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
     if index is not None:
         for poison in (torch.nan, torch.inf):
             k, v = key.clone(), value.clone()
-            k[:, :, 39], v[:, :, 39] = poison, poison
+            k[:, :, [0, 39]], v[:, :, [0, 39]] = poison, poison
             out, *grads = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, k, v)
             assert_equal((out, *grads), (clean, *clean_grads))
     spoilt = query.clone()
@@ -217,6 +232,26 @@ def test_what_is_not_a_number_stays_where_it_is(backend: str, kind: str) -> None
     assert out[1, 0, 50].isnan().all()
     out[1, 0, 50] = clean[1, 0, 50]
     assert_equal((out,), (clean,))
+
+
+@each_kind
+def test_a_masked_key_is_masked_whatever_its_bias_is(backend: str, kind: str) -> None:
+    args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)
+    key_bias = torch.zeros(2, 9)
+    key_bias[:, 4] = -torch.inf
+    slots = torch.arange(9)[None] if index is None else index
+    at_4 = (slots == 4).reshape(len(slots), *[1] * (4 - slots.dim()), *slots.shape[1:]).expand(2, 2, 17, -1)
+    for bad in (torch.nan, torch.inf):
+        bias = torch.randn(at_4.shape)
+        clean, spoilt = (
+            gradients(
+                lambda *a: gathered_attention(*a, index, bias=b, key_bias=key_bias, backend=backend),  # noqa: B023
+                *args,
+            )
+            for b in (bias, bias.masked_fill(at_4, bad))
+        )
+        assert clean[0].isfinite().all()
+        assert_equal(spoilt, clean)
 
 
 @each_kind

@@ -189,23 +189,23 @@ struct Core {
   void score(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, int64_t k0, int64_t k1, const T* columns) {
     const int64_t vectors = (count + lanes - 1) / lanes;
     multiply<false>(k + k0 * key_stride, key_stride, columns, Q, k1 - k0, vectors, p.D, scores, Q, false);
-    if (p.key_bias) {
-      const T* bias = static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j;
-      for (int64_t key = k0; key < k1; ++key) {
-        const T add = bias[token(key, b, j, h) * p.key_bias_stride_n];
-        T* row = scores + (key - k0) * Q;
-        // -inf masks a key whatever its logit is, NaN included.
-        for (int64_t e = 0; e < vectors; ++e) {
-          store(row + e * lanes, add == -static_cast<T>(INFINITY) ? splat(add) : load(row + e * lanes) + add);
-        }
-      }
-    }
     if (p.bias) {
       const T* bias = static_cast<const T*>(p.bias) + b * p.bias_stride_b + j * p.bias_stride_j + h * p.bias_stride_h +
                       q0 * p.bias_stride_q;
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t key = k0; key < k1; ++key) {
           scores[(key - k0) * Q + i] += bias[i * p.bias_stride_q + slot(key) * p.bias_stride_s];
+        }
+      }
+    }
+    if (p.key_bias) {
+      const T* bias = static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j;
+      for (int64_t key = k0; key < k1; ++key) {
+        const T add = bias[token(key, b, j, h) * p.key_bias_stride_n];
+        T* row = scores + (key - k0) * Q;
+        // Last, as -inf masks a key whatever its logit and its bias are, NaN included.
+        for (int64_t e = 0; e < vectors; ++e) {
+          store(row + e * lanes, add == -static_cast<T>(INFINITY) ? splat(add) : load(row + e * lanes) + add);
         }
       }
     }
@@ -370,13 +370,20 @@ struct Core {
       T *s = scores + e * lanes, *g = grad_scores + e * lanes;
       const vec log_sum = load(lse + e * lanes);
       const auto empty = log_sum == splat(static_cast<T>(-INFINITY));
-      vec shift = load(delta + e * lanes);
+      vec shift = load(delta + e * lanes), dot{}, total{};
       for (int64_t key = 0; key < count_keys; ++key) {
         const vec weight = empty ? vec{} : vexp(load(s + key * Q) - log_sum);
         store(s + key * Q, weight);
-        if (whole) shift += weight * load(g + key * Q);
+        if (whole) dot += weight * load(g + key * Q), total += weight;
       }
-      for (int64_t key = 0; key < count_keys; ++key) store(g + key * Q, load(s + key * Q) * (load(g + key * Q) - shift));
+      // The total is 1 but for the rounding of lse, which is no small part of gradients where one key takes all.
+      const vec inverse = whole ? (empty ? vec{} : splat(T{1}) / total) : splat(T{1});
+      shift += dot * inverse;
+      for (int64_t key = 0; key < count_keys; ++key) {
+        const vec weight = load(s + key * Q) * inverse;
+        store(s + key * Q, weight);
+        store(g + key * Q, weight * (load(g + key * Q) - shift));
+      }
     }
   }
 

@@ -573,7 +573,9 @@ void select(const DpcKnn& p, int64_t b, Sample& s) {
                                : s.density[i] > 0 ? std::log(static_cast<double>(s.density[i]))
                                                   : -HUGE_VAL;
     const double log_delta = 0.5 * std::log(static_cast<double>(s.delta2[i]) / static_cast<double>(p.C));
-    s.candidates[candidates++] = {log_density + log_delta, static_cast<int32_t>(i)};
+    // Infinite noise on a token at distance 0 makes NaN, which a sort must not see.
+    const double log_score = log_density + log_delta;
+    s.candidates[candidates++] = {log_score < HUGE_VAL ? log_score : HUGE_VAL, static_cast<int32_t>(i)};
   }
   const int64_t best = std::min(p.M - p.num_keep, candidates);
   std::nth_element(s.candidates, s.candidates + best, s.candidates + candidates);

@@ -29,11 +29,11 @@ void gather_tokens_fwd(const GatherTokens& p, int64_t begin, int64_t end) {
       using T = typename E::Stored;
       const T* pos = static_cast<const T*>(p.pos) + t % p.M * p.C;
       for (int64_t r = 0; r < p.R; ++r) {
-        const T* from = static_cast<const T*>(p.x) + token + r * p.x_stride_r;
         T* to = static_cast<T*>(p.out) + (t * p.R + r) * p.C;
         if (n < 0) {
           memcpy(to, pos, static_cast<size_t>(p.C) * sizeof(T));
         } else {
+          const T* from = static_cast<const T*>(p.x) + token + r * p.x_stride_r;
           for (int64_t c = 0; c < p.C; ++c) to[c] = E::put(E::get(from[c]) + E::get(pos[c]));
         }
       }

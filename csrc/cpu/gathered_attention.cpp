@@ -155,17 +155,17 @@ struct Each {
   void score(int64_t b, int64_t j, int64_t h, int64_t i) {
     pack_row<E>(at(p.query, b, j, h, i), p.D, static_cast<T>(p.scale), row);
     dots(p.key, b, j, h, row, logits);
-    if (p.key_bias) {
-      const T* bias = static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j;
-      for (int64_t key = 0; key < keys; ++key) {  // -inf masks a key whatever its logit is, NaN included
-        const T add = bias[tokens[key] * p.key_bias_stride_n];
-        logits[key] = add == -static_cast<T>(INFINITY) ? add : logits[key] + add;
-      }
-    }
     if (p.bias) {
       const T* bias = static_cast<const T*>(p.bias) + b * p.bias_stride_b + j * p.bias_stride_j + h * p.bias_stride_h +
                       i * p.bias_stride_q;
       for (int64_t key = 0; key < keys; ++key) logits[key] += bias[present[key] * p.bias_stride_s];
+    }
+    if (p.key_bias) {
+      const T* bias = static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j;
+      for (int64_t key = 0; key < keys; ++key) {  // last, as -inf masks a key whatever the rest is, NaN included
+        const T add = bias[tokens[key] * p.key_bias_stride_n];
+        logits[key] = add == -static_cast<T>(INFINITY) ? add : logits[key] + add;
+      }
     }
   }
 
@@ -202,6 +202,9 @@ struct Each {
       if (log_sum == static_cast<T>(-INFINITY)) fill(logits, keys, T{0}); else exponentials(log_sum);
       pack_row<E>(at(p.grad_out, b, j, h, i), p.D, T{1}, row2);
       dots(p.value, b, j, h, row2, other);
+      // They sum to 1 but for the rounding of lse, which is no small part of gradients where one key takes all.
+      const T total = sum_of(keys, [&](int64_t key) { return logits[key]; }), inverse = total == 0 ? T{0} : T{1} / total;
+      for (int64_t key = 0; key < keys; ++key) logits[key] *= inverse;
       // grad_out . out, from the probabilities: out may have been rounded to a half type.
       T delta = sum_of(keys, [&](int64_t key) { return logits[key] * other[key]; });
       if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[at_row];

@@ -82,7 +82,8 @@ __device__ inline uint64_t score_key(float r, float density, bool noise, float d
   const double log_density = !noise        ? -static_cast<double>(r)
                              : density > 0 ? log(static_cast<double>(density))
                                            : -INFINITY;
-  const double log_score = log_density + 0.5 * log(static_cast<double>(delta2) / static_cast<double>(channels));
+  double log_score = log_density + 0.5 * log(static_cast<double>(delta2) / static_cast<double>(channels));
+  if (!(log_score < INFINITY)) log_score = INFINITY;  // NaN too: infinite noise on a token at distance 0
   const uint64_t u = static_cast<uint64_t>(__double_as_longlong(log_score + 0.0));
   const uint64_t descending = u >> 63 ? u : ~(u | uint64_t{1} << 63);
   return descending < ~uint64_t{1} ? descending : ~uint64_t{1};

@@ -85,6 +85,7 @@ def dpc_knn_reference(
     # 5. Score, and the M best: in float64 and logarithms, where nothing underflows.
     log_density = -r.double() if noise is None else density.clamp(min=0).double().log()
     log_score = log_density + delta.double().log()
+    log_score = log_score.nan_to_num(torch.inf, torch.inf, -torch.inf)  # infinite noise on a token at distance 0
     density, delta = (torch.where(valid, t, 0.0) for t in (density, delta))
     score = density * delta
 

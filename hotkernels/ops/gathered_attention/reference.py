@@ -39,7 +39,8 @@ def gathered_attention_reference(
         def gather(x: Tensor) -> Tensor:  # [*batch, H, Nk, D] -> [*batch, H, (Nq,) slots, D]
             flat = slots.flatten(-2) if per_query else slots
             rows = x.gather(-2, flat[..., None].expand(*flat.shape, x.shape[-1]))
-            return rows.unflatten(-2, slots.shape[-2:]) if per_query else rows
+            rows = rows.unflatten(-2, slots.shape[-2:]) if per_query else rows
+            return torch.where(there[..., None], rows, 0.0)  # an absent slot takes nothing of token 0, NaN least of all
 
         k, v = gather(k), gather(v)
         if key_bias is not None:
