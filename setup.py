@@ -135,7 +135,8 @@ def ninja_file(name: str, out: Path, objects: Path) -> str:
     link = [f"-L{torch / 'lib'}", *os.environ.get("HOTKERNELS_LDFLAGS", "").split(), "-Wl,--exclude-libs,ALL"]
     if cuda:  # libtorch.so, kept though nothing here names it, brings libtorch_cuda.so in on a CUDA build of torch
         link += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
-        link += [f"-L{toolkit}/lib64", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+        # lib: of a toolkit that pip or conda installed
+        link += [f"-L{toolkit}/lib64", f"-L{toolkit}/lib", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
     link += ["-ltorch_cpu", "-lc10"]
 
     def words(parts: list) -> str:
