@@ -211,6 +211,15 @@ def test_every_length_of_list(backend: str, N: int, k: int) -> None:
     check_dpc_knn({"x": x, "num_clusters": N // 4, "k": k}, dpc_knn(x, N // 4, k, backend=backend))
 
 
+@pytest.mark.parametrize("N", [330, 700])
+def test_density_over_all_tokens(backend: str, N: int) -> None:
+    """With k = N as many terms are summed, half of them equal: one by one in float32 they lose a digit."""
+    x = 1.1 * (torch.arange(N) % 2)[None, :, None].expand(2, N, 3)
+    density = dpc_knn(x, 3, N, backend=backend).density.double()
+    r = torch.cdist(x.double(), x.double()).square().mean(-1) / 3
+    assert ((-density.log() - r).abs() <= (2.0**-9 if rounds_tokens(x) else 3e-7) * r).all()
+
+
 @pytest.mark.parametrize("C", [1, 3, 127, 128, 129, 300, 1100])
 def test_every_number_of_channels(backend: str, C: int) -> None:
     for N in (47, 49, 400):

@@ -309,9 +309,9 @@ void dense_densities(const DpcKnn& p, Sample& s, const Runner& runner) {
     for (int64_t i = j; i < std::min(j + W, s.n); ++i) {
       std::copy(s.dense + i * side, s.dense + i * side + s.n, row);
       std::partial_sort(row, row + k, row + s.n);
-      float sum = 0;
+      double sum = 0;  // of as many terms as there are tokens
       for (int64_t e = 0; e < k; ++e) sum += row[e];
-      s.r[i] = sum / denominator;
+      s.r[i] = static_cast<float>(sum) / denominator;
     }
   });
 }
@@ -426,9 +426,9 @@ void find_neighbours(const DpcKnn& p, Sample& s, const Runner& runner) {
           list_insert(distance, neighbour, s.list, from[e], from_id[e]);
         }
       }
-      float sum = 0;  // the token itself is its nearest, at distance 0
+      double sum = 0;  // the token itself is its nearest, at distance 0
       for (int64_t e = 0; e < k - 1; ++e) sum += distance[e];
-      s.r[i] = sum / denominator;
+      s.r[i] = static_cast<float>(sum) / denominator;
     }
   });
 }
