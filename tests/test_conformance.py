@@ -13,6 +13,7 @@ import torch
 from cases import OPS, Args, Bad, OpCase, layouts, tensors, upcast
 from conftest import BACKENDS, EMULATED, FUSED, GPU_BACKENDS
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradcheck
 
 import hotkernels
@@ -204,6 +205,18 @@ def test_second_derivative_is_refused(op: OpCase, backend: str, dtype: torch.dty
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@loop(inputs=False, dtypes=(torch.float32,), gradients=True)
+def test_forward_mode_is_refused(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    """A raw operator would drop the tangent, which is then zero."""
+    if backend == "torch":
+        pytest.skip("plain PyTorch has forward mode")
+    args = op.inputs[case](dtype)
+    with forward_ad.dual_level():
+        args[op.differentiable[0]] = forward_ad.make_dual(*[args[op.differentiable[0]]] * 2)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            op.function(**args, backend=backend)
 
 
 @loop(inputs=False, dtypes=(torch.float32,))
