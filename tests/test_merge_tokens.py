@@ -24,15 +24,19 @@ def test_weights_shift_the_mean(backend: str) -> None:
     assert out.item() == 1.0
 
 
-def test_a_cluster_of_weight_zero(backend: str) -> None:
-    """Zeros, and gradients without NaN, as long as eps is not 0."""
-    x = torch.randn(1, 3, 5, requires_grad=True)
-    weight = torch.zeros(1, 3, requires_grad=True)
-    out = merge_tokens(x, torch.tensor([[0, 0, 1]]), 3, weight, backend=backend)
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+def test_a_cluster_of_weight_zero(backend: str, eps: float) -> None:
+    """Zeros, and gradients without NaN; with eps = 0 also where weights cancel."""
+    x = torch.randn(1, 5, 5, requires_grad=True)
+    weight = torch.tensor([[0.0, 0.0, 0.0, 1.0, -1.0]], requires_grad=True)
+    assignment = torch.tensor([[0, 0, 1, 3, 3]])[:, : 5 if eps == 0 else 3]
+    n = assignment.shape[1]
+    out = merge_tokens(x[:, :n], assignment, 4, weight[:, :n], eps, backend=backend)
     assert not out.any()
     out.sum().backward()
     assert not x.grad.any()
-    torch.testing.assert_close(weight.grad, x.detach().sum(-1) / 1e-6, rtol=1e-5, atol=1e-5)
+    expected = torch.zeros(1, 5) if eps == 0 else x.detach().sum(-1) / eps * (torch.arange(5) < n)
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_unassigned_token_is_never_read(backend: str) -> None:

@@ -2,6 +2,8 @@
 // and one fixed order of summation per cluster however the work is shared.
 #include "hotkernels/merge_tokens.h"
 
+#include <cmath>
+
 #include "element.h"
 
 namespace hotkernels::HK_ISA {
@@ -17,7 +19,10 @@ void merge_tokens_total(const MergeTokens& p, int64_t begin, int64_t end) {
       for (int64_t n = b * p.N; n < (b + 1) * p.N; ++n) {
         if (p.assignment[n] >= 0) total[p.assignment[n]] += weight ? E::get(weight[n]) : Sum{1};
       }
-      for (int64_t m = 0; m < p.M; ++m) total[m] += static_cast<Sum>(p.eps);
+      for (int64_t m = 0; m < p.M; ++m) {
+        total[m] += static_cast<Sum>(p.eps);
+        if (total[m] == 0) total[m] = static_cast<Sum>(INFINITY);
+      }
     }
   });
 }
@@ -44,7 +49,7 @@ void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t 
       for (int64_t c = 0; c < count; ++c) sum[c] += w * E::get(x[c]);
     }
     for (int64_t m = 0; m < p.M; ++m) {
-      const Sum scale = total[m] == 0 ? Sum{0} : Sum{1} / total[m];  // 0 only for an empty cluster with eps = 0
+      const Sum scale = Sum{1} / total[m];
       for (int64_t c = 0; c < count; ++c) {
         const Sum mean = sums[m * stride + c] * scale;
         if (!in_place && p.mean) static_cast<Sum*>(p.mean)[(b * p.M + m) * p.C + c_begin + c] = mean;

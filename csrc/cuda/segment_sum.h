@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSM) segment_sum_kern
       }
       if constexpr (kMean) {
         total += static_cast<Sum>(p.eps);
-        const Sum scale = total == 0 ? Sum{0} : Sum{1} / total;  // 0 only for an empty segment with eps = 0
+        if (total == 0) total = static_cast<Sum>(INFINITY);
+        const Sum scale = Sum{1} / total;
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] *= scale;
         if (j == 0) static_cast<Sum*>(p.total)[segment] = total;
