@@ -229,6 +229,20 @@ def test_scale(backend: str, kind: str) -> None:
         assert_close(ours, gradients(lambda *a, s=scale: attend(*a, index, scale=s)[0], *upcast(args)), atol=1e-4)
 
 
+@only_cpp
+def test_a_scale_that_changes_compiles_once(backend: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q, k, v, scale: gathered_attention(q, k, v, scale=scale, backend=backend),
+        fullgraph=True,
+        backend="eager",
+        dynamic=True,
+    )
+    args = heads(2)
+    for scale in (0.1, 0.2, 0.3):
+        torch.testing.assert_close(compiled(*args, scale), gathered_attention(*args, scale=scale, backend=backend))
+
+
 @pytest.mark.parametrize("kind", ["dense", "set", "query", "head"])
 @pytest.mark.parametrize("batch", [(2,), (1, 2)])
 def test_gradcheck(backend: str, kind: str, batch: tuple[int, ...]) -> None:

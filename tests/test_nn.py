@@ -268,6 +268,18 @@ def test_exports() -> None:
     torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), module(x))
 
 
+def test_pruning_compiles_and_exports_for_any_number_of_frames() -> None:
+    module, x = hourglass().prune, torch.randn(2, 27, 5, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    exported = torch.export.export(module, (x,), dynamic_shapes=({1: torch.export.Dim("F", min=9, max=500)},))
+    for frames in (27, 31):
+        x = torch.randn(2, frames, 5, 16)
+        for ours in (compiled, exported.module()):
+            for a, b in zip(ours(x), module(x), strict=True):
+                torch.testing.assert_close(a, b)
+
+
 def test_training_reduces_a_loss() -> None:
     module, x = hourglass(), torch.randn(2, 27, 5, 16)
     optimizer = torch.optim.Adam(module.parameters(), 0.01)

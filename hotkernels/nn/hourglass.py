@@ -45,7 +45,8 @@ class TokenPruning(nn.Module):
         """
         check_tensor("TokenPruning", "x", x, "[B, F, J, C]", None, shape=(None, None, None, None))
         if index is None:
-            keep = (x.shape[1] - 1) // 2 if self.center else None
+            # A tensor: its value is nothing that an export for any number of frames has to prove in range.
+            keep = torch.full((1,), (x.shape[1] - 1) // 2, device=x.device) if self.center else None
             pooled = x.detach().mean(2)
             index = dpc_knn(pooled, self.token_num, self.k, keep=keep, seed=self.seed, assign=False, ordered=True).index
         return gather_tokens(x, index, self.pos_embed_token), index

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...backends import Kernel, choose, fake, register, wants_grad
-from ...errors import FLOATING, INTEGER, check_index, check_tensor, fail
+from ...errors import FLOATING, INTEGER, check_index, check_tensor, fail, matches
 from .reference import gather_tokens_reference
 
 _OP = "gather_tokens"
@@ -91,7 +91,7 @@ def gather_tokens(x: Tensor, index: Tensor, pos: Tensor | None = None, *, backen
         check_tensor(_OP, "pos", pos, "[M, C] or [1, M, C]", FLOATING, device=x.device)
         if x.dtype not in FLOATING:
             fail(_OP, "pos", "None where x is not floating", list(pos.shape))
-        if tuple(pos.shape) not in ((M, C), (1, M, C)):
+        if not (matches(pos.shape, (M, C)) or matches(pos.shape, (1, M, C))):
             fail(_OP, "pos", f"[M, C] or [1, M, C] with M = {M}, C = {C}", list(pos.shape))
         pos = pos.reshape(M, C).to(x.dtype).contiguous()
     index = index.long().contiguous()
