@@ -45,6 +45,8 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         fail(op, arg, f"a torch.Tensor {layout}", type(value).__name__, TypeError)
+    if value.layout is not torch.strided or value.is_nested:
+        fail(op, arg, "a dense tensor", "a nested one" if value.is_nested else value.layout, TypeError)
     if dtypes is not None and value.dtype not in dtypes:
         fail(op, arg, f"a tensor of {names(dtypes)}", names([value.dtype]), TypeError)
     if shape is not None and not matches(value.shape, shape):
@@ -72,8 +74,6 @@ def check_int(op: str, arg: str, value: Any, low: int, high: int | None, meaning
         fail(op, arg, f"at least {low}" if high is None else f"in [{low}, {meaning}{high}]", value)
 
 
-def check_index(op: str, arg: str, index: Tensor, size: int) -> None:
-    """Check that every index is -1 ("no token here") or in [0, size).
 def check_float(op: str, arg: str, value: Any) -> None:
     """Check that `value` is a finite float or int."""
     if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat)):
@@ -82,6 +82,8 @@ def check_float(op: str, arg: str, value: Any) -> None:
         fail(op, arg, "finite", value)
 
 
+def check_index(op: str, arg: str, index: Tensor, size: int) -> None:
+    """Check that every index is -1 ("no token here") or in [0, size).
 
     Looks at the values on the CPU; on a GPU that would stall the stream, so there it looks inside `checked()` only.
     Does not look inside torch.compile, nor at fake tensors.

@@ -153,7 +153,7 @@ OPS.append(
         raw=_gather_raw,
         bad=[
             Bad("x", lambda a: {"x": a["x"][0]}),
-            Bad("x", lambda a: {"x": "tokens"}),
+            Bad("x", lambda a: {"x": "tokens"}, TypeError),
             Bad("index", lambda a: {"index": [[0]]}, TypeError),
             Bad("index", lambda a: {"index": a["index"].float()}, TypeError),
             Bad("index", lambda a: {"index": a["index"][0]}),

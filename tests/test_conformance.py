@@ -251,6 +251,16 @@ def test_wrong_arguments(op: OpCase, backend: str, bad: Bad) -> None:
     assert type(raised.value) is bad.error
 
 
+@each_op_on("torch", *FUSED)
+def test_sparse_and_nested_tensors_are_refused(op: OpCase, backend: str) -> None:
+    args = op.inputs["small"](torch.float32)
+    for name, value in args.items():
+        if isinstance(value, Tensor):
+            for other in (value.to_sparse(), torch.nested.nested_tensor(list(value))):
+                with pytest.raises(TypeError, match=rf"^{op.name}: {name} must be a dense tensor, got .+$"):
+                    op.function(**{**args, name: other}, backend=backend)
+
+
 @each_op_on(*FUSED)
 def test_raw_operators(op: OpCase, backend: str) -> None:
     for name, args in op.raw(op.inputs["small"](torch.float32)):

@@ -82,8 +82,9 @@ def gather_tokens(x: Tensor, index: Tensor, pos: Tensor | None = None, *, backen
                  [0., 1.],
                  [0., 0.]]])
     """
-    if not isinstance(x, Tensor) or x.dim() < 3:
-        fail(_OP, "x", "a tensor [B, N, ..., C]", list(x.shape) if isinstance(x, Tensor) else type(x).__name__)
+    check_tensor(_OP, "x", x, "[B, N, ..., C]", None)
+    if x.dim() < 3:
+        fail(_OP, "x", "[B, N, ..., C]", list(x.shape))
     B, N, *_, C = x.shape
     check_tensor(_OP, "index", index, "[B, M]", INTEGER, shape=(B, None), device=x.device)
     if pos is not None:
