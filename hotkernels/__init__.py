@@ -1,5 +1,6 @@
 """Fused kernels for token-pruning transformers: density-peak clustering, gathered attention, token recovery."""
 
+from . import autograd, compat, models, nn
 from .backends import explain
 from .errors import checked
 from .ops.dpc_knn import DensityPeaks, dpc_knn
@@ -16,13 +17,17 @@ __all__ = [
     "InvertedIndex",
     "SwapReport",
     "Twin",
+    "autograd",
     "checked",
+    "compat",
     "dpc_knn",
     "explain",
     "gather_tokens",
     "gathered_attention",
     "invert_index",
     "merge_tokens",
+    "models",
+    "nn",
     "recovery_attention",
     "register_twin",
     "swap",

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .errors import fail, names
 
@@ -195,6 +196,8 @@ def instruction_set(force: str | None = None) -> str | None:
 
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether a call on these is recorded for a backward pass; if not, it can skip its autograd.Function (7 us)."""
+    if forward_ad._current_level >= 0:
+        return True  # the Function refuses forward mode; a raw operator would return a derivative of zero
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:

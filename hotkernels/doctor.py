@@ -111,7 +111,7 @@ def report() -> str:
         f"  kernels     {_instruction_sets()}",
         f"  gpu         {', '.join(gpus) or 'none'}",
         "extensions",
-        *(f"  {name:<12}{'loaded' if why is None else why}" for name, why in LIBRARIES.items()),
+        *(f"  {name:<12}{(why or 'loaded').removeprefix(f'{name}: ')}" for name, why in LIBRARIES.items()),
         "environment",
         *(environment or [f"  none of {', '.join(_ENVIRONMENT)} is set"]),
     ]

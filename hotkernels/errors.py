@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -44,16 +45,19 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         fail(op, arg, f"a torch.Tensor {layout}", type(value).__name__, TypeError)
+    if value.layout is not torch.strided or value.is_nested:
+        fail(op, arg, "a dense tensor", "a nested one" if value.is_nested else value.layout, TypeError)
     if dtypes is not None and value.dtype not in dtypes:
         fail(op, arg, f"a tensor of {names(dtypes)}", names([value.dtype]), TypeError)
-    if shape is not None and not _matches(value.shape, shape):
+    if shape is not None and not matches(value.shape, shape):
         sizes = "" if all(s is None for s in shape) else f" = {['any' if s is None else s for s in shape]}"
         fail(op, arg, f"{layout}{sizes}".replace("'", ""), list(value.shape))
     if device is not None and value.device != device:
         fail(op, arg, f"on the device of the other tensors ({device})", value.device)
 
 
-def _matches(have: Sequence[int], want: Sequence[int | None]) -> bool:
+def matches(have: Sequence[int], want: Sequence[int | None]) -> bool:
+    """Whether a shape is the wanted one; None = any size. Sizes one by one, which torch.compile can do with symbols."""
     if len(have) != len(want):
         return False
     for h, w in zip(have, want, strict=True):  # noqa: SIM110  a plain loop: this runs in every call
@@ -68,6 +72,14 @@ def check_int(op: str, arg: str, value: Any, low: int, high: int | None, meaning
         fail(op, arg, "an int", type(value).__name__, TypeError)
     if value < low or (high is not None and value > high):
         fail(op, arg, f"at least {low}" if high is None else f"in [{low}, {meaning}{high}]", value)
+
+
+def check_float(op: str, arg: str, value: Any) -> None:
+    """Check that `value` is a finite float or int."""
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat)):
+        fail(op, arg, "a float", type(value).__name__, TypeError)
+    if not -math.inf < value < math.inf:  # not isfinite, which torch.compile cannot ask about a float that changes
+        fail(op, arg, "finite", value)
 
 
 def check_index(op: str, arg: str, index: Tensor, size: int) -> None:

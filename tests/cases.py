@@ -153,7 +153,7 @@ OPS.append(
         raw=_gather_raw,
         bad=[
             Bad("x", lambda a: {"x": a["x"][0]}),
-            Bad("x", lambda a: {"x": "tokens"}),
+            Bad("x", lambda a: {"x": "tokens"}, TypeError),
             Bad("index", lambda a: {"index": [[0]]}, TypeError),
             Bad("index", lambda a: {"index": a["index"].float()}, TypeError),
             Bad("index", lambda a: {"index": a["index"][0]}),
@@ -281,6 +281,9 @@ OPS.append(
             Bad("weight", lambda a: {"weight": a["weight"][:, :-1]}),
             Bad("weight", lambda a: {"weight": a["weight"].mT}),
             Bad("weight", lambda a: {"weight": a["weight"].to("meta")}),
+            Bad("eps", lambda a: {"eps": None}, TypeError),
+            Bad("eps", lambda a: {"eps": torch.tensor(1e-6)}, TypeError),
+            Bad("eps", lambda a: {"eps": torch.nan}),
             Bad("backend", lambda a: {"backend": "fpga"}),
         ],
     )
@@ -383,6 +386,7 @@ OPS.append(
             Bad("keep", lambda a: {"keep": 9}),
             Bad("keep", lambda a: {"keep": [0, -2]}),
             Bad("keep", lambda a: {"keep": [0.5]}, TypeError),
+            Bad("keep", lambda a: {"keep": 0.5}, TypeError),
             Bad("keep", lambda a: {"keep": [0, 1, 2, 3, 4]}),
             Bad("keep", lambda a: {"keep": torch.tensor([0, 9])}),
             Bad("keep", lambda a: {"keep": torch.tensor([[0], [1], [2]])}),

@@ -71,8 +71,8 @@ def test_doctor_report():
     for op in backends.OPS:
         assert f"\n  {op} " in page
     for library, why in backends.LIBRARIES.items():
-        assert f"\n  {library} " in page
-        assert why is None or why in page
+        said = "loaded" if why is None else why.removeprefix(f"{library}: ")
+        assert f"\n  {library:<12}{said}\n" in page
     if before is not None:
         assert f"{before} in use; available: base" in page
         assert "cpp: float32, float16, bfloat16; torch: float64" in page

@@ -372,7 +372,8 @@ def test_whole_step_compiles_without_a_break() -> None:
         (lambda x: hot.cluster_dpc_knn(x, 17, 2), "cluster_dpc_knn: cluster_num must be"),
         (lambda x: hot.cluster_dpc_knn_center(x, 3, 2, 16), "cluster_dpc_knn: center must be"),
         (lambda x: hot.cluster_dpc_knn(x, 3, 17), "dpc_knn: k must be"),
-        (lambda x: hot.cluster_dpc_knn(x, 3, 2, torch.ones(2, 5)), "dpc_knn: mask must be"),
+        (lambda x: hot.cluster_dpc_knn(x, 3, 2, torch.ones(2, 5)), "cluster_dpc_knn: token_mask must be"),
+        (lambda x: hot.cluster_dpc_knn(x, 3, 2, [[1] * 16] * 2), "cluster_dpc_knn: token_mask must be"),
         (lambda x: tcformer.cluster_dpc_knn({"x": x}, 0), "cluster_dpc_knn: cluster_num must be"),
     ],
 )

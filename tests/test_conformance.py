@@ -13,6 +13,7 @@ import torch
 from cases import OPS, Args, Bad, OpCase, layouts, tensors, upcast
 from conftest import BACKENDS, EMULATED, FUSED, GPU_BACKENDS
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradcheck
 
 import hotkernels
@@ -206,6 +207,18 @@ def test_second_derivative_is_refused(op: OpCase, backend: str, dtype: torch.dty
         grad.sum().backward()
 
 
+@loop(inputs=False, dtypes=(torch.float32,), gradients=True)
+def test_forward_mode_is_refused(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
+    """A raw operator would drop the tangent, which is then zero."""
+    if backend == "torch":
+        pytest.skip("plain PyTorch has forward mode")
+    args = op.inputs[case](dtype)
+    with forward_ad.dual_level():
+        args[op.differentiable[0]] = forward_ad.make_dual(*[args[op.differentiable[0]]] * 2)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            op.function(**args, backend=backend)
+
+
 @loop(inputs=False, dtypes=(torch.float32,))
 def test_no_gradient_where_none_is_promised(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
     args = op.inputs[case](dtype)
@@ -236,6 +249,16 @@ def test_wrong_arguments(op: OpCase, backend: str, bad: Bad) -> None:
     ):
         op.function(**{"backend": backend, **args, **bad.change(args)})
     assert type(raised.value) is bad.error
+
+
+@each_op_on("torch", *FUSED)
+def test_sparse_and_nested_tensors_are_refused(op: OpCase, backend: str) -> None:
+    args = op.inputs["small"](torch.float32)
+    for name, value in args.items():
+        if isinstance(value, Tensor):
+            for other in (value.to_sparse(), torch.nested.nested_tensor(list(value))):
+                with pytest.raises(TypeError, match=rf"^{op.name}: {name} must be a dense tensor, got .+$"):
+                    op.function(**{**args, name: other}, backend=backend)
 
 
 @each_op_on(*FUSED)

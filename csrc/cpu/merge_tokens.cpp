@@ -2,23 +2,11 @@
 // and one fixed order of summation per cluster however the work is shared.
 #include "hotkernels/merge_tokens.h"
 
+#include <cmath>
+
 #include "element.h"
 
 namespace hotkernels::HK_ISA {
-namespace {
-
-// Divides by a cluster's total, by 1 where that is 0, as tokens without weight have it where eps = 0. By multiplication:
-// the reciprocal of a denormal total would be infinite, so that both sides are lifted first.
-template <class Sum>
-struct Divided {
-  Sum lift, scale;
-  explicit Divided(Sum total) : lift(total < Sum(0x1p-100) && total > Sum(-0x1p-100) ? Sum(0x1p64) : Sum{1}) {
-    scale = total == 0 ? Sum{1} / lift : Sum{1} / (total * lift);
-  }
-  Sum operator()(Sum x) const { return x * lift * scale; }
-};
-
-}  // namespace
 
 void merge_tokens_total(const MergeTokens& p, int64_t begin, int64_t end) {
   with_element(p.dtype, [&](auto element) {
@@ -31,7 +19,11 @@ void merge_tokens_total(const MergeTokens& p, int64_t begin, int64_t end) {
       for (int64_t n = b * p.N; n < (b + 1) * p.N; ++n) {
         if (p.assignment[n] >= 0) total[p.assignment[n]] += weight ? E::get(weight[n]) : Sum{1};
       }
-      for (int64_t m = 0; m < p.M; ++m) total[m] += static_cast<Sum>(p.eps);
+      for (int64_t m = 0; m < p.M; ++m) {
+        total[m] += static_cast<Sum>(p.eps);
+        // A total of 0, or one so small that it has no reciprocal: such a cluster counts as empty.
+        if (std::isinf(Sum{1} / total[m])) total[m] = static_cast<Sum>(INFINITY);
+      }
     }
   });
 }
@@ -58,9 +50,9 @@ void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t 
       for (int64_t c = 0; c < count; ++c) sum[c] += w * E::get(x[c]);
     }
     for (int64_t m = 0; m < p.M; ++m) {
-      const Divided<Sum> divided(total[m]);
+      const Sum scale = Sum{1} / total[m];
       for (int64_t c = 0; c < count; ++c) {
-        const Sum mean = divided(sums[m * stride + c]);
+        const Sum mean = sums[m * stride + c] * scale;
         if (!in_place && p.mean) static_cast<Sum*>(p.mean)[(b * p.M + m) * p.C + c_begin + c] = mean;
         out[m * p.C + c] = E::put(mean);
       }
@@ -84,10 +76,10 @@ void merge_tokens_bwd(const MergeTokens& p, int64_t begin, int64_t end) {
         continue;
       }
       const int64_t m = b * p.M + p.assignment[n];
-      const Divided<Sum> divided(static_cast<const Sum*>(p.total)[m]);
-      const Sum share = divided(weight ? E::get(weight[n]) : Sum{1});
+      const Sum scale = Sum{1} / static_cast<const Sum*>(p.total)[m];
+      const Sum w = weight ? E::get(weight[n]) : Sum{1};
       const T* __restrict grad = static_cast<const T*>(p.grad_out) + m * p.C;
-      for (int64_t c = 0; c < p.C; ++c) grad_x[c] = E::put(E::get(grad[c]) * share);
+      for (int64_t c = 0; c < p.C; ++c) grad_x[c] = E::put(E::get(grad[c]) * (w * scale));
       if (!grad_weight) continue;
       // d out / d w = (x - out) / total, with out as it was before rounding
       const T* __restrict x = static_cast<const T*>(p.x) + b * p.x_stride_b + n % p.N * p.x_stride_n;
@@ -95,7 +87,7 @@ void merge_tokens_bwd(const MergeTokens& p, int64_t begin, int64_t end) {
       Sum sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t c = 0; c < p.C; ++c) sum += E::get(grad[c]) * (E::get(x[c]) - mean[c]);
-      grad_weight[n] = E::put(divided(sum));
+      grad_weight[n] = E::put(sum * scale);
     }
   });
 }

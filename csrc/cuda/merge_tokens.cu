@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t b = first_sample + sample, t = first_sample * p.N + number, m = exists ? p.assignment[t] : -1;
   const bool there = m >= 0 && m < p.M;
   const int64_t cluster = there ? b * p.M + m : 0;
-  const Divided<Sum> divided(there ? static_cast<const Sum*>(p.total)[cluster] : Sum{1});
-  const Sum share = divided(there && p.weight ? get(static_cast<const T*>(p.weight)[t]) : Sum{1});
+  const Sum scale = there ? Sum{1} / static_cast<const Sum*>(p.total)[cluster] : Sum{0};
+  const Sum weight = there && p.weight ? get(static_cast<const T*>(p.weight)[t]) : Sum{1};
   const Packed* grad = static_cast<const Packed*>(p.grad_out) + cluster * packs;
   const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b + (number - sample * N) * p.x_stride_n;
   Packed* grad_x = static_cast<Packed*>(p.grad_x) + t * packs;
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
     Packed out, from{};
     if (there) from = grad[j];
 #pragma unroll
-    for (int v = 0; v < V; ++v) out.value[v] = put<T>(there ? get(from.value[v]) * share : Sum{0});
+    for (int v = 0; v < V; ++v) out.value[v] = put<T>(there ? get(from.value[v]) * (weight * scale) : Sum{0});
     grad_x[j] = out;
     if (kWeight && there) {  // d out / d w = (x - out) / total, with out as it was before rounding
       const Packed token = reinterpret_cast<const Packed*>(x)[j];
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if constexpr (kWeight) {
     for (unsigned lanes = blockDim.x / 2; lanes > 0; lanes /= 2) dot += __shfl_xor_sync(kAllLanes, dot, lanes);
-    if (threadIdx.x == 0 && exists) static_cast<T*>(p.grad_weight)[t] = put<T>(there ? divided(dot) : Sum{0});
+    if (threadIdx.x == 0 && exists) static_cast<T*>(p.grad_weight)[t] = put<T>(there ? dot * scale : Sum{0});
   }
 }
 

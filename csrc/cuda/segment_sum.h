@@ -45,18 +45,6 @@ __host__ __device__ constexpr int segment_sum_bytes(int range, int64_t L) {
 }
 static_assert(segment_sum_bytes(kMaxSumRange, kMaxSortedInBlock) <= 48 << 10, "more would have to be asked for");
 
-// Divides by a segment's total, by 1 where that is 0, as tokens without weight have it where eps = 0. By multiplication:
-// the reciprocal of a denormal total would be infinite, so that both sides are lifted first.
-template <class Sum>
-struct Divided {
-  Sum lift, scale;
-  __device__ explicit Divided(Sum total)
-      : lift(total < Sum(0x1p-100) && total > Sum(-0x1p-100) ? Sum(0x1p64) : Sum{1}) {
-    scale = total == 0 ? Sum{1} / lift : Sum{1} / (total * lift);
-  }
-  __device__ Sum operator()(Sum x) const { return x * lift * scale; }
-};
-
 // blockDim = (threads that share a token's packs, segments at a time). kMean: weights, total and mean are there.
 template <class T, int V, bool kMean>
 __global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSM) segment_sum_kernel(SegmentSum p, SegmentWork work) {
@@ -118,9 +106,10 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSM) segment_sum_kern
       }
       if constexpr (kMean) {
         total += static_cast<Sum>(p.eps);
-        const Divided<Sum> divided(total);
+        Sum scale = Sum{1} / total;
+        if (isinf(scale)) total = static_cast<Sum>(INFINITY), scale = 0;  // nothing, or too little to have a reciprocal
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum[v] = divided(sum[v]);
+        for (int v = 0; v < V; ++v) sum[v] *= scale;
         if (j == 0) static_cast<Sum*>(p.total)[segment] = total;
         if (p.mean && reads) {
           Pack<Sum, V> mean;

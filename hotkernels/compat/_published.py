@@ -35,7 +35,10 @@ def cluster(
     half = x.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if half and torch.is_autocast_enabled(x.device.type) else x.dtype
     noise = torch.rand(B, N, device=x.device, dtype=dtype) * 1e-6
-    mask = None if token_mask is None else token_mask > 0
+    mask = None
+    if token_mask is not None:
+        check_tensor("cluster_dpc_knn", "token_mask", token_mask, "[B, N]", None, shape=(B, N), device=x.device)
+        mask = token_mask > 0
 
     if center is None:
         index, idx_cluster, *_ = dpc_knn(x, cluster_num, k, mask=mask, noise=noise)

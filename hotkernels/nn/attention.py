@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import fail
+from ..errors import check_int, fail
 from ..ops.gathered_attention.api import packed_attention
 from ..ops.recovery_attention import recovery_attention
 from .linear import is_bare, linear, multiply
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_dim(dim, num_heads)
+        _check_dim("Attention", dim, num_heads)
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
@@ -89,7 +89,7 @@ class CrossAttention(nn.Module):
         length: int = 27,
     ) -> None:
         super().__init__()
-        _check_dim(dim, num_heads)
+        _check_dim("CrossAttention", dim, num_heads)
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.linear_q = nn.Linear(dim, dim, bias=qkv_bias)
@@ -135,9 +135,10 @@ class CrossAttention(nn.Module):
         return key, value
 
 
-def _check_dim(dim: int, num_heads: int) -> None:
+def _check_dim(module: str, dim: int, num_heads: int) -> None:
+    check_int(module, "num_heads", num_heads, 1, None)
     if dim % num_heads != 0:
-        fail("Attention", "dim", f"a multiple of num_heads = {num_heads}", dim)
+        fail(module, "dim", f"a multiple of num_heads = {num_heads}", dim)
 
 
 def dropout_p(module: nn.Module) -> float:

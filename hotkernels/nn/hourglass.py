@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_tensor, fail
+from ..errors import check_tensor
 from ..ops.dpc_knn import dpc_knn
 from ..ops.gather_tokens import gather_tokens
 from .attention import CrossAttention
@@ -45,7 +45,8 @@ class TokenPruning(nn.Module):
         """
         check_tensor("TokenPruning", "x", x, "[B, F, J, C]", None, shape=(None, None, None, None))
         if index is None:
-            keep = (x.shape[1] - 1) // 2 if self.center else None
+            # A tensor: its value is nothing that an export for any number of frames has to prove in range.
+            keep = torch.full((1,), (x.shape[1] - 1) // 2, device=x.device) if self.center else None
             pooled = x.detach().mean(2)
             index = dpc_knn(pooled, self.token_num, self.k, keep=keep, seed=self.seed, assign=False, ordered=True).index
         return gather_tokens(x, index, self.pos_embed_token), index
@@ -79,8 +80,8 @@ class TokenRecovery(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Recover x [B, M, J, C] to [B, L, J, C]."""
-        if x.dim() != 4 or x.shape[-1] != self.x_token.shape[-1]:
-            fail("TokenRecovery", "x", f"[B, M, J, C = {self.x_token.shape[-1]}]", list(x.shape))
+        C = self.x_token.shape[-1]
+        check_tensor("TokenRecovery", "x", x, "[B, M, J, C]", None, shape=(None, None, None, C))
         return recover_tokens(x, self.x_token, self.cross_attention)
 
 

@@ -52,6 +52,7 @@ def _served(x: Tensor, weight: Tensor) -> bool:
         and torch.backends.mkldnn.enabled is True
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and x.shape[-1] == weight.shape[1]  # of a wrong x, PyTorch's product says more
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
     )

@@ -143,7 +143,9 @@ def dpc_knn(
 def _keep_positions(keep: int | Sequence[int] | Tensor, B: int, N: int, M: int, device: torch.device) -> Tensor:
     """`keep` in any of its forms as int64 [B or 1, K]."""
     if not isinstance(keep, Tensor):
-        positions = [keep] if isinstance(keep, int) else list(keep)
+        if not isinstance(keep, (int, torch.SymInt, Sequence)):
+            fail(_OP, "keep", "an int, a sequence of ints or a tensor", type(keep).__name__, TypeError)
+        positions = keep if isinstance(keep, Sequence) else [keep]
         for position in positions:
             check_int(_OP, "keep", position, -1, N - 1, "N - 1 = ")
         # Filled on the device: a copy from the host would wait for a GPU, and cannot be captured in a graph.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...backends import Kernel, choose, fake, register, wants_grad
-from ...errors import FLOATING, INTEGER, check_index, check_tensor, fail
+from ...errors import FLOATING, INTEGER, check_index, check_tensor, fail, matches
 from .reference import gather_tokens_reference
 
 _OP = "gather_tokens"
@@ -82,8 +82,9 @@ def gather_tokens(x: Tensor, index: Tensor, pos: Tensor | None = None, *, backen
                  [0., 1.],
                  [0., 0.]]])
     """
-    if not isinstance(x, Tensor) or x.dim() < 3:
-        fail(_OP, "x", "a tensor [B, N, ..., C]", list(x.shape) if isinstance(x, Tensor) else type(x).__name__)
+    check_tensor(_OP, "x", x, "[B, N, ..., C]", None)
+    if x.dim() < 3:
+        fail(_OP, "x", "[B, N, ..., C]", list(x.shape))
     B, N, *_, C = x.shape
     check_tensor(_OP, "index", index, "[B, M]", INTEGER, shape=(B, None), device=x.device)
     if pos is not None:
@@ -91,7 +92,7 @@ def gather_tokens(x: Tensor, index: Tensor, pos: Tensor | None = None, *, backen
         check_tensor(_OP, "pos", pos, "[M, C] or [1, M, C]", FLOATING, device=x.device)
         if x.dtype not in FLOATING:
             fail(_OP, "pos", "None where x is not floating", list(pos.shape))
-        if tuple(pos.shape) not in ((M, C), (1, M, C)):
+        if not (matches(pos.shape, (M, C)) or matches(pos.shape, (1, M, C))):
             fail(_OP, "pos", f"[M, C] or [1, M, C] with M = {M}, C = {C}", list(pos.shape))
         pos = pos.reshape(M, C).to(x.dtype).contiguous()
     index = index.long().contiguous()

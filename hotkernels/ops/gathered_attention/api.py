@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...backends import TRITON_DEVICE, Kernel, choose, fake, implement_in_triton, register, wants_grad, why_not
-from ...errors import FLOATING, INTEGER, check_index, check_tensor, fail
+from ...errors import FLOATING, INTEGER, check_float, check_index, check_tensor, fail
 from ..invert_index import InvertedIndex
 from ..invert_index.reference import invert_index_reference
 from .reference import gathered_attention_reference
@@ -153,17 +152,13 @@ def check_scale(op: str, scale: float | None, D: int) -> float:
     """The scale of the logits: 1 / sqrt(D) unless given."""
     if scale is None:
         return D**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        fail(op, "scale", "a float", type(scale).__name__, TypeError)
-    if not math.isfinite(scale):
-        fail(op, "scale", "finite", scale)
+    check_float(op, "scale", scale)
     return float(scale)
 
 
 def choose_attention(op: str, query: Tensor, dropout_p: float, backend: str | None) -> str:
     """The backend of an attention call: dropout is honoured by the torch backend only."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        fail(op, "dropout_p", "a float", type(dropout_p).__name__, TypeError)
+    check_float(op, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         fail(op, "dropout_p", "in [0, 1)", dropout_p)
     if dropout_p > 0.0:

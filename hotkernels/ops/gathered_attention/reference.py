@@ -36,11 +36,10 @@ def gathered_attention_reference(
         there = (index >= 0) & (index < Nk)
         slots = index.clamp(0, Nk - 1)
 
-        def gather(x: Tensor) -> Tensor:  # [*batch, H, Nk, D] -> [*batch, H, (Nq,) slots, D]
+        def gather(x: Tensor) -> Tensor:  # [*batch, H, Nk, D] -> [*batch, H, (Nq,) slots, D], 0 in absent slots
             flat = slots.flatten(-2) if per_query else slots
             rows = x.gather(-2, flat[..., None].expand(*flat.shape, x.shape[-1]))
-            rows = rows.unflatten(-2, slots.shape[-2:]) if per_query else rows
-            return torch.where(there[..., None], rows, 0.0)  # an absent slot takes nothing of token 0, NaN least of all
+            return torch.where(there[..., None], rows.unflatten(-2, slots.shape[-2:]) if per_query else rows, 0.0)
 
         k, v = gather(k), gather(v)
         if key_bias is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...backends import Kernel, choose, fake, register, wants_grad
-from ...errors import FLOATING, INTEGER, check_index, check_int, check_tensor, fail
+from ...errors import FLOATING, INTEGER, check_float, check_index, check_int, check_tensor, fail, matches
 from .reference import merge_tokens_reference
 
 _OP = "merge_tokens"
@@ -67,7 +67,7 @@ def merge_tokens(
         assignment: [B, N] int64 or int32 in [-1, num_clusters), as `dpc_knn` returns it; -1 = in no cluster.
         num_clusters: M, at least 1.
         weight: [B, N] or [B, N, 1] floating, cast to x's dtype; None = 1.
-        eps: added to each cluster's total weight.
+        eps: added to each cluster's total weight. Where that is 0 or has no reciprocal, the cluster counts as empty.
         backend: "torch", "cpp", "cuda", or None for the fastest that can serve the call.
 
     Returns:
@@ -96,9 +96,10 @@ def merge_tokens(
     B, N, _ = x.shape
     check_tensor(_OP, "assignment", assignment, "[B, N]", INTEGER, shape=(B, N), device=x.device)
     check_int(_OP, "num_clusters", num_clusters, 1, None)
+    check_float(_OP, "eps", eps)
     if weight is not None:
         check_tensor(_OP, "weight", weight, "[B, N] or [B, N, 1]", FLOATING, device=x.device)
-        if tuple(weight.shape) not in ((B, N), (B, N, 1)):
+        if not (matches(weight.shape, (B, N)) or matches(weight.shape, (B, N, 1))):
             fail(_OP, "weight", f"[B, N] or [B, N, 1] with B = {B}, N = {N}", list(weight.shape))
         weight = weight.reshape(B, N).to(x.dtype).contiguous()
     assignment = assignment.long().contiguous()

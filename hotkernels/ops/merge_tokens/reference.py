@@ -21,4 +21,5 @@ def merge_tokens_reference(
     places = (torch.arange(B, device=x.device)[:, None], torch.where(there, assignment, num_clusters))
     sums = w.new_zeros(B, num_clusters + 1, C).index_put(places, x.to(dtype) * w[..., None], accumulate=True)
     total = w.new_zeros(B, num_clusters + 1).index_put(places, w, accumulate=True)[:, :-1, None] + eps
-    return (sums[:, :-1] / torch.where(total == 0, 1.0, total)).to(x.dtype)
+    empty = total.reciprocal().isinf()  # with eps = 0, or where it is next to nothing
+    return torch.where(empty, 0.0, sums[:, :-1] / torch.where(empty, 1.0, total)).to(x.dtype)
