@@ -107,7 +107,9 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSM) segment_sum_kern
       if constexpr (kMean) {
         total += static_cast<Sum>(p.eps);
         Sum scale = Sum{1} / total;
-        if (isinf(scale)) total = static_cast<Sum>(INFINITY), scale = 0;  // nothing, or too little to have a reciprocal
+        constexpr Sum kInfinite = static_cast<Sum>(INFINITY);
+        // Nothing, or too little to have a reciprocal.
+        if (scale == kInfinite || scale == -kInfinite) total = kInfinite, scale = 0;
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] *= scale;
         if (j == 0) static_cast<Sum*>(p.total)[segment] = total;
