@@ -479,9 +479,8 @@ __device__ bool all_count(const Team& team, const Shared& s, int n) {
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
 // The sum of the k smallest of the warp's values, in ascending order, equal ones at once. Absent values are inf.
-__device__ inline double sum_of_smallest(const float (&value)[kMaxAcross], int k) {
-  double sum = 0;  // of up to 352 terms
-  float last = -1;
+__device__ inline float sum_of_smallest(const float (&value)[kMaxAcross], int k) {
+  float sum = 0, last = -1;
   while (k > 0) {
     float least = kInf;
 #pragma unroll
@@ -491,7 +490,7 @@ __device__ inline double sum_of_smallest(const float (&value)[kMaxAcross], int k
 #pragma unroll
     for (int e = 0; e < kMaxAcross; ++e) equal += value[e] == least;
     equal = min(__reduce_add_sync(kAllLanes, equal), k);
-    sum += static_cast<double>(equal) * static_cast<double>(least);
+    sum += static_cast<float>(equal) * least;
     k -= equal;
     last = least;
   }
@@ -525,7 +524,7 @@ __device__ void choose(const DpcKnn& p, int64_t b, const Team& team, Shared& s, 
       d2[e] = is_token(e) ? apart : kInf;
       if (is_token(e)) row(i)[j] = apart;
     }
-    const float r = static_cast<float>(sum_of_smallest(d2, k)) / denominator;
+    const float r = sum_of_smallest(d2, k) / denominator;
     far = warp_max_of_nonnegative(far);
     if (lane < Team::kSize) team.in(lane, s.r_far)[i] = make_float2(r, far);
   }

@@ -15,8 +15,8 @@ struct MergeTokens {
   DType dtype;
   void* out;                  // [B, M, C] contiguous, of x's type
   void* mean;                 // the same before rounding, float32 or float64; null if not wanted, or if x is that
-  void* total;                // [B, M] sum_i w_i + eps, infinite where that is 0, so that mean and gradients are 0:
-                              // float64 if x is, else float32
+  void* total;                // [B, M] sum_i w_i + eps: float64 if x is, else float32; infinite where that has no
+                              // reciprocal, so that mean and gradients are 0
 
   // Backward only.
   const void* grad_out;       // [B, M, C] contiguous; mean is read, total too
