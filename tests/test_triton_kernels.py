@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import cuda_resources
 import pytest
@@ -14,6 +15,7 @@ if EMULATED:
     pytest.skip("under the interpreter nothing is compiled", allow_module_level=True)
 
 import triton_resources  # noqa: E402  # imports triton
+from emulation.driver import STREAM, StubDriver, meant, on_a_gpu, stub_driver  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +74,36 @@ def test_lengths_and_batches_compile_nothing_new() -> None:
                 triton_resources.self_attend(B, N, 8, 64, triton_resources.HALF)
             variants.add(tuple(job.variant for job in jobs))
         assert len(variants) == 1
+
+
+@pytest.fixture(scope="module")
+def driver(resources: triton_resources.Resources) -> Iterator[StubDriver]:
+    """Depends on the resources: compiled kernels then come from Triton's cache."""
+    if torch.cuda.is_available():
+        pytest.skip("here is a GPU, and a driver that runs what it is given")
+    with stub_driver() as driver:
+        yield driver
+
+
+def test_what_is_launched_reaches_the_driver(driver: StubDriver, resources: triton_resources.Resources) -> None:
+    """Through Triton's own launcher: every parameter in its place, programs, threads and the stream; each time anew."""
+    for name, job in triton_resources.jobs_on(triton_resources.GENERATIONS["sm_90"]).items():
+        job = on_a_gpu(job)
+        (seen,) = driver.seen(job)
+        assert seen.parameters == meant(job), name
+        assert seen.grid == (job.programs, 1, 1) and seen.threads == (32 * job.num_warps, 1, 1), name
+        assert seen.stream == STREAM and seen.shared_bytes == resources[name]["sm_90"]["shared_bytes"], name
+        again = job._replace(programs=7, numbers=tuple(n + 1 for n in job.numbers))
+        (seen,) = driver.seen(again)
+        assert seen.parameters == meant(again) and seen.grid == (7, 1, 1), name
+
+
+def test_a_launch_of_nothing_does_not_reach_the_driver(driver: StubDriver) -> None:
+    job = next(iter(triton_resources.jobs_on(triton_resources.GENERATIONS["sm_90"]).values()))
+    assert driver.seen(on_a_gpu(job)._replace(programs=0)) == []
+
+
+def test_a_refused_launch_is_an_error(driver: StubDriver) -> None:
+    job = next(iter(triton_resources.jobs_on(triton_resources.GENERATIONS["sm_90"]).values()))
+    with driver.refusing(), pytest.raises(RuntimeError, match="too many resources requested for launch"):
+        driver.seen(on_a_gpu(job))

@@ -1,0 +1,146 @@
+"""A CUDA driver that runs nothing, for Triton: what a launch hands to a driver can be looked at without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import cuda_resources
+import torch
+from triton.backends.nvidia import driver as nvidia
+from triton.runtime import driver as triton_driver
+
+from hotkernels import launcher
+from hotkernels.launcher import Launch
+
+HERE = Path(__file__).parent
+LIBRARY = cuda_resources.ROOT / "build/emulated_driver/libcuda.so.1"
+STREAM = 0x5EA
+_PARAMETERS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+_ON_LAUNCH = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p))
+
+
+class Address(NamedTuple):
+    """What a launch looks at of a tensor on a GPU."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def get_device(self) -> int:
+        return 0
+
+
+class Seen(NamedTuple):
+    """What reached the driver."""
+
+    grid: tuple[int, ...]
+    threads: tuple[int, ...]
+    shared_bytes: int
+    stream: int
+    parameters: list[tuple[str, Any]]
+
+
+class StubDriver:
+    """The driver's side of a launch."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._on_launch = ctypes.c_void_p.in_dll(library, "hk_on_launch")
+        self._refuse = ctypes.c_int.in_dll(library, "hk_refuse")
+
+    def seen(self, job: Launch) -> list[Seen]:
+        """Launch, and what reached the driver."""
+        found: list[Seen] = []
+
+        def on_launch(config: Any, params: Any) -> None:
+            stream = ctypes.c_uint64.from_address(ctypes.addressof(config.contents) + 32).value
+            found.append(Seen(tuple(config[0:3]), tuple(config[3:6]), config[6], stream, _read(job, params)))
+
+        callback = _ON_LAUNCH(on_launch)
+        self._on_launch.value = ctypes.cast(callback, ctypes.c_void_p).value
+        try:
+            launcher.launch(job)
+        finally:
+            self._on_launch.value = None
+        return found
+
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Every launch is refused."""
+        self._refuse.value = 1
+        try:
+            yield
+        finally:
+            self._refuse.value = 0
+
+
+def _read(job: Launch, params: Any) -> list[tuple[str, Any]]:
+    """The parameters of the machine code, in its order: tensors that are None and constants are not among them."""
+    tensors, values, place = iter(job.tensors), [], 0
+    for parameter in job.kernel.params:
+        if parameter.is_constexpr or (not parameter.annotation and next(tensors) is None):
+            continue
+        kind = _PARAMETERS[parameter.annotation] if parameter.annotation else ctypes.c_uint64
+        values.append((parameter.name, kind.from_address(params[place]).value))
+        place += 1
+    return values
+
+
+def meant(job: Launch) -> list[tuple[str, Any]]:
+    """What the machine code should be given."""
+    tensors, numbers, values = iter(job.tensors), iter(job.numbers), []
+    for parameter in job.kernel.params:
+        if parameter.is_constexpr:
+            continue
+        if parameter.annotation:
+            number = next(numbers)
+            values.append((parameter.name, _PARAMETERS[parameter.annotation](number).value))
+        elif (tensor := next(tensors)) is not None:
+            values.append((parameter.name, tensor.data_ptr()))
+    return values
+
+
+def on_a_gpu(job: Launch) -> Launch:
+    """The job with an address of its own for each of its tensors."""
+    addresses = [t if t is None else Address((1 << 46) + 4096 * i, t.dtype) for i, t in enumerate(job.tensors)]
+    return job._replace(tensors=tuple(addresses))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def stub_driver() -> Iterator[StubDriver]:
+    """Triton launches on an H100 that is not there."""
+    LIBRARY.parent.mkdir(parents=True, exist_ok=True)
+    compiler = cuda_resources.build_script().find_compiler()
+    assert compiler is not None
+    flags = ["-x", "c", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run([compiler, *flags, str(HERE / "libcuda.c"), "-o", str(LIBRARY)], check=True)
+    library = ctypes.CDLL(str(LIBRARY), ctypes.RTLD_GLOBAL)  # found from now on by its name
+    patches = (
+        mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=str(LIBRARY.parent)),
+        mock.patch.object(torch.cuda, "current_device", lambda: 0),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, create=True),
+    )
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        nvidia.libcuda_dirs.cache_clear()
+        nvidia.library_dirs.cache_clear()
+        launcher._compiled.cache_clear()
+        triton_driver.set_active(nvidia.CudaDriver())
+        try:
+            yield StubDriver(library)
+        finally:
+            launcher._compiled.cache_clear()
+            gc.collect()  # compiled kernels go while their driver is there
+            triton_driver._active = None
