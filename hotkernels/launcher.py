@@ -96,6 +96,12 @@ class Launch(NamedTuple):
         dtypes = tuple([None if t is None else t.dtype for t in self.tensors])
         return Variant(self.kernel, dtypes, self.constants, self.num_warps, self.num_stages, self.aligned)
 
+    def on(self, *tensors: Tensor | None) -> Launch:
+        """The same on other tensors of the same dtypes, shapes and strides."""
+        kernel, programs, _, numbers, constants, num_warps, num_stages, aligned = self
+        aligned = aligned and _are_aligned([t for t in tensors if t is not None])
+        return Launch(kernel, programs, tensors, numbers, constants, num_warps, num_stages, aligned)
+
 
 def launch(job: Launch) -> None:
     """Run a kernel on the current stream of its first tensor's device."""
@@ -129,10 +135,11 @@ def next_power_of_2(n: int) -> int:
 def is_aligned(strides: Sequence[int], *tensors: Tensor) -> bool:
     """What Variant.aligned says; the strides are those named stride_*, the tensors all that the kernel gets."""
     elements = VECTOR_BYTES // tensors[0].element_size()
-    return (
-        math.gcd(elements, *strides) == elements
-        and math.gcd(VECTOR_BYTES, *[t.data_ptr() for t in tensors]) == VECTOR_BYTES
-    )
+    return math.gcd(elements, *strides) == elements and _are_aligned(tensors)
+
+
+def _are_aligned(tensors: Sequence[Tensor]) -> bool:
+    return math.gcd(VECTOR_BYTES, *[t.data_ptr() for t in tensors]) == VECTOR_BYTES
 
 
 def _interpret(job: Launch) -> None:

@@ -203,6 +203,7 @@ def test_trains_compiled_after_the_swap(name: str) -> None:
 
 
 @torch.no_grad()
+@torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True)  # as in PyTorch 2.11
 def test_swap_after_compile_and_back() -> None:
     model, x = made("ViT")
     plain, _ = answer(copy.deepcopy(model).eval(), x)

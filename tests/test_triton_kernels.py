@@ -91,11 +91,11 @@ def test_what_is_launched_reaches_the_driver(driver: StubDriver, resources: trit
         job = on_a_gpu(job)
         (seen,) = driver.seen(job)
         assert seen.parameters == meant(job), name
-        assert seen.grid == (job.programs, 1, 1) and seen.threads == (32 * job.num_warps, 1, 1), name
-        assert seen.stream == STREAM and seen.shared_bytes == resources[name]["sm_90"]["shared_bytes"], name
+        assert (seen.grid, seen.threads) == ((job.programs, 1, 1), (32 * job.num_warps, 1, 1)), name
+        assert (seen.stream, seen.shared_bytes) == (STREAM, resources[name]["sm_90"]["shared_bytes"]), name
         again = job._replace(programs=7, numbers=tuple(n + 1 for n in job.numbers))
         (seen,) = driver.seen(again)
-        assert seen.parameters == meant(again) and seen.grid == (7, 1, 1), name
+        assert (seen.parameters, seen.grid) == (meant(again), (7, 1, 1)), name
 
 
 def test_a_launch_of_nothing_does_not_reach_the_driver(driver: StubDriver) -> None:
@@ -107,3 +107,13 @@ def test_a_refused_launch_is_an_error(driver: StubDriver) -> None:
     job = next(iter(triton_resources.jobs_on(triton_resources.GENERATIONS["sm_90"]).values()))
     with driver.refusing(), pytest.raises(RuntimeError, match="too many resources requested for launch"):
         driver.seen(on_a_gpu(job))
+
+
+def test_alignment_is_looked_at_in_every_call() -> None:
+    """What runs is worked out once for tensors of the same layout, which may start anywhere."""
+    memory = torch.empty(2 * 17 * 3 * 2 * 64 + 8, dtype=torch.bfloat16)
+    with triton_resources.recorded(triton_resources.GENERATIONS["sm_90"]) as jobs:
+        for start in (0, 1, 8, 2):
+            query, key, value = memory[start:][: 2 * 17 * 3 * 2 * 64].view(2, 17, 3, 2, 64).permute(2, 0, 3, 1, 4)
+            triton_resources.forward.gathered_attention_fwd(query, key, value, None, None, None, 1.0)
+    assert [job.aligned for job in jobs] == [True, False, True, False]

@@ -126,10 +126,10 @@ def stub_driver() -> Iterator[StubDriver]:
     library = ctypes.CDLL(str(LIBRARY), ctypes.RTLD_GLOBAL)  # found from now on by its name
     patches = (
         mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=str(LIBRARY.parent)),
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
-        mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, create=True),
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", return_value=STREAM, create=True),
     )
     with contextlib.ExitStack() as stack:
         for patch in patches:

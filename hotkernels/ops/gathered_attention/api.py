@@ -233,8 +233,9 @@ def gathered_attention(
     """
     check_heads(_OP, query, key, value, ())
     scale = check_scale(_OP, scale, query.shape[-1])
-    batch = _common_batch(query, key, value)
-    if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+    batch = tuple(query.shape[:-3])
+    if not batch == key.shape[:-3] == value.shape[:-3]:  # or they broadcast, which takes PyTorch 12 us and more to say
+        batch = _common_batch(query, key, value)
         query, key, value = (t.expand(*batch, *t.shape[-3:]) for t in (query, key, value))
     H, Nq, Nk = query.shape[-3], query.shape[-2], key.shape[-2]
     start = slots = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,6 +113,8 @@ class Problem:
 
 def strides(t: Tensor) -> Strides:
     """Strides, 0 for a dim of size 1."""
+    if 1 not in t.shape:
+        return t.stride()
     return tuple([0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)])
 
 
@@ -175,12 +178,33 @@ def is_short(p: Problem) -> bool:
     return p.Nq <= SHORT and p.S <= SHORT and widest >= p.BLOCK_D
 
 
-def attention_forward(p: Problem, scale: float) -> tuple[Tensor, Tensor]:
-    """out [*batch, H, Nq, D], stored [B, Nq, (J,) H, D], and lse [*batch, H, Nq]."""
+def attention_forward(op: str, scale: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out [*batch, H, Nq, D], stored [B, Nq, (J,) H, D], and lse [*batch, H, Nq], of Problem's six tensors."""
+    tensors = (*[with_contiguous_last(t) for t in tensors[:3] if t is not None], *tensors[3:])
+    layouts = tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
+    plan = _planned(op, scale, layouts, torch.backends.cuda.matmul.fp32_precision, torch.version.hip)
+    query, *others = tensors
+    assert query is not None
+    like_out, like_lse = plan.tensors[3:5]
+    assert like_out is not None
+    assert like_lse is not None
+    out = query.new_empty_strided(like_out.shape, like_out.stride())
+    lse = query.new_empty(like_lse.shape, dtype=torch.float32)
+    launch(plan.on(query, *others[:2], out, lse, *others[2:]))
+    return out, lse
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(op: str, scale: float, layouts: tuple[Any, ...], *_settings: str | None) -> Launch:
+    """What runs for tensors of these layouts under these settings: to work it out takes longer than the rest of a call.
+
+    It is a launch on tensors without data.
+    """
+    empty = (None if of is None else torch.empty_strided(*of[:2], dtype=of[2], device="meta") for of in layouts)
+    p = Problem(op, *empty)  # type: ignore[arg-type]
     out = p.token_major(p.query, p.Nq)
     lse = p.query.new_empty((*p.batch, p.H, p.Nq), dtype=torch.float32)
-    launch(forward_launch(p, out, lse, scale))
-    return out, lse
+    return forward_launch(p, out, lse, scale)
 
 
 def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch:
@@ -246,11 +270,11 @@ def gathered_attention_fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The raw operator."""
-    return attention_forward(Problem("gathered_attention", query, key, value, index, bias, key_bias), scale)
+    return attention_forward("gathered_attention", scale, query, key, value, index, bias, key_bias)
 
 
 def recovery_attention_fwd(
     query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The raw operator."""
-    return attention_forward(Problem("recovery_attention", query, key, value, key_bias=key_bias), scale)
+    return attention_forward("recovery_attention", scale, query, key, value, None, None, key_bias)
