@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,13 +128,12 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(op: str | Callable[..., Any], x: Tensor, *args: object, **kwargs: object) -> Explanation:
-    """Say which backend would serve `op(x, ...)`, and for each of the others why not.
+def explain(op: str | Callable[..., Any], *args: object, **kwargs: object) -> Explanation:
+    """Say which backend would serve `op(*args, **kwargs)`, and for each of the others why not.
 
     Args:
         op: the public function or its name, as in ``hotkernels.dpc_knn`` or ``"dpc_knn"``.
-        x: the first tensor of the call; its device and dtype decide.
-        *args, **kwargs: the rest of the call. ``backend=`` counts, all else is accepted and ignored.
+        *args, **kwargs: the call. Device and dtype of its first argument decide, and ``backend=``; all else is ignored.
 
     Returns:
         An Explanation: prints as a table; ``.chosen`` and ``.reasons`` hold the same.
@@ -153,8 +154,10 @@ def explain(op: str | Callable[..., Any], x: Tensor, *args: object, **kwargs: ob
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in OPS:
         fail("explain", "op", "one of " + ", ".join(OPS), repr(name))
+    first = next(iter(inspect.signature(getattr(sys.modules[__package__], name)).parameters))
+    x = args[0] if args else kwargs.get(first)
     if not isinstance(x, Tensor):
-        fail("explain", "x", "a torch.Tensor", type(x).__name__, TypeError)
+        fail("explain", first, f"{name}'s first argument, a torch.Tensor", type(x).__name__, TypeError)
     backend = kwargs.get("backend")
     chosen = choose(name, x, backend if backend is None else str(backend))
     return Explanation(name, chosen, {b: why_not(name, b, x.device.type, x.dtype) for b in BACKENDS})

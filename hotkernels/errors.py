@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -14,6 +15,8 @@ from torch._subclasses import FakeTensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER = (torch.int64, torch.int32)
+INTS: Any = (int, torch.SymInt, numbers.Integral)  # the last are NumPy's
+FLOATS: Any = (float, int, torch.SymFloat, numbers.Real)
 
 _looking = contextvars.ContextVar("hotkernels_checked", default=False)
 
@@ -67,19 +70,25 @@ def matches(have: Sequence[int], want: Sequence[int | None]) -> bool:
 
 
 def check_int(op: str, arg: str, value: Any, low: int, high: int | None, meaning: str = "") -> None:
-    """Check that `value` is an int in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    """Check that `value` is an int, of Python or NumPy, in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, INTS):
         fail(op, arg, "an int", type(value).__name__, TypeError)
     if value < low or (high is not None and value > high):
         fail(op, arg, f"at least {low}" if high is None else f"in [{low}, {meaning}{high}]", value)
 
 
 def check_float(op: str, arg: str, value: Any) -> None:
-    """Check that `value` is a finite float or int."""
-    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat)):
+    """Check that `value` is a finite number, of Python or NumPy."""
+    if isinstance(value, bool) or not isinstance(value, FLOATS):
         fail(op, arg, "a float", type(value).__name__, TypeError)
     if not -math.inf < value < math.inf:  # not isfinite, which torch.compile cannot ask about a float that changes
         fail(op, arg, "finite", value)
+
+
+def check_bool(op: str, arg: str, value: Any) -> None:
+    """Check that `value` is a bool."""
+    if value is not True and value is not False:
+        fail(op, arg, "a bool", type(value).__name__, TypeError)
 
 
 def check_index(op: str, arg: str, index: Tensor, size: int) -> None:

@@ -248,6 +248,7 @@ OPS.append(
         bad=[
             *_heads_bad(),
             Bad("the batch dims of query, key and value", lambda a: {"query": a["query"].expand(3, 2, 2, 3, 5)[:, 0]}),
+            Bad("return_lse", lambda a: {"return_lse": "no"}, TypeError),
             Bad("index", lambda a: {"index": [[0]]}, TypeError),
             Bad("index", lambda a: {"index": a["index"].float()}, TypeError),
             Bad("index", lambda a: {"index": a["index"].bool()}, TypeError),

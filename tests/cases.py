@@ -375,6 +375,8 @@ OPS.append(
             Bad("k", lambda a: {"k": 0}),
             Bad("k", lambda a: {"k": 10}),
             Bad("k", lambda a: {"k": None}, TypeError),
+            Bad("assign", lambda a: {"assign": "no"}, TypeError),
+            Bad("ordered", lambda a: {"ordered": 1}, TypeError),
             Bad("seed", lambda a: {"seed": 2**63}),
             Bad("seed", lambda a: {"seed": 0.5}, TypeError),
             Bad("mask", lambda a: {"mask": torch.ones(2, 8, dtype=torch.bool)}),

@@ -29,6 +29,8 @@ def test_the_fastest_that_can_serve() -> None:
     assert hotkernels.explain(hotkernels.dpc_knn, x.double()).chosen == "torch"
     assert hotkernels.explain("gather_tokens", x.double()).chosen == fastest
     assert hotkernels.explain("dpc_knn", x, 2, k=1, backend="torch").chosen == "torch"
+    index = torch.zeros(1, 2, dtype=torch.int64)
+    assert hotkernels.explain("gathered_attention", index=index, query=x.double()[None]).chosen == fastest
 
 
 def test_explain_says_why_not() -> None:
@@ -49,8 +51,10 @@ def test_explain_refuses_what_it_does_not_know() -> None:
         hotkernels.explain("kmeans", x)
     with pytest.raises(ValueError, match=r"^explain: op must be one of .*, got 'relu'$"):
         hotkernels.explain(torch.relu, x)
-    with pytest.raises(TypeError, match=r"^explain: x must be a torch.Tensor, got list$"):
+    with pytest.raises(TypeError, match=r"^explain: x must be dpc_knn's first argument, a torch.Tensor, got list$"):
         hotkernels.explain("dpc_knn", [])
+    with pytest.raises(TypeError, match=r"^explain: query must be gathered_attention's first .+, got NoneType$"):
+        hotkernels.explain("gathered_attention", key=x)
     with pytest.raises(ValueError, match=r"^dpc_knn: backend must be one that can serve this call, got 'triton' \("):
         hotkernels.explain("dpc_knn", x, backend="triton")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import attention_cases  # noqa: F401  # registers its ops
+import numpy as np
 import pytest
 import torch
 from cases import OPS, Args, Bad, OpCase, layouts, tensors, upcast
@@ -309,6 +311,17 @@ def test_exports(op: OpCase, backend: str) -> None:
 
     exported = torch.export.export(Module(), (), given)
     assert_same(exported.module()(**given), op.function(**args, backend=backend))
+
+
+@each_op_on("torch", *FUSED)
+def test_numbers_of_numpy(op: OpCase, backend: str) -> None:
+    args = op.inputs["small"](torch.float32)
+    of_numpy = {int: np.int64, float: np.float64}
+    given = {name: of_numpy.get(type(value), lambda v: v)(value) for name, value in args.items()}
+    assert_same(op.function(**given, backend=backend), op.function(**args, backend=backend))
+    for name in {"scale", "eps"} & inspect.signature(op.function).parameters.keys():
+        args[name], given[name] = 0.125, np.float32(0.125)
+    assert_same(op.function(**given, backend=backend), op.function(**args, backend=backend))
 
 
 @each_op_on(*FUSED)

@@ -25,7 +25,12 @@ README = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "triton"):  # what hotkernels can do without
+            raise
+        pytest.skip(f"{error.name} is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(twins, "TWINS", list(twins.TWINS))  # what an example registers goes with it
     failed, _ = doctest.testmod(module, optionflags=FLAGS)

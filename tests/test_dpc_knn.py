@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import emulation
+import numpy as np
 import pytest
 import torch
 from cases import cloud, layouts, motion
@@ -318,7 +319,7 @@ def test_keep(backend: str, N: int) -> None:
     x = cloud(2, N, 7)
     free = dpc_knn(x, 9, backend=backend)
     worst = free.score[0].argmin().item()
-    forms = [worst, [worst], torch.tensor([worst]), torch.tensor([[worst]] * 2, dtype=torch.int32)]
+    forms = [worst, [worst], np.int64(worst), torch.tensor([worst]), torch.tensor([[worst]] * 2, dtype=torch.int32)]
     outs = [dpc_knn(x, 9, keep=keep, backend=backend) for keep in forms]
     for out in outs:
         assert_same(out, outs[0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...backends import Kernel, choose, fake, register
-from ...errors import FLOATING, INTEGER, check_index, check_int, check_tensor, fail
+from ...errors import FLOATING, INTEGER, INTS, check_bool, check_index, check_int, check_tensor, fail
 from .reference import dpc_knn_reference
 
 _OP = "dpc_knn"
@@ -118,6 +118,8 @@ def dpc_knn(
     check_int(_OP, "num_clusters", num_clusters, 1, N, "N = ")
     check_int(_OP, "k", k, 1, N, "N = ")
     check_int(_OP, "seed", seed, -(2**63), 2**63 - 1)
+    check_bool(_OP, "assign", assign)
+    check_bool(_OP, "ordered", ordered)
     if mask is not None:
         check_tensor(_OP, "mask", mask, "[B, N]", (torch.bool,), shape=(B, N), device=x.device)
         mask = mask.contiguous()
@@ -143,7 +145,7 @@ def dpc_knn(
 def _keep_positions(keep: int | Sequence[int] | Tensor, B: int, N: int, M: int, device: torch.device) -> Tensor:
     """`keep` in any of its forms as int64 [B or 1, K]."""
     if not isinstance(keep, Tensor):
-        if not isinstance(keep, (int, torch.SymInt, Sequence)):
+        if not isinstance(keep, (*INTS, Sequence)):
             fail(_OP, "keep", "an int, a sequence of ints or a tensor", type(keep).__name__, TypeError)
         positions = keep if isinstance(keep, Sequence) else [keep]
         for position in positions:

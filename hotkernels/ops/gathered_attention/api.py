@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...backends import TRITON_DEVICE, Kernel, choose, fake, implement_in_triton, register, wants_grad, why_not
-from ...errors import FLOATING, INTEGER, check_float, check_index, check_tensor, fail
+from ...errors import FLOATING, INTEGER, check_bool, check_float, check_index, check_tensor, fail
 from ..invert_index import InvertedIndex
 from ..invert_index.reference import invert_index_reference
 from .reference import gathered_attention_reference
@@ -253,6 +253,7 @@ def gathered_attention(
         if key_bias.dim() != len(batch) + 1 or not _broadcastable(key_bias.shape, (*batch, Nk)):
             fail(_OP, "key_bias", f"[*batch, Nk] = {[*batch, Nk]}", list(key_bias.shape))
         key_bias = key_bias.expand(*key_bias.shape[:-1], Nk).to(compute)
+    check_bool(_OP, "return_lse", return_lse)
     chosen = choose_attention(_OP, query, dropout_p, backend)
     if index is not None and chosen != "cpp":  # which looks for itself
         check_index(_OP, "index", index, Nk)
