@@ -112,6 +112,11 @@ def test_hot_center_is_left_to_the_caller(length: int) -> None:
     assert (frames.diff(dim=1) > 0).all()
 
 
+def test_hot_center_must_be_given() -> None:
+    with pytest.raises(TypeError, match=r"^cluster_dpc_knn: center must be an int, got NoneType$"):
+        hot.cluster_dpc_knn_center(torch.randn(1, 9, 3), 4, 2, None)
+
+
 def test_hot_center_with_every_token_wanted_and_from_the_end() -> None:
     x = tokens(2, 9, 4)
     index, idx_cluster = hot.cluster_dpc_knn_center(x, 9, 2, 4)

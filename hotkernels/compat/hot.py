@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..errors import fail
 from ._published import cluster
 
 
@@ -36,4 +37,6 @@ def cluster_dpc_knn_center(
 
     Args, Returns: as `cluster_dpc_knn`; `center` is a position in [-N, N). No token is assigned to the centre.
     """
+    if center is None:
+        fail("cluster_dpc_knn", "center", "an int", "NoneType", TypeError)
     return cluster(x, cluster_num, k, token_mask, center)
