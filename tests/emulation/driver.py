@@ -1,13 +1,21 @@
-"""A CUDA driver that runs nothing, for Triton: what a launch hands to a driver can be looked at without a GPU."""
+"""A CUDA driver that runs nothing, for Triton: what a launch hands to a driver can be looked at without a GPU.
+
+PYTHONPATH=tests python -m emulation.driver    # what attention in Triton costs the host
+
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import functools
 import gc
 import os
+import statistics
 import subprocess
-from collections.abc import Iterator
+import timeit
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -17,8 +25,10 @@ import torch
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver as triton_driver
 
-from hotkernels import launcher
+import hotkernels
+from hotkernels import backends, launcher
 from hotkernels.launcher import Launch
+from hotkernels.ops.gathered_attention import launches
 
 HERE = Path(__file__).parent
 LIBRARY = cuda_resources.ROOT / "build/emulated_driver/libcuda.so.1"
@@ -115,6 +125,14 @@ def on_a_gpu(job: Launch) -> Launch:
     return job._replace(tensors=tuple(addresses))  # type: ignore[arg-type]
 
 
+def _current_device() -> int:  # these two are functions, not mocks, so that a launch can be timed
+    return 0
+
+
+def _current_stream(device: int) -> int:
+    return STREAM
+
+
 @contextlib.contextmanager
 def stub_driver() -> Iterator[StubDriver]:
     """Triton launches on an H100 that is not there."""
@@ -126,10 +144,10 @@ def stub_driver() -> Iterator[StubDriver]:
     library = ctypes.CDLL(str(LIBRARY), ctypes.RTLD_GLOBAL)  # found from now on by its name
     patches = (
         mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=str(LIBRARY.parent)),
-        mock.patch.object(torch.cuda, "current_device", return_value=0),
+        mock.patch.object(torch.cuda, "current_device", _current_device),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
         mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", return_value=STREAM, create=True),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", _current_stream, create=True),
     )
     with contextlib.ExitStack() as stack:
         for patch in patches:
@@ -144,3 +162,48 @@ def stub_driver() -> Iterator[StubDriver]:
             launcher._compiled.cache_clear()
             gc.collect()  # compiled kernels go while their driver is there
             triton_driver._active = None
+
+
+def main() -> None:
+    """Time calls on CPU tensors that nothing is done with, on one thread: medians of 5 times 1000."""
+    torch.set_num_threads(1)
+    backends.LIBRARIES["triton"] = None
+    backends.TRITON_DEVICE = "cpu"
+    for op in ("gathered_attention", "recovery_attention"):
+        kernels = backends.OPS[op]
+        kernels["triton"] = dataclasses.replace(kernels["triton"], device="cpu")
+        parts = ("fwd", "bwd", "packed_bwd")[: 3 if op == "gathered_attention" else 2]
+        for module, names in (("launches", parts[:1]), ("launches_backward", parts[1:])):
+            backends.implement_in_triton(
+                *(f"{op}_{name}" for name in names), module=f"hotkernels.ops.gathered_attention.{module}"
+            )
+    shape = (2, 8, 17, 64)
+    inputs = [torch.randn(shape, dtype=torch.bfloat16) for _ in range(3)]
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    grad_out = torch.randn(shape, dtype=torch.bfloat16)
+    attend = functools.partial(hotkernels.gathered_attention, backend="triton")
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": lambda: attend(*inputs),
+        "forward and backward": lambda: torch.autograd.grad(attend(*leaves), leaves, grad_out),
+    }
+    with stub_driver(), mock.patch.object(torch.cuda, "current_device", _cpu):
+        calls["a launch alone"] = functools.partial(launcher.launch, _launch_of(inputs))
+        for name, call in calls.items():
+            timeit.timeit(call, number=500)
+            times = [timeit.timeit(call, number=1000) * 1e3 for _ in range(5)]
+            print(f"{name}: {statistics.median(times):.1f} us")
+
+
+def _cpu() -> int:  # the device of CPU tensors, as they say it
+    return -1
+
+
+def _launch_of(inputs: list[torch.Tensor]) -> Launch:
+    jobs: list[Launch] = []
+    with mock.patch.object(launches, "launch", jobs.append):
+        launches.gathered_attention_fwd(*inputs, None, None, None, 1.0)
+    return jobs[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,10 @@ from .kernels import (
 )
 
 Strides = tuple[int, ...]
+# To work out what runs takes longer than all else in a call: it is done once for tensors of the same layouts, and the
+# last so many are remembered.
+Layouts = tuple[Any, ...]
+PLANS = 512
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -180,31 +184,39 @@ def is_short(p: Problem) -> bool:
 
 def attention_forward(op: str, scale: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     """out [*batch, H, Nq, D], stored [B, Nq, (J,) H, D], and lse [*batch, H, Nq], of Problem's six tensors."""
-    tensors = (*[with_contiguous_last(t) for t in tensors[:3] if t is not None], *tensors[3:])
-    layouts = tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
-    plan = _planned(op, scale, layouts, torch.backends.cuda.matmul.fp32_precision, torch.version.hip)
-    query, *others = tensors
-    assert query is not None
+    query, key, value = (with_contiguous_last(t) for t in tensors[:3] if t is not None)
+    plan = _planned(op, scale, layouts(query, key, value, *tensors[3:]), *settings())
     like_out, like_lse = plan.tensors[3:5]
     assert like_out is not None
     assert like_lse is not None
     out = query.new_empty_strided(like_out.shape, like_out.stride())
     lse = query.new_empty(like_lse.shape, dtype=torch.float32)
-    launch(plan.on(query, *others[:2], out, lse, *others[2:]))
+    launch(plan.on(query, key, value, out, lse, *tensors[3:]))
     return out, lse
 
 
-@functools.lru_cache(maxsize=4096)
-def _planned(op: str, scale: float, layouts: tuple[Any, ...], *_settings: str | None) -> Launch:
-    """What runs for tensors of these layouts under these settings: to work it out takes longer than the rest of a call.
-
-    It is a launch on tensors without data.
-    """
-    empty = (None if of is None else torch.empty_strided(*of[:2], dtype=of[2], device="meta") for of in layouts)
-    p = Problem(op, *empty)  # type: ignore[arg-type]
+@functools.lru_cache(maxsize=PLANS)
+def _planned(op: str, scale: float, of: Layouts, *_settings: object) -> Launch:
+    """What runs for tensors of these layouts: a launch on tensors without data."""
+    p = Problem(op, *without_data(of))
     out = p.token_major(p.query, p.Nq)
     lse = p.query.new_empty((*p.batch, p.H, p.Nq), dtype=torch.float32)
     return forward_launch(p, out, lse, scale)
+
+
+def layouts(*tensors: Tensor | None) -> Layouts:
+    """All that a choice of kernels looks at."""
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
+
+
+def without_data(of: Layouts) -> tuple[Any, ...]:
+    """Tensors of these layouts."""
+    return tuple(None if t is None else torch.empty_strided(*t[:2], dtype=t[2], device="meta") for t in of)
+
+
+def settings() -> tuple[object, ...]:
+    """What it looks at besides."""
+    return torch.backends.cuda.matmul.fp32_precision, torch.version.hip
 
 
 def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch:

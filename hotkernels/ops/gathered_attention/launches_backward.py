@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -20,7 +21,18 @@ from .kernels_backward import (
     gathered_attention_keys_bwd_kernel,
     gathered_attention_queries_bwd_kernel,
 )
-from .launches import Blocks, Problem, dot_precision, strides, with_contiguous_last
+from .launches import (
+    PLANS,
+    Blocks,
+    Layouts,
+    Problem,
+    dot_precision,
+    layouts,
+    settings,
+    strides,
+    with_contiguous_last,
+    without_data,
+)
 
 PROGRAMS = 256  # of kernels that take several sequences per program: two for each multiprocessor of an H200
 
@@ -87,7 +99,7 @@ def each_blocks(p: Problem, count: int, elements: int) -> tuple[int, int]:
 
 
 class Backward:
-    """A call of the backward pass: its arguments checked, its gradients allocated, its launches prepared."""
+    """A backward pass worked out on tensors without data: arguments checked, gradients and launches prepared."""
 
     def __init__(
         self,
@@ -110,8 +122,7 @@ class Backward:
         packed: bool = False,  # grad_query, grad_key and grad_value in one [B, N, (J,) 3, H, D]
     ) -> None:
         p = self.problem = Problem(op, query, key, value, index, bias, key_bias)
-        self.grad_out, self.out = with_contiguous_last(grad_out), with_contiguous_last(out)
-        self.lse, self.grad_lse = lse, None if grad_lse is None else grad_lse.contiguous()
+        self.grad_out, self.out, self.lse, self.grad_lse = grad_out, out, lse, grad_lse
         self.start, self.slots, self.scale = start, slots, scale
         self.shared_query = p.query.dim() == 3
         self._check(op)
@@ -123,6 +134,7 @@ class Backward:
         self.launches: list[Launch] = []
 
         heads = (*p.batch, p.H)
+        self.grad_qkv: Tensor | None = None
         if packed:
             self.grad_qkv = p.query.new_empty(p.B, p.Nq, *p.batch[1:], 3, p.H, p.D)
             self.grad_query, self.grad_key, self.grad_value = unpack(self.grad_qkv)
@@ -131,30 +143,46 @@ class Backward:
             if not self.shared_query:
                 self.grad_query = p.token_major(p.query, p.Nq)
         self.grad_key_bias = lse.new_empty((*heads, p.Nk) if need_key_bias else 0)
-        self.grad_bias = lse.new_empty(0)
+        self.grad_bias = lse.new_empty((*heads, p.Nq, p.S) if p.per_query and need_bias else 0)
         if p.per_query:
-            if need_bias:
-                self.grad_bias = lse.new_empty(*heads, p.Nq, p.S)
             self._each()
-            return
-        blocks = fused_blocks(p)
-        if blocks is not None:
-            self._fuse(blocks, delta=need_bias)
         else:
-            self._split()
-        if need_bias:
-            self._bias()
+            blocks = fused_blocks(p)
+            if blocks is not None:
+                self._fuse(blocks, delta=need_bias)
+            else:
+                self._split()
+            if need_bias:
+                self._bias()
+        given = (grad_out, grad_lse, query, key, value, out, lse, index, start, slots, bias, key_bias)
+        self._remember(given)
 
-    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Launch everything; return the gradients."""
-        for one in self.launches:
-            launch(one)
-        grad_query, grad_bias = self.grad_query, self.grad_bias
+    def _remember(self, given: tuple[Tensor | None, ...]) -> None:
+        """Where a call finds each launch's tensors: among those given, then those made, then the parts of grad_qkv."""
+        parts = (self.grad_query, self.grad_key, self.grad_value)
+        packed = self.grad_qkv is not None
+        made = [self.grad_key_bias, self.grad_bias, self.delta, *((self.grad_qkv,) if packed else parts)]
+        self._made = layouts(*[t for t in made if t is not None])
+        everything = [*given, *[t for t in made if t is not None], *(parts if packed else ())]
+        places = {id(t): i for i, t in enumerate(everything) if t is not None}
+        self._places = [[-1 if t is None else places[id(t)] for t in job.tensors] for job in self.launches]
+
+    def on(self, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Launch it all on these tensors; the gradients, the last one packed."""
+        query = given[2]
+        assert query is not None
+        made = [query.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in self._made]
+        parts = made[-3:] if self.grad_qkv is None else unpack(made[-1])
+        tensors = (*given, *made, *parts, None)
+        for job, places in zip(self.launches, self._places, strict=True):
+            launch(job.on(*[tensors[i] for i in places]))
+        grad_query, grad_key, grad_value = parts
+        grad_key_bias, grad_bias = made[:2]
         if self.shared_query:
             grad_query = grad_query.sum(0)
         if grad_bias.dim() > len(self.problem.batch) + 3:
             grad_bias = grad_bias.sum(0)
-        return grad_query, self.grad_key, self.grad_value, grad_bias, self.grad_key_bias
+        return grad_query, grad_key, grad_value, grad_bias, grad_key_bias, made[-1]
 
     def _check(self, op: str) -> None:
         p = self.problem
@@ -352,6 +380,29 @@ class Backward:
         return grad if grad.dim() > 1 else None
 
 
+@functools.lru_cache(maxsize=PLANS)
+def _planned(op: str, options: tuple[Any, ...], of: Layouts, *_settings: object) -> Backward:
+    return Backward(op, *without_data(of), *options)
+
+
+def attention_backward(
+    op: str,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    *others: Tensor | None,
+    options: tuple[Any, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All gradients of a call; the tensors and the options are those of Backward, in its order."""
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad_out, query, key, value, out = (with_contiguous_last(t) for t in (grad_out, query, key, value, out))
+    tensors = (grad_out, grad_lse, query, key, value, out, *others)
+    return _planned(op, options, layouts(*tensors), PROGRAMS, *settings()).on(*tensors)
+
+
 def gathered_attention_bwd(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -370,22 +421,20 @@ def gathered_attention_bwd(
     need_key_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(grad_query, grad_key, grad_value, grad_bias, grad_key_bias)."""
-    return Backward(
+    return attention_backward(
         "gathered_attention", grad_out, grad_lse, query, key, value, out, lse, index, start, slots, bias, key_bias,
-        scale, need_bias, need_key_bias,
-    ).run()  # fmt: skip
+        options=(scale, need_bias, need_key_bias),
+    )[:5]  # fmt: skip
 
 
 def gathered_attention_packed_bwd(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> Tensor:
     """grad_qkv [B, N, (J,) 3, H, D] of a projection whose views query, key and value are."""
-    backward = Backward(
-        "gathered_attention", grad_out, None, query, key, value, out, lse, None, None, None, None, None, scale,
-        False, False, packed=True,
-    )  # fmt: skip
-    backward.run()
-    return backward.grad_qkv
+    return attention_backward(
+        "gathered_attention", grad_out, None, query, key, value, out, lse, None, None, None, None, None,
+        options=(scale, False, False, True),
+    )[5]  # fmt: skip
 
 
 def recovery_attention_bwd(
@@ -399,7 +448,7 @@ def recovery_attention_bwd(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_query, grad_key, grad_value); grad_query of a query without batch is float32, the sum over the batch."""
-    return Backward(
-        "recovery_attention", grad_out, None, query, key, value, out, lse, None, None, None, None, key_bias, scale,
-        False, False,
-    ).run()[:3]  # fmt: skip
+    return attention_backward(
+        "recovery_attention", grad_out, None, query, key, value, out, lse, None, None, None, None, key_bias,
+        options=(scale, False, False),
+    )[:3]  # fmt: skip
