@@ -227,9 +227,10 @@ def _set_classes(classes: Sequence[tuple[Any, type[nn.Module]]]) -> None:
     try:
         for module, cls in classes:
             module.__class__ = cls
-            # In PyTorch 2.11, compiled code asks for a module's class again only where a dict of it was written to.
-            vars(module)["_hotkernels_class"] = cls
-            del vars(module)["_hotkernels_class"]
+            # In PyTorch 2.11, compiled code asks for a module's class again only where a dict of it was written to;
+            # with Python 3.13, it does not notice that in the module's own.
+            module._modules["_hotkernels"] = None
+            del module._modules["_hotkernels"]
     except TypeError:  # raised by a class of another memory layout
         _set_classes(before)
         raise
