@@ -34,6 +34,11 @@ PAIRS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module], int]]
 each_model = pytest.mark.parametrize("name", PAIRS)
 
 
+@pytest.fixture(autouse=True)
+def _small_layers_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotkernels.nn.linear._LEAST", 1)
+
+
 def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module, Tensor]:
     """The published model and ours with the same parameters, none of them zero, and an input."""
     make_eager, make_ours, in_channels = PAIRS[name]
@@ -276,12 +281,14 @@ def test_bad_input() -> None:
 # The linear layers.
 
 
+@pytest.mark.parametrize("least", [1, 5 * 7 * 4])
 @pytest.mark.parametrize("mkl_is_fast", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 4, 5), (0, 5)])
 def test_linear_is_the_layer(
-    shape: tuple[int, ...], bias: bool, mkl_is_fast: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], bias: bool, mkl_is_fast: bool, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hotkernels.nn.linear._LEAST", least)
     monkeypatch.setattr("hotkernels.nn.linear._MKL_IS_FAST", mkl_is_fast)
     layer = nn.Linear(5, 7, bias=bias)
     x = torch.randn(*shape, requires_grad=True)

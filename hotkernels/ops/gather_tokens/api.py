@@ -94,7 +94,8 @@ def gather_tokens(x: Tensor, index: Tensor, pos: Tensor | None = None, *, backen
             fail(_OP, "pos", "None where x is not floating", list(pos.shape))
         if not (matches(pos.shape, (M, C)) or matches(pos.shape, (1, M, C))):
             fail(_OP, "pos", f"[M, C] or [1, M, C] with M = {M}, C = {C}", list(pos.shape))
-        pos = pos.reshape(M, C).to(x.dtype).contiguous()
+        # No reshape: it would be a step for autograd (10 us) even where it changes nothing.
+        pos = (pos if pos.dim() == 2 else pos[0]).to(x.dtype).contiguous()
     index = index.long().contiguous()
     chosen = choose(_OP, x, backend)
     if chosen != "cpp":  # which looks for itself

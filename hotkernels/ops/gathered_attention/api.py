@@ -252,7 +252,9 @@ def gathered_attention(
         check_tensor(_OP, "key_bias", key_bias, "[*batch, Nk]", FLOATING, device=query.device)
         if key_bias.dim() != len(batch) + 1 or not _broadcastable(key_bias.shape, (*batch, Nk)):
             fail(_OP, "key_bias", f"[*batch, Nk] = {[*batch, Nk]}", list(key_bias.shape))
-        key_bias = key_bias.expand(*key_bias.shape[:-1], Nk).to(compute)
+        if key_bias.shape[-1] != Nk:
+            key_bias = key_bias.expand(*key_bias.shape[:-1], Nk)
+        key_bias = key_bias.to(compute)
     check_bool(_OP, "return_lse", return_lse)
     chosen = choose_attention(_OP, query, dropout_p, backend)
     if index is not None and chosen != "cpp":  # which looks for itself
@@ -278,7 +280,10 @@ def _common_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
 
 
 def _broadcastable(shape: torch.Size, to: tuple[int, ...]) -> bool:
-    return all(a in (1, b) for a, b in zip(shape, to, strict=True))
+    for a, b in zip(shape, to, strict=True):  # noqa: SIM110  a plain loop: this runs in every call
+        if a not in (1, b):
+            return False
+    return True
 
 
 def _checked_index(index: Tensor, batch: tuple[int, ...], H: int, Nq: int, device: torch.device) -> Tensor:
@@ -307,7 +312,7 @@ def _checked_bias(bias: Tensor, full: tuple[int, ...], device: torch.device) -> 
     check_tensor(_OP, "bias", bias, "[*batch, H, Nq, slots]", FLOATING, device=device)
     if bias.dim() > len(full) or not _broadcastable(bias.shape, full[len(full) - bias.dim() :]):
         fail(_OP, "bias", f"broadcastable to [*batch, H, Nq, slots] = {list(full)}", list(bias.shape))
-    return bias.reshape(*[1] * (len(full) - bias.dim()), *bias.shape)
+    return bias if bias.dim() == len(full) else bias[(None,) * (len(full) - bias.dim())]
 
 
 def token_major(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:

@@ -101,7 +101,7 @@ def merge_tokens(
         check_tensor(_OP, "weight", weight, "[B, N] or [B, N, 1]", FLOATING, device=x.device)
         if not (matches(weight.shape, (B, N)) or matches(weight.shape, (B, N, 1))):
             fail(_OP, "weight", f"[B, N] or [B, N, 1] with B = {B}, N = {N}", list(weight.shape))
-        weight = weight.reshape(B, N).to(x.dtype).contiguous()
+        weight = (weight if weight.dim() == 2 else weight[..., 0]).to(x.dtype).contiguous()
     assignment = assignment.long().contiguous()
     chosen = choose(_OP, x, backend)
     if chosen != "cpp":  # which looks for itself
