@@ -37,6 +37,7 @@ each_model = pytest.mark.parametrize("name", PAIRS)
 @pytest.fixture(autouse=True)
 def _small_layers_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hotkernels.nn.linear._LEAST", 1)
+    monkeypatch.setattr("hotkernels.nn.linear._LEAST_ROWS", 1)
 
 
 def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module, Tensor]:

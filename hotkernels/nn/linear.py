@@ -1,12 +1,13 @@
 """Linear layers on the CPU by the faster of oneDNN and MKL: float32, bias and GELU within the matrix product.
 
 PyTorch multiplies float32 with MKL, which leaves half of an AMD core with AVX-512 idle: 94 against 195 GF/s on an EPYC.
-On a Xeon both reach 145 GF/s forward at 512 channels, and with the backward pass MKL 140, oneDNN 122: so oneDNN goes
-forward everywhere, for bias and GELU, and backward where MKL is slow.
+On a Xeon both reach 145 GF/s, and with the backward pass MKL 140, oneDNN 122: there oneDNN is called for GELU alone,
+which it computes on the way (8,262 tokens from 512 to 1,024 channels: 77 ms, not 94).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch.nn import functional as F  # noqa: N812
 from ..backends import LIBRARIES, wants_grad
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# Multiplications from which oneDNN is called: it takes 15 us more than MKL for a call, and up to 50 to pack the weight.
-_LEAST = 1 << 22
 _MKL_IS_FAST = LIBRARIES["_C_cpu"] is None and torch.ops.hotkernels._is_intel()
+# oneDNN is called from so many multiplications and rows on: a call takes 15 us more than MKL's, and packs the weight.
+_LEAST = 1 << 22
+_LEAST_ROWS = 192 if _MKL_IS_FAST else 32
 
 
 def is_bare(layer: nn.Module) -> bool:
@@ -38,11 +40,13 @@ def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
 
 def multiply(x: Tensor, weight: Any, bias: Any, gelu: bool = False) -> Tensor:
     """x @ weight.T + bias, for x [..., C]; then gelu."""
-    served = _served(x, weight)
-    if served and not wants_grad(x, weight, bias):
-        return _onednn(x, weight, bias, gelu)
-    function = _recorded if served else F.linear
-    out = function(x, weight, bias)
+    product: Callable[..., Tensor] = F.linear
+    if (gelu or not _MKL_IS_FAST) and _served(x, weight):
+        if not wants_grad(x, weight, bias):
+            return _onednn(x, weight, bias, gelu)
+        if not _MKL_IS_FAST:
+            product = _recorded
+    out = product(x, weight, bias)
     return F.gelu(out) if gelu else out
 
 
@@ -56,6 +60,7 @@ def _served(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.shape[-1] == weight.shape[1]  # of a wrong x, PyTorch's product says more
         and x.numel() * weight.shape[0] >= _LEAST
+        and x.numel() >= _LEAST_ROWS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -81,7 +86,6 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        product = torch.mm if _MKL_IS_FAST else lambda a, b: _onednn(a, b.t())
-        grad_x = product(grad_out, weight) if ctx.needs_input_grad[0] else None
-        grad_weight = product(grad_out.t(), x) if ctx.needs_input_grad[1] else None
+        grad_x = _onednn(grad_out, weight.t()) if ctx.needs_input_grad[0] else None
+        grad_weight = _onednn(grad_out.t(), x.t()) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, grad_out.sum(0) if ctx.needs_input_grad[2] else None
