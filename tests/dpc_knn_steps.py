@@ -2,7 +2,8 @@
 
 Discrete answers may differ wherever the float64 margin is within rounding, and nowhere else: float32's, and where a
 GPU kernel computes (a GPU tensor, or an emulated GPU) that of rounding tokens to 11 bits. What is rounded may be as
-long as a token is away from where most are, whichever point among those a kernel counts from: outliers change nothing.
+long as a token is away from where most are, whichever point among those a kernel counts from, or from the pivot that
+ours count from: outliers change nothing.
 """
 
 from __future__ import annotations
@@ -75,12 +76,15 @@ def _check_sample(
         assert (out.index == -1).all()
         return
     density, delta, score = (t[valid].double() for t in (out.density, out.delta, out.score))
-    x = x[valid] - x[valid].median(0).values
+    tokens = x[valid]
+    x = tokens - tokens.median(0).values
     d2 = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square() / C
     # Each squared distance lies in [near2, far2]: moved by as much as its two tokens were, then rounded. To 11 bits: by
     # up to 2^-11 of a coordinate. To float32: a tensor core may cut off, not round, after every 16 channels.
     length = x.norm(dim=-1) / C**0.5
     length = length + length.quantile(0.75)  # from any point among most of the tokens
+    pivot = tokens[[n // 6 + i * (n // 3) for i in range(3)]].median(0).values  # ours, which may lie further out
+    length = torch.maximum(length, (tokens - pivot).norm(dim=-1) / C**0.5)
     moved = 2**-11 * length if rounds_tokens(out.density) else x.new_zeros(n)
     moved = moved[:, None] + moved[None, :]
     error2 = (8 + C / 8) * EPS * (length[:, None].square() + length[None, :].square())
