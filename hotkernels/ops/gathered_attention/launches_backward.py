@@ -386,21 +386,13 @@ def _planned(op: str, options: tuple[Any, ...], of: Layouts, *_settings: object)
 
 
 def attention_backward(
-    op: str,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    *others: Tensor | None,
-    options: tuple[Any, ...],
+    op: str, options: tuple[Any, ...], grad_out: Tensor, grad_lse: Tensor | None, *tensors: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All gradients of a call; the tensors and the options are those of Backward, in its order."""
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grad_out, query, key, value, out = (with_contiguous_last(t) for t in (grad_out, query, key, value, out))
-    tensors = (grad_out, grad_lse, query, key, value, out, *others)
-    return _planned(op, options, layouts(*tensors), PROGRAMS, *settings()).on(*tensors)
+    heads = [with_contiguous_last(t) for t in (grad_out, *tensors[:4]) if t is not None]
+    given = (heads[0], grad_lse, *heads[1:], *tensors[4:])
+    return _planned(op, options, layouts(*given), PROGRAMS, *settings()).on(*given)
 
 
 def gathered_attention_bwd(
@@ -421,20 +413,17 @@ def gathered_attention_bwd(
     need_key_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(grad_query, grad_key, grad_value, grad_bias, grad_key_bias)."""
-    return attention_backward(
-        "gathered_attention", grad_out, grad_lse, query, key, value, out, lse, index, start, slots, bias, key_bias,
-        options=(scale, need_bias, need_key_bias),
-    )[:5]  # fmt: skip
+    options = (scale, need_bias, need_key_bias)
+    tensors = (grad_out, grad_lse, query, key, value, out, lse, index, start, slots, bias, key_bias)
+    return attention_backward("gathered_attention", options, *tensors)[:5]
 
 
 def gathered_attention_packed_bwd(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> Tensor:
     """grad_qkv [B, N, (J,) 3, H, D] of a projection whose views query, key and value are."""
-    return attention_backward(
-        "gathered_attention", grad_out, None, query, key, value, out, lse, None, None, None, None, None,
-        options=(scale, False, False, True),
-    )[5]  # fmt: skip
+    tensors = (grad_out, None, query, key, value, out, lse, None, None, None, None, None)
+    return attention_backward("gathered_attention", (scale, False, False, True), *tensors)[5]
 
 
 def recovery_attention_bwd(
@@ -448,7 +437,5 @@ def recovery_attention_bwd(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_query, grad_key, grad_value); grad_query of a query without batch is float32, the sum over the batch."""
-    return attention_backward(
-        "recovery_attention", grad_out, None, query, key, value, out, lse, None, None, None, None, key_bias,
-        options=(scale, False, False),
-    )[:3]  # fmt: skip
+    tensors = (grad_out, None, query, key, value, out, lse, None, None, None, None, key_bias)
+    return attention_backward("recovery_attention", (scale, False, False), *tensors)[:3]
