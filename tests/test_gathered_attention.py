@@ -53,7 +53,8 @@ def assert_equal(ours: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> None:
 
 def assert_close(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], atol: float = 1e-5) -> None:
     for a, b in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=atol)
+        rtol = 2**-8 if a.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol)
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ def test_a_cluster_of_weight_zero(backend: str, eps: float) -> None:
     out.sum().backward()
     assert not x.grad.any()
     expected = torch.zeros(1, 5) if eps == 0 else x.detach().sum(-1) / eps * (torch.arange(5) < n)
-    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-5)
+    rounding = 0.0 if eps == 0 else 1e-6 * x.detach().abs().sum(-1).max().item() / eps
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-5 + rounding)
 
 
 def test_a_cluster_whose_weight_has_no_reciprocal(backend: str) -> None:
