@@ -73,7 +73,10 @@ class StubDriver:
 
         def on_launch(config: Any, params: Any) -> None:
             stream = ctypes.c_uint64.from_address(ctypes.addressof(config.contents) + 32).value
-            found.append(Seen(tuple(config[0:3]), tuple(config[3:6]), config[6], stream, _read(job, params)))
+            values = [
+                (name, kind.from_address(params[place]).value) for place, (name, kind, _) in enumerate(_parameters(job))
+            ]
+            found.append(Seen(tuple(config[0:3]), tuple(config[3:6]), config[6], stream, values))
 
         callback = _ON_LAUNCH(on_launch)
         self._on_launch.value = ctypes.cast(callback, ctypes.c_void_p).value
@@ -93,30 +96,21 @@ class StubDriver:
             self._refuse.value = 0
 
 
-def _read(job: Launch, params: Any) -> list[tuple[str, Any]]:
-    """The parameters of the machine code, in its order: tensors that are None and constants are not among them."""
-    tensors, values, place = iter(job.tensors), [], 0
-    for parameter in job.kernel.params:
-        if parameter.is_constexpr or (not parameter.annotation and next(tensors) is None):
-            continue
-        kind = _PARAMETERS[parameter.annotation] if parameter.annotation else ctypes.c_uint64
-        values.append((parameter.name, kind.from_address(params[place]).value))
-        place += 1
-    return values
-
-
-def meant(job: Launch) -> list[tuple[str, Any]]:
-    """What the machine code should be given."""
-    tensors, numbers, values = iter(job.tensors), iter(job.numbers), []
+def _parameters(job: Launch) -> Iterator[tuple[str, Any, Any]]:
+    """Name, C type and value of what machine code is given, in order: no constants, no tensors that are None."""
+    tensors, numbers = iter(job.tensors), iter(job.numbers)
     for parameter in job.kernel.params:
         if parameter.is_constexpr:
             continue
         if parameter.annotation:
-            number = next(numbers)
-            values.append((parameter.name, _PARAMETERS[parameter.annotation](number).value))
+            yield parameter.name, _PARAMETERS[parameter.annotation], next(numbers)
         elif (tensor := next(tensors)) is not None:
-            values.append((parameter.name, tensor.data_ptr()))
-    return values
+            yield parameter.name, ctypes.c_uint64, tensor.data_ptr()
+
+
+def meant(job: Launch) -> list[tuple[str, Any]]:
+    """What the machine code should be given."""
+    return [(name, kind(value).value) for name, kind, value in _parameters(job)]
 
 
 def on_a_gpu(job: Launch) -> Launch:

@@ -168,7 +168,7 @@ class Backward:
         self._places = [[-1 if t is None else places[id(t)] for t in job.tensors] for job in self.launches]
 
     def on(self, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Launch it all on these tensors; the gradients, the last one packed."""
+        """Launch it all on these tensors; the gradients, and last grad_qkv, where they are its parts."""
         query = given[2]
         assert query is not None
         made = [query.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in self._made]
