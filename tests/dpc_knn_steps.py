@@ -66,6 +66,8 @@ def _check_sample(
     valid = x.square().sum(-1) <= NORM_LIMIT
     if mask is not None:
         valid = valid & mask
+    if noise is not None:
+        valid = valid & ~noise.isnan()
     for name in ("density", "delta", "score"):
         assert (getattr(out, name)[~valid] == 0).all(), f"{name} of an invalid token"
     if out.assignment is not None:

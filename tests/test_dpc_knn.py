@@ -257,7 +257,7 @@ def test_tokens_far_from_the_origin(backend: str) -> None:
 # ---- invalid tokens --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", ["mask", torch.nan, torch.inf, -torch.inf, 1e30, 1.1e14])
+@pytest.mark.parametrize("bad", ["mask", "noise", torch.nan, torch.inf, -torch.inf, 1e30, 1.1e14])
 @pytest.mark.parametrize("N", [63, 900])  # half of them valid: alone, they take the same path
 def test_invalid_tokens_change_nothing_for_the_others(backend: str, N: int, bad: str | float) -> None:
     """The valid tokens alone, compacted, give the same numbers: the same bits from a kernel."""
@@ -265,16 +265,21 @@ def test_invalid_tokens_change_nothing_for_the_others(backend: str, N: int, bad:
     mask[0, [0, N - 1]] = False
     there = mask[0].nonzero()[:, 0]
     given = x.clone()
-    if bad != "mask":
+    args: dict[str, Any] = {"num_clusters": 21}
+    if bad == "mask":
+        args["mask"] = mask
+    elif bad == "noise":
+        args["noise"] = torch.where(mask, 0.0, torch.nan)
+    else:
         given[0, ~mask[0], 4] = float(bad)
-    ours = dpc_knn(given, 21, mask=mask if bad == "mask" else None, backend=backend)
-    alone = dpc_knn(x[:, there], 21, backend=backend)
+    ours = dpc_knn(given, **args, backend=backend)
+    alone = dpc_knn(x[:, there], 21, noise=torch.zeros(1, len(there)) if bad == "noise" else None, backend=backend)
     assert torch.equal(ours.index, there[alone.index])
     assert torch.equal(ours.assignment[:, there], alone.assignment)
     for name in ("density", "delta", "score"):
         a, b = getattr(ours, name)[:, there], getattr(alone, name)
         assert torch.equal(a, b) if backend != "torch" else torch.allclose(a, b, rtol=1e-5), name
-    check_dpc_knn({"x": given, "num_clusters": 21, "mask": mask if bad == "mask" else None}, ours)
+    check_dpc_knn({"x": given} | args, ours)
 
 
 @pytest.mark.parametrize("N", [63, 500])

@@ -149,7 +149,8 @@ float median(float a, float b, float c) {
   return c < low ? low : c > high ? high : c;
 }
 
-// Finds the valid tokens and the pivot. A token counts if the mask has it and its squared norm is at most kNormLimit.
+// Finds the valid tokens and the pivot. A token counts if the mask has it, its noise is a number, and its squared norm is
+// at most kNormLimit.
 // The pivot is what is subtracted from all: of each channel, the median of three tokens. A mean would do as well, were
 // it not for outliers: one of n that is A away moves the mean by A / n, and squared distances between all others would
 // be rounded as if they were that long. Not the first and the last token, which often are special.
@@ -157,6 +158,7 @@ void find_valid(const DpcKnn& p, int64_t b, Sample& s) {
   s.n = 0;
   for (int64_t i = 0; i < p.N; ++i) {
     if (p.mask && !p.mask[b * p.N + i]) continue;
+    if (p.noise && std::isnan(p.noise[b * p.N + i])) continue;
     load_row(p.x, p.dtype, b * p.x_stride_b + i * p.x_stride_n, p.x_stride_c, p.C, s.row);
     float square = 0;
 #pragma omp simd reduction(+ : square)

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(256) valid_kernel(const Large s) {
   const DpcKnn& p = s.p;
   const int64_t at = int64_t{blockIdx.x} * (256 / kWarp) + warp_id();
   if (at >= p.B * p.N) return;
-  bool there = !p.mask || p.mask[at];
+  bool there = in_mask(p, at);
   if (there) {
     const T* x = static_cast<const T*>(p.x) + at / p.N * p.x_stride_b + at % p.N * p.x_stride_n;
     float square = 0;

@@ -1,5 +1,6 @@
 // What both CUDA forms of dpc_knn share: which tokens count, the pivot, the order of densities and of scores.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "element.h"
@@ -91,6 +92,11 @@ __device__ inline uint64_t score_key(float r, float density, bool noise, float d
 constexpr uint64_t kNotACandidate = ~uint64_t{0};  // after every score, be it log 0
 
 // ---- arguments ----------------------------------------------------------------------------------------------------
+
+// Whether token `at` of all B * N is in the mask, and its noise a number.
+__device__ inline bool in_mask(const DpcKnn& p, int64_t at) {
+  return (p.mask == nullptr || p.mask[at]) && !(p.noise != nullptr && std::isnan(p.noise[at]));
+}
 
 // Position e of `keep`, -1 if it is none: nobody looked at the values before.
 __device__ inline int64_t keep_position(const DpcKnn& p, int64_t b, int64_t e) {

@@ -646,10 +646,6 @@ __device__ void choose(const DpcKnn& p, int64_t b, const Team& team, Shared& s, 
 
 // ---- one launch: a cluster per sample -----------------------------------------------------------------------------
 
-__device__ inline bool in_mask(const DpcKnn& p, int64_t b) {
-  return threadIdx.x < p.N && (p.mask == nullptr || p.mask[b * p.N + threadIdx.x]);
-}
-
 template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, int64_t first_sample) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -659,7 +655,7 @@ __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, in
   const int rank = static_cast<int>(ptx::cluster_rank());
   const int partial_floats = tiles_of_group(ceil_div(static_cast<int>(p.N), kTile)) * kTileFloats;
   const Cluster team{rank, ring + partial_floats, ring};
-  int n = number_tokens(s, in_mask(p, b));
+  int n = number_tokens(s, threadIdx.x < p.N && in_mask(p, b * p.N + threadIdx.x));
   for (float bound = -1;;) {
     products<T, kWide, kClusterSlots>(p, b, s, n, bound, rank / kSplits, rank % kSplits, ring, ring);
     team.sync();
@@ -704,7 +700,7 @@ dpc_knn_bound_kernel(DpcKnn p, int64_t first_sample, int64_t tokens, float* boun
   const int64_t t = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   if (t >= tokens) return;
   const int64_t at = first_sample * p.N + t, b = at / p.N;
-  const float own = p.mask == nullptr || p.mask[at] ? bound_of<T>(p, b, at - b * p.N) : -1;
+  const float own = in_mask(p, at) ? bound_of<T>(p, b, at - b * p.N) : -1;
   if (threadIdx.x % kWarp == 0) bound[t] = own;
 }
 

@@ -76,7 +76,8 @@ def dpc_knn(
         mask: [B, N] bool, True = valid. Others are nobody's neighbour, never chosen, and assigned to -1.
         keep: positions (int, [K] or [B, K]) that are always kept and take K of the M places, after the best ones. A
             position that is -1, masked or there twice takes a place and gives -1.
-        noise: [B, N] floating, added to the density; the published models pass ``torch.rand(B, N) * 1e-6``.
+        noise: [B, N] floating, added to the density; the published models pass ``torch.rand(B, N) * 1e-6``. A token
+            whose noise is NaN behaves as masked.
         seed: of the hash that orders equal densities, any int64.
         assign: whether to compute `assignment`.
         ordered: return `index` in ascending position instead of best first.

@@ -45,6 +45,8 @@ def dpc_knn_reference(
     valid = (x * x).sum(-1) <= NORM_LIMIT  # false for NaN and inf
     if mask is not None:
         valid = valid & mask
+    if noise is not None:
+        valid = valid & ~noise.isnan()
     count = valid.sum(1, keepdim=True)
     x = torch.where(valid[..., None], x, 0.0)
 
