@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, 2) neighbours_kernel(const Large s) 
   if (block >= blocks) return;
   unsigned char* shared = ptx::shared_memory() + kTileBytes;
   Lists lists;
-  lists.list = reinterpret_cast<uint64_t*>(shared), lists.queue = lists.list + s.list * kTile;
+  lists.list = reinterpret_cast<uint64_t*>(shared), lists.queue = lists.list + (kLength > 0 ? kLength : s.list) * kTile;
   lists.worst = reinterpret_cast<float*>(lists.queue + kQueue * kTile);
   lists.waiting = reinterpret_cast<int*>(lists.worst + kTile), lists.full = lists.waiting + kTile;
   for (int e = 0; e < s.list; ++e) lists.list[e * kTile + row] = kNobody;
@@ -338,25 +338,27 @@ __global__ void __launch_bounds__(kThreads, 2) neighbours_kernel(const Large s) 
         for (int half = 0; half < 2; ++half) {
           const int to = row_of(i, half);
           const float worst = lists.worst[to];
-          float nearest = kInf;
+          int mine = 0;
 #pragma unroll
           for (int j = 0; j < kWarpTile / 8; ++j) {
-            nearest = fminf(nearest, fminf(d[i][j][2 * half], d[i][j][2 * half + 1]));
+#pragma unroll
+            for (int e = 0; e < 2; ++e) mine += d[i][j][2 * half + e] < worst;
           }
-          if (!(nearest < worst)) continue;
+          if (mine == 0) continue;
+          int place = atomicAdd(&lists.waiting[to], mine);
 #pragma unroll
           for (int j = 0; j < kWarpTile / 8; ++j) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               float& value = d[i][j][2 * half + e];
               if (!(value < worst)) continue;
-              const int place = atomicAdd(&lists.waiting[to], 1);
               if (place < kQueue) {
                 lists.queue[place * kTile + to] = entry(value, tile * kTile + column_of(j, e));
                 value = no_number();
               } else {
                 left_over = true;
               }
+              ++place;
             }
           }
         }
