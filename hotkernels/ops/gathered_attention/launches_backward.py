@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,54 +99,46 @@ def each_blocks(p: Problem, count: int, elements: int) -> tuple[int, int]:
     return most // entries, entries
 
 
+# The tensors of a backward pass, in Backward's order, by the names that kernels have for them: q_ptr and so on.
+GIVEN = ("grad_out", "grad_lse", "q", "k", "v", "out", "lse", "index", "start", "slots", "bias", "key_bias")
+PARTS = ("grad_q", "grad_k", "grad_v")
+
+
 class Backward:
     """A backward pass worked out on tensors without data: arguments checked, gradients and launches prepared."""
 
     def __init__(
         self,
         op: str,
-        grad_out: Tensor,  # [*batch, H, Nq, D], any strides
-        grad_lse: Tensor | None,  # [*batch, H, Nq]
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        index: Tensor | None,
-        start: Tensor | None,
-        slots: Tensor | None,
-        bias: Tensor | None,
-        key_bias: Tensor | None,
+        given: Sequence[Tensor | None],
         scale: float,
         need_bias: bool,
         need_key_bias: bool,
         packed: bool = False,  # grad_query, grad_key and grad_value in one [B, N, (J,) 3, H, D]
     ) -> None:
-        p = self.problem = Problem(op, query, key, value, index, bias, key_bias)
-        self.grad_out, self.out, self.lse, self.grad_lse = grad_out, out, lse, grad_lse
-        self.start, self.slots, self.scale = start, slots, scale
+        t: dict[str, Any] = dict(zip(GIVEN, given, strict=True))
+        self.tensors = t
+        p = self.problem = Problem(op, t["q"], t["k"], t["v"], t["index"], t["bias"], t["key_bias"])
+        self.lse, self.scale, self.packed = t["lse"], scale, packed
         self.shared_query = p.query.dim() == 3
         self._check(op)
         if packed and p.Nq != p.Nk:
             fail(op, "query", f"of as many tokens as key, {p.Nk}", p.Nq)
-        need_bias = need_bias and bias is not None
-        self.precision = dot_precision(query.dtype)
-        self.delta: Tensor | None = None  # [*batch, H, Nq]
-        self.launches: list[Launch] = []
+        need_bias = need_bias and p.bias is not None
+        self.precision = dot_precision(p.query.dtype)
+        self.launches: list[tuple[Launch, list[str]]] = []  # each with its tensors' names
 
-        heads = (*p.batch, p.H)
-        self.grad_qkv: Tensor | None = None
         if packed:
-            self.grad_qkv = p.query.new_empty(p.B, p.Nq, *p.batch[1:], 3, p.H, p.D)
-            self.grad_query, self.grad_key, self.grad_value = unpack(self.grad_qkv)
+            t["grad_qkv"] = p.query.new_empty(p.B, p.Nq, *p.batch[1:], 3, p.H, p.D)
+            t.update(zip(PARTS, unpack(t["grad_qkv"]), strict=True))
         else:
-            self.grad_key, self.grad_value = p.token_major(p.key, p.Nk), p.token_major(p.value, p.Nk)
+            t["grad_k"], t["grad_v"] = p.token_major(p.key, p.Nk), p.token_major(p.value, p.Nk)
             if not self.shared_query:
-                self.grad_query = p.token_major(p.query, p.Nq)
-        self.grad_key_bias = lse.new_empty((*heads, p.Nk) if need_key_bias else 0)
-        self.grad_bias = lse.new_empty((*heads, p.Nq, p.S) if p.per_query and need_bias else 0)
+                t["grad_q"] = p.token_major(p.query, p.Nq)
+        if need_key_bias:
+            t["grad_key_bias"] = self.lse.new_empty(*p.batch, p.H, p.Nk)
         if p.per_query:
-            self._each()
+            self._each(need_bias)
         else:
             blocks = fused_blocks(p)
             if blocks is not None:
@@ -154,43 +147,37 @@ class Backward:
                 self._split()
             if need_bias:
                 self._bias()
-        given = (grad_out, grad_lse, query, key, value, out, lse, index, start, slots, bias, key_bias)
-        self._remember(given)
+        made = [name for name in t if name not in (*GIVEN, *(PARTS if packed else ()))]
+        self._made = dict(zip(made, layouts(*[t[name] for name in made]), strict=True))
 
-    def _remember(self, given: tuple[Tensor | None, ...]) -> None:
-        """Where a call finds each launch's tensors: among those given, then those made, then the parts of grad_qkv."""
-        parts = (self.grad_query, self.grad_key, self.grad_value)
-        packed = self.grad_qkv is not None
-        made = [self.grad_key_bias, self.grad_bias, self.delta, *((self.grad_qkv,) if packed else parts)]
-        self._made = layouts(*[t for t in made if t is not None])
-        everything = [*given, *[t for t in made if t is not None], *(parts if packed else ())]
-        places = {id(t): i for i, t in enumerate(everything) if t is not None}
-        self._places = [[-1 if t is None else places[id(t)] for t in job.tensors] for job in self.launches]
-
-    def on(self, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def on(self, *given: Tensor | None) -> tuple[Any, ...]:
         """Launch it all on these tensors; the gradients, and last grad_qkv, where they are its parts."""
-        query = given[2]
+        t: dict[str, Any] = dict(zip(GIVEN, given, strict=True))
+        query = t["q"]
         assert query is not None
-        made = [query.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in self._made]
-        parts = made[-3:] if self.grad_qkv is None else unpack(made[-1])
-        tensors = (*given, *made, *parts, None)
-        for job, places in zip(self.launches, self._places, strict=True):
-            launch(job.on(*[tensors[i] for i in places]))
-        grad_query, grad_key, grad_value = parts
-        grad_key_bias, grad_bias = made[:2]
+        for name, (shape, stride, dtype) in self._made.items():
+            t[name] = query.new_empty_strided(shape, stride, dtype=dtype)
+        if self.packed:
+            t.update(zip(PARTS, unpack(t["grad_qkv"]), strict=True))
+        for job, names in self.launches:
+            launch(job.on(*[t.get(name) for name in names]))
+        grads = [
+            t[name] if name in t else query.new_empty(0, dtype=torch.float32)
+            for name in (*PARTS, "grad_bias", "grad_key_bias")
+        ]
         if self.shared_query:
-            grad_query = grad_query.sum(0)
-        if grad_bias.dim() > len(self.problem.batch) + 3:
-            grad_bias = grad_bias.sum(0)
-        return grad_query, grad_key, grad_value, grad_bias, grad_key_bias, made[-1]
+            grads[0] = grads[0].sum(0)
+        if grads[3].dim() > len(self.problem.batch) + 3:
+            grads[3] = grads[3].sum(0)
+        return *grads, t.get("grad_qkv")
 
     def _check(self, op: str) -> None:
         p = self.problem
         rows = (*p.batch, p.H, p.Nq)
-        for arg, x in (("grad_out", self.grad_out), ("out", self.out)):
+        for arg, x in ((name, self.tensors[name]) for name in ("grad_out", "out")):
             if x.shape != (*rows, p.D) or x.dtype != p.query.dtype:
                 fail(op, arg, f"{[*rows, p.D]} of query's dtype", f"{x.dtype} {list(x.shape)}")
-        for arg, t in (("lse", self.lse), ("grad_lse", self.grad_lse)):
+        for arg, t in ((name, self.tensors[name]) for name in ("lse", "grad_lse")):
             if t is not None and (t.shape != rows or t.dtype != torch.float32 or not t.is_contiguous()):
                 fail(op, arg, f"{list(rows)} of float32, contiguous", f"{t.dtype} {list(t.shape)}")
         if p.index is None:
@@ -198,7 +185,8 @@ class Backward:
         if p.per_query and self.shared_query:
             fail(op, "query", "of key's batch where the index is per query", list(p.query.shape))
         lead, entries = p.index.shape[: -2 if p.per_query else -1], p.Nq * p.S if p.per_query else p.S
-        for arg, t, size in (("start", self.start, p.Nk + 1), ("slots", self.slots, entries)):
+        for arg, size in (("start", p.Nk + 1), ("slots", entries)):
+            t = self.tensors[arg]
             if t is None or t.shape != (*lead, size) or t.dtype != torch.int64 or not t.is_contiguous():
                 got = "none" if t is None else f"{t.dtype} {list(t.shape)}"
                 fail(op, arg, "as invert_index returned it for this index", got)
@@ -213,49 +201,46 @@ class Backward:
         self,
         kernel: Any,
         programs: int,
-        tensors: tuple[Tensor | None, ...],
         index_strides: tuple[int, ...],
         sizes: tuple[int, ...],
         channels: int,
         constants: tuple[Any, ...],
         blocks: Blocks,
     ) -> None:
-        p = self.problem
+        p, t = self.problem, self.tensors
+        names = [name.removesuffix("_ptr") for name in kernel.arg_names if name.endswith("_ptr")]
+        tensors = tuple(t.get(name) for name in names)
+        rows = [
+            stride for name in ("q", "k", "v", "grad_out", "out", "grad_q", "grad_k") for stride in p.heads(t[name])
+        ]
         logit_scale = self.scale * math.log2(math.e)
-        rows = (
-            *p.heads(p.query), *p.heads(p.key), *p.heads(p.value), *p.heads(self.grad_out), *p.heads(self.out),
-            *p.heads(self.grad_query), *p.heads(self.grad_key),
-        )  # fmt: skip
-        self.launches.append(
-            Launch(
-                kernel,
-                programs,
-                tensors,
-                (*rows, *p.bias_strides, *p.key_bias_strides, *index_strides, *sizes, self.scale, logit_scale),
-                (p.D, channels, blocks.M, blocks.N, *constants),
-                blocks.num_warps,
-                blocks.num_stages,
-                is_aligned(rows, *[t for t in tensors if t is not None]),
-            )
+        job = Launch(
+            kernel,
+            programs,
+            tensors,
+            (*rows, *p.bias_strides, *p.key_bias_strides, *index_strides, *sizes, self.scale, logit_scale),
+            (p.D, channels, blocks.M, blocks.N, *constants),
+            blocks.num_warps,
+            blocks.num_stages,
+            is_aligned(rows, *[t for t in tensors if t is not None]),
         )
+        self.launches.append((job, names))
 
     def _dense(
         self,
         kernel: Any,
         programs: int,
-        tensors: tuple[Tensor | None, ...],
         turns: int,
         channels: int,
         constants: tuple[Any, ...],
         blocks: Blocks,
     ) -> None:
         """Launch one of the kernels that are not for an index per query."""
-        p = self.problem
-        start_stride = 0 if self.start is None or self.start.shape[0] == 1 else p.Nk + 1
+        p, start = self.problem, self.tensors["start"]
+        start_stride = 0 if start is None or start.shape[0] == 1 else p.Nk + 1
         sizes = (p.sequences, turns, p.J, p.H, p.Nq, p.Nk, p.S)
         index_strides = (p.index_strides[0], start_stride)
-        constants = (self.precision, *constants)
-        self._add(kernel, programs * p.H, tensors, index_strides, sizes, channels, constants, blocks)
+        self._add(kernel, programs * p.H, index_strides, sizes, channels, (self.precision, *constants), blocks)
 
     def _fuse(self, blocks: Blocks, delta: bool) -> None:
         p = self.problem
@@ -265,16 +250,10 @@ class Backward:
         groups = cdiv(p.sequences, G)
         if self.shared_query:
             G, (groups, turns) = 1, self._parts(p.H)
-            self.grad_query = self.lse.new_empty(groups, p.H, p.Nq, p.D)
+            self.tensors["grad_q"] = self.lse.new_empty(groups, p.H, p.Nq, p.D)
         if delta:
-            self.delta = torch.empty_like(self.lse)
-        tensors = (
-            p.query, p.key, p.value, self.grad_out, self.out, self.lse, self.grad_lse, self.delta,
-            self.grad_query, self.grad_key, self.grad_value, self._wanted(self.grad_key_bias),
-            p.index, self.start, self.slots, p.bias, p.key_bias,
-        )  # fmt: skip
-        constants = (self.shared_query, G)
-        self._dense(gathered_attention_fused_bwd_kernel, groups, tensors, turns, p.BLOCK_D, constants, blocks)
+            self.tensors["delta"] = torch.empty_like(self.lse)
+        self._dense(gathered_attention_fused_bwd_kernel, groups, turns, p.BLOCK_D, (self.shared_query, G), blocks)
 
     def _split(self) -> None:
         p = self.problem
@@ -285,33 +264,12 @@ class Backward:
         row_blocks, groups, turns = cdiv(p.Nq, blocks.M), p.sequences, 1
         if self.shared_query:
             groups, turns = self._parts(p.H * row_blocks)
-            self.grad_query = self.lse.new_empty(groups, p.H, p.Nq, p.D)
-        self.delta = torch.empty_like(self.lse)
-        index = (p.index, self.start, self.slots, p.bias, p.key_bias)
-        self._dense(
-            gathered_attention_queries_bwd_kernel,
-            groups * row_blocks,
-            (
-                p.query, p.key, p.value, self.grad_out, self.out, self.lse, self.grad_lse, self.delta,
-                self.grad_query, *index,
-            ),
-            turns,
-            p.BLOCK_D,
-            (self.shared_query,),
-            blocks,
-        )  # fmt: skip
-        self._dense(
-            gathered_attention_keys_bwd_kernel,
-            p.sequences * cdiv(p.S, of_keys.N),
-            (
-                p.query, p.key, p.value, self.grad_out, self.lse, self.delta,
-                self.grad_key, self.grad_value, self._wanted(self.grad_key_bias), *index,
-            ),
-            1,
-            p.BLOCK_D,
-            (),
-            of_keys,
-        )  # fmt: skip
+            self.tensors["grad_q"] = self.lse.new_empty(groups, p.H, p.Nq, p.D)
+        self.tensors["delta"] = torch.empty_like(self.lse)
+        kernel, shared = gathered_attention_queries_bwd_kernel, (self.shared_query,)
+        self._dense(kernel, groups * row_blocks, turns, p.BLOCK_D, shared, blocks)
+        column_blocks = p.sequences * cdiv(p.S, of_keys.N)
+        self._dense(gathered_attention_keys_bwd_kernel, column_blocks, 1, p.BLOCK_D, (), of_keys)
 
     def _bias(self) -> None:
         """grad_bias of every sequence, or where the bias has no batch its sum, in parts."""
@@ -320,55 +278,28 @@ class Backward:
         blocks, channels = _BIAS[p.query.dtype == torch.float32]
         channels = min(channels, p.BLOCK_D)
         tiles, parts, turns = cdiv(p.Nq, blocks.M) * cdiv(p.S, blocks.N), p.sequences, 1
+        shape: tuple[int, ...] = (*p.batch, p.H, p.Nq, p.S)
         if all(size == 1 for size in p.bias.shape[:-3]):
             parts, turns = self._parts(p.H * tiles)
-            self.grad_bias = self.lse.new_empty(parts, *[1] * len(p.batch), p.H, p.Nq, p.S)
-        else:
-            self.grad_bias = self.lse.new_empty(*p.batch, p.H, p.Nq, p.S)
-        tensors = (
-            p.query, p.key, p.value, self.grad_out, self.lse, self.delta, self.grad_bias, p.index, p.bias, p.key_bias,
-        )  # fmt: skip
-        self._dense(gathered_attention_bias_bwd_kernel, parts * tiles, tensors, turns, channels, (), blocks)
+            shape = (parts, *[1] * len(p.batch), p.H, p.Nq, p.S)
+        self.tensors["grad_bias"] = self.lse.new_empty(shape)
+        self._dense(gathered_attention_bias_bwd_kernel, parts * tiles, turns, channels, (), blocks)
 
-    def _each(self) -> None:
-        p = self.problem
-        self.delta = torch.empty_like(self.lse)
+    def _each(self, need_bias: bool) -> None:
+        p, t = self.problem, self.tensors
+        if need_bias:
+            t["grad_bias"] = self.lse.new_empty(*p.batch, p.H, p.Nq, p.S)
+        t["delta"] = torch.empty_like(self.lse)
         wide = p.sequences * max(p.Nq, p.Nk) >= 2**31 - 2048 or p.Nq * p.S >= 2**31
         constants = (tl.int64 if wide else tl.int32,)
         sizes = (p.sequences, p.J, p.H, p.Nq, p.Nk, p.S)
         queries, entries = each_blocks(p, p.S, 2048 if p.bias is None else 1024)
-        blocks = Blocks(queries, entries, 1, 1)
-        self._add(
-            gathered_attention_each_queries_bwd_kernel,
-            cdiv(p.sequences * p.Nq, blocks.M) * p.H,
-            (
-                p.query, p.key, p.value, self.grad_out, self.out, self.lse, self.grad_lse, self.delta,
-                self.grad_query, self._wanted(self.grad_bias), p.index, p.bias, p.key_bias,
-            ),
-            p.index_strides,
-            sizes,
-            p.BLOCK_D,
-            constants,
-            blocks,
-        )  # fmt: skip
-        assert self.start is not None
-        assert self.slots is not None
+        kernel, programs = gathered_attention_each_queries_bwd_kernel, cdiv(p.sequences * p.Nq, queries) * p.H
+        self._add(kernel, programs, p.index_strides, sizes, p.BLOCK_D, constants, Blocks(queries, entries, 1, 1))
         keys, entries = each_blocks(p, cdiv(p.Nq * p.S, p.Nk), 1024)
-        blocks = Blocks(entries, keys, 1, 1)
-        self._add(
-            gathered_attention_each_keys_bwd_kernel,
-            cdiv(p.sequences * p.Nk, blocks.N) * p.H,
-            (
-                p.query, p.key, p.value, self.grad_out, self.lse, self.delta,
-                self.grad_key, self.grad_value, self._wanted(self.grad_key_bias),
-                self.start, self.slots, p.bias, p.key_bias,
-            ),
-            (*self._per_row(self.start), *self._per_row(self.slots)),
-            sizes,
-            p.BLOCK_D,
-            constants,
-            blocks,
-        )  # fmt: skip
+        strides = (*self._per_row(t["start"]), *self._per_row(t["slots"]))
+        kernel, programs = gathered_attention_each_keys_bwd_kernel, cdiv(p.sequences * p.Nk, keys) * p.H
+        self._add(kernel, programs, strides, sizes, p.BLOCK_D, constants, Blocks(entries, keys, 1, 1))
 
     def _per_row(self, t: Tensor) -> tuple[int, int, int]:
         """(b, j, h) strides of start or slots under an index per query."""
@@ -376,18 +307,15 @@ class Backward:
         j = rest.pop(0) if len(self.problem.batch) == 2 else 0
         return b, j, rest[0] if rest else 0
 
-    def _wanted(self, grad: Tensor) -> Tensor | None:
-        return grad if grad.dim() > 1 else None
-
 
 @functools.lru_cache(maxsize=PLANS)
 def _planned(op: str, options: tuple[Any, ...], of: Layouts, *_settings: object) -> Backward:
-    return Backward(op, *without_data(of), *options)
+    return Backward(op, without_data(of), *options)
 
 
 def attention_backward(
     op: str, options: tuple[Any, ...], grad_out: Tensor, grad_lse: Tensor | None, *tensors: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Any, ...]:
     """All gradients of a call; the tensors and the options are those of Backward, in its order."""
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     heads = [with_contiguous_last(t) for t in (grad_out, *tensors[:4]) if t is not None]

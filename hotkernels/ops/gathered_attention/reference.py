@@ -23,39 +23,36 @@ def gathered_attention_reference(
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v = (t.to(dtype) for t in (query, key, value))
     batch, H, Nk = key.shape[:-3], key.shape[-3], key.shape[-2]
-    extra = torch.zeros((), dtype=dtype, device=query.device) if key_bias is None else key_bias.to(dtype)[..., None, :]
-    there = torch.ones((), dtype=torch.bool, device=query.device)
+    group = -2 if index is not None and index.dim() > 2 else -3  # queries that share slots: one alone, or all Nq
+    extra = (torch.zeros(1, dtype=dtype, device=query.device) if key_bias is None else key_bias.to(dtype)).unsqueeze(-2)
 
-    if index is not None:
-        if index.dim() == 2:  # one set per sample: [B, M] -> [*batch, H, M]
-            index = index.reshape(index.shape[0], *[1] * len(batch), index.shape[1])
+    # k, v: [*batch, H, Nq or 1, slots, D]; allowed, extra: broadcastable to [*batch, H, Nq or 1, slots]
+    if index is None:
+        allowed = torch.ones((), dtype=torch.bool, device=query.device)
+        k, v, extra = k.unsqueeze(-3), v.unsqueeze(-3), extra.unsqueeze(-2)
+    else:
+        if index.dim() == 2:  # one set per sample
+            index = index.reshape(index.shape[0], *[1] * (len(batch) + 1), index.shape[1])
         elif index.dim() == len(batch) + 2:  # per query, for all heads
             index = index.unsqueeze(-3)
-        per_query = index.dim() == len(batch) + 3
-        index = index.expand(*batch, H, *index.shape[len(batch) + 1 :])
-        there = (index >= 0) & (index < Nk)
+        index = index.expand(*batch, H, *index.shape[-2:])
+        allowed = (index >= 0) & (index < Nk)
         slots = index.clamp(0, Nk - 1)
 
-        def gather(x: Tensor) -> Tensor:  # [*batch, H, Nk, D] -> [*batch, H, (Nq,) slots, D], 0 in absent slots
-            flat = slots.flatten(-2) if per_query else slots
-            rows = x.gather(-2, flat[..., None].expand(*flat.shape, x.shape[-1]))
-            return torch.where(there[..., None], rows.unflatten(-2, slots.shape[-2:]) if per_query else rows, 0.0)
+        def gather(x: Tensor) -> Tensor:  # [*batch, H, Nk, D] -> [*batch, H, Nq or 1, slots, D], 0 in absent slots
+            flat = slots.flatten(-2)[..., None]
+            rows = x.gather(-2, flat.expand(*flat.shape[:-1], x.shape[-1]))
+            return torch.where(allowed[..., None], rows.unflatten(-2, slots.shape[-2:]), 0.0)
 
         k, v = gather(k), gather(v)
         if key_bias is not None:
             extra = gather(extra.expand(*batch, H, Nk)[..., None])[..., 0]
-        if per_query:
-            logits = (q[..., None, :] @ k.mT)[..., 0, :]
-        else:
-            logits, there, extra = q @ k.mT, there[..., None, :], extra[..., None, :] if key_bias is not None else extra
-    else:
-        per_query = False
-        logits = q @ k.mT
-        extra = extra[..., None, :] if key_bias is not None else extra
+
+    logits = (q.unsqueeze(group) @ k.mT).flatten(-3, -2)
     logits = logits * (query.shape[-1] ** -0.5 if scale is None else scale) + extra
     if bias is not None:
         logits = logits + bias.to(dtype)
-    logits = torch.where(there & (extra != -torch.inf), logits, -torch.inf)  # masks NaN, too
+    logits = torch.where(allowed & (extra != -torch.inf), logits, -torch.inf)  # masks NaN, too
 
     top = logits.detach().amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
@@ -64,5 +61,5 @@ def gathered_attention_reference(
     empty = total == 0
     lse = torch.where(empty, -torch.inf, top + torch.where(empty, 1.0, total).log())[..., 0]
     weights = torch.nn.functional.dropout(weights / torch.where(empty, 1.0, total), dropout_p)
-    out = (weights[..., None, :] @ v)[..., 0, :] if per_query else weights @ v
+    out = (weights.unsqueeze(group) @ v).flatten(-3, -2)
     return out.to(query.dtype), lse
