@@ -27,9 +27,6 @@ constexpr int64_t kBlock = 192;     // tokens per side of a tile of distances; a
 constexpr int64_t kListMin = 16;    // neighbours kept per token: fewer leave more tokens to the second search
 constexpr int64_t kListPad = 16;    // floats before a list: the last of them is -inf, its "entry -1"
 constexpr float kInf = __builtin_inff();
-// A token counts only if its squared norm is at most this: then no sum of squared distances, of as many tokens as an
-// int32 can number, overflows. NaN and inf fail it too.
-constexpr float kNormLimit = 0x1p93f;
 static_assert(kBlock % P == 0 && kDense % P == 0 && W % R == 0);
 
 struct Rank {  // densest first: by key, then tie, then token

@@ -16,6 +16,7 @@
 #include "block_sort.h"
 #include "dpc_knn_order.h"
 #include "dpc_knn_tiles.h"
+#include "launch.h"
 
 namespace hotkernels::dpc::large {
 
@@ -852,10 +853,7 @@ cudaError_t launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = dim3(static_cast<unsigned>(threads)), config.stream = stream;
-  config.dynamicSmemBytes = static_cast<size_t>(shared);
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return launch_kernel(kernel, grid, static_cast<unsigned>(threads), shared, stream, arguments...);
 }
 
 template <class T>
@@ -894,21 +892,16 @@ cudaError_t run(const Large& s, cudaStream_t stream) {
   return error;
 }
 
-}  // namespace hotkernels::dpc::large
-
-namespace hotkernels {
-
-inline int64_t dpc_knn_large_scratch(const DpcKnn& p) {
+inline int64_t scratch(const DpcKnn& p) {
   int64_t bytes = 0;
-  if (p.B > 0) dpc::large::plan(p, nullptr, &bytes);
+  if (p.B > 0) plan(p, nullptr, &bytes);
   return bytes;
 }
 
-inline cudaError_t dpc_knn_large_fwd(const DpcKnn& p, void* scratch, cudaStream_t stream) {
-  if (p.B == 0) return cudaSuccess;
+inline cudaError_t fwd(const DpcKnn& p, void* scratch, cudaStream_t stream) {
   int64_t bytes = 0;
-  const dpc::large::Large s = dpc::large::plan(p, scratch, &bytes);
-  return with_element<false>(p.dtype, [&](auto element) { return dpc::large::run<decltype(element)>(s, stream); });
+  const Large s = plan(p, scratch, &bytes);
+  return with_element<false>(p.dtype, [&](auto element) { return run<decltype(element)>(s, stream); });
 }
 
-}  // namespace hotkernels
+}  // namespace hotkernels::dpc::large

@@ -10,8 +10,6 @@
 namespace hotkernels::dpc {
 
 constexpr float kInf = __builtin_inff();
-// A token counts only if its squared norm is at most this: then no sum of squared distances overflows. NaN fails too.
-constexpr float kNormLimit = 0x1p93f;
 
 // ---- the pivot ----------------------------------------------------------------------------------------------------
 

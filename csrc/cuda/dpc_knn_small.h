@@ -21,6 +21,7 @@
 #include <climits>
 
 #include "dpc_knn_order.h"
+#include "launch.h"
 
 namespace hotkernels::dpc::small {
 
@@ -745,30 +746,24 @@ cudaError_t allow_shared(void (*kernel)(P...), int64_t bytes, std::atomic<uint64
   return error;
 }
 
-// The configuration of a launch in clusters of `cluster` blocks; 1: without clusters.
+// The configuration of a launch in clusters of kTeam blocks.
 struct ClusterLaunch {
   cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};
 
-  ClusterLaunch(int64_t blocks, int64_t bytes, int cluster, cudaStream_t stream) {
+  ClusterLaunch(int64_t blocks, int64_t bytes, cudaStream_t stream) {
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.x = kTeam;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = static_cast<size_t>(bytes);
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = cluster > 1;
+    config.numAttrs = 1;
   }
   ClusterLaunch(const ClusterLaunch&) = delete;  // config points into it
 };
-
-template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), int64_t blocks, int64_t bytes, int cluster, cudaStream_t stream, A... args) {
-  const ClusterLaunch how(blocks, bytes, cluster, stream);
-  return cudaLaunchKernelEx(&how.config, kernel, args...);
-}
 
 // Calls body(T{}, wide) with wide = std::true_type if four channels are always one aligned load.
 template <class Body>
@@ -788,7 +783,7 @@ inline bool has_clusters() {
   int device = 0, generation = 0, clusters = 0;
   cudaFuncAttributes attributes{};
   const auto kernel = dpc_knn_small_kernel<float, true>;
-  const ClusterLaunch launch(kTeam, shared_bytes(kMaxAcross), kTeam, nullptr);
+  const ClusterLaunch launch(kTeam, shared_bytes(kMaxAcross), nullptr);
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess && generation < 9) return false;
@@ -814,13 +809,12 @@ inline cudaError_t fwd_cluster(const DpcKnn& p, cudaStream_t stream) {
   return with_layout(p, [&](auto element, auto wide) {
     static std::atomic<uint64_t> raised{0};
     const auto kernel = dpc_knn_small_kernel<decltype(element), decltype(wide)::value>;
-    constexpr int64_t kMost = INT32_MAX / kTeam;
-    cudaError_t error = allow_shared(kernel, shared_bytes(kMaxAcross), raised);
-    for (int64_t first = 0; first < p.B && error == cudaSuccess; first += kMost) {
-      const int64_t blocks = min(p.B - first, kMost) * kTeam;
-      error = launch(kernel, blocks, shared_bytes(across_of(p)), kTeam, stream, p, first);
-    }
-    return error;
+    const cudaError_t error = allow_shared(kernel, shared_bytes(kMaxAcross), raised);
+    if (error != cudaSuccess) return error;
+    return launch_in_runs(p.B, kTeam, [&](int64_t first, int64_t samples) {
+      const ClusterLaunch launch(samples * kTeam, shared_bytes(across_of(p)), stream);
+      return cudaLaunchKernelEx(&launch.config, kernel, p, first);
+    });
   });
 }
 
@@ -833,13 +827,14 @@ inline cudaError_t fwd_staged(const DpcKnn& p, void* scratch, cudaStream_t strea
     cudaError_t error = allow_shared(multiply_kernel, staged_shared_bytes(kMaxAcross), raised);
     for (int64_t first = 0; first < p.B && error == cudaSuccess; first += s.samples) {
       const int64_t samples = min(p.B - first, s.samples), tokens = samples * p.N;
-      error = launch(dpc_knn_bound_kernel<T>, (tokens + kWarps - 1) / kWarps, 0, 1, stream, p, first, tokens, s.bound);
+      error = launch_kernel(dpc_knn_bound_kernel<T>, blocks_for(tokens, kWarps), kThreads, 0, stream, p, first, tokens,
+                            s.bound);
       if (error != cudaSuccess) break;
-      error = launch(multiply_kernel, samples * kTeam, staged_shared_bytes(across_of(p)), 1, stream, p, first, s.bound,
-                     s.partial, s.partial_floats);
+      error = launch_kernel(multiply_kernel, static_cast<unsigned>(samples * kTeam), kThreads,
+                            staged_shared_bytes(across_of(p)), stream, p, first, s.bound, s.partial, s.partial_floats);
       if (error != cudaSuccess) break;
-      error = launch(dpc_knn_choose_kernel, samples, sizeof(Shared), 1, stream, p, first, s.bound, s.partial,
-                     s.partial_floats, s.rows, s.row_floats);
+      error = launch_kernel(dpc_knn_choose_kernel, static_cast<unsigned>(samples), kThreads, sizeof(Shared), stream, p,
+                            first, s.bound, s.partial, s.partial_floats, s.rows, s.row_floats);
     }
     return error;
   });

@@ -1,6 +1,7 @@
 // gather_tokens: a group of threads per output token, each copying (and adding to) the widest pack that is aligned;
 // backward a sum per token (segment_sum.h).
 #include "hotkernels/gather_tokens.h"
+#include "launch.h"
 
 #include "segment_sum.h"
 
@@ -46,13 +47,9 @@ cudaError_t launch(const GatherTokens& p, int64_t R, int64_t C, cudaStream_t str
   const int64_t pieces = (R * packs + lanes - 1) / lanes;
   return launch_in_runs(p.B, p.M, [&](int64_t first, int64_t samples) {
     const auto tokens = static_cast<unsigned>(samples * p.M);
-    cudaLaunchConfig_t config{};
-    config.blockDim = dim3(lanes, tokens_per_block);
-    config.gridDim = dim3(blocks_for(tokens, tokens_per_block),
-                          static_cast<unsigned>(pieces < kMaxPieces ? pieces : kMaxPieces));
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, gather_tokens_fwd_kernel<T, V, kAddPos>, p, first, tokens, static_cast<int>(R),
-                              static_cast<int>(packs));
+    const dim3 grid(blocks_for(tokens, tokens_per_block), static_cast<unsigned>(pieces < kMaxPieces ? pieces : kMaxPieces));
+    return launch_kernel(gather_tokens_fwd_kernel<T, V, kAddPos>, grid, dim3(lanes, tokens_per_block), 0, stream, p,
+                         first, tokens, static_cast<int>(R), static_cast<int>(packs));
   });
 }
 

@@ -4,6 +4,7 @@
 #include "block_sort.h"
 #include "element.h"
 #include "hotkernels/invert_index.h"
+#include "launch.h"
 #include "ptx.h"
 
 namespace hotkernels {
@@ -41,12 +42,9 @@ cudaError_t invert_short_rows(const InvertIndex& p, cudaStream_t stream) {
   const int64_t warps = p.L >= kThreads ? kThreads / kWarp : p.L <= kWarp ? 1 : (p.L + kWarp - 1) / kWarp;
   const int threads = static_cast<int>(warps) * kWarp;
   return launch_in_runs(p.G, ranges, [&](int64_t first, int64_t rows) {
-    cudaLaunchConfig_t config{};
-    config.blockDim = dim3(threads);
-    config.gridDim = dim3(static_cast<unsigned>(rows * ranges));
-    config.dynamicSmemBytes = sizeof(int) * sort_in_block_ints(threads, range + 1);
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, invert_short_rows_kernel, p, first, range, static_cast<unsigned>(ranges));
+    return launch_kernel(invert_short_rows_kernel, static_cast<unsigned>(rows * ranges), threads,
+                         sizeof(int) * sort_in_block_ints(threads, range + 1), stream, p, first, range,
+                         static_cast<unsigned>(ranges));
   });
 }
 
@@ -168,12 +166,7 @@ cudaError_t invert_long_rows(const InvertIndex& p, void* scratch, cudaStream_t s
 
   // No grid is too large: one of 2^31 blocks would be an index that no GPU's memory holds.
   const auto launch = [&](int64_t blocks, int threads, int ints, auto* kernel, const auto&... more) {
-    cudaLaunchConfig_t config{};
-    config.blockDim = dim3(threads);
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.dynamicSmemBytes = sizeof(int) * ints;
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, r, more...);
+    return launch_kernel(kernel, static_cast<unsigned>(blocks), threads, sizeof(int) * ints, stream, r, more...);
   };
   const int64_t tiles = p.G * r.tiles;
   constexpr int kWarps = kThreads / kWarp;

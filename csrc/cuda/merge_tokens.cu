@@ -1,5 +1,6 @@
 // merge_tokens: forward a sum per cluster (segment_sum.h), backward a gather of each token's cluster.
 #include "hotkernels/merge_tokens.h"
+#include "launch.h"
 
 #include "segment_sum.h"
 
@@ -51,12 +52,8 @@ cudaError_t launch_bwd(const MergeTokens& p, cudaStream_t stream) {
   const unsigned lanes = lanes_for(packs, kWeight ? kWarp : kThreads), tokens_per_block = kThreads / lanes;
   return launch_in_runs(p.B, p.N, [&](int64_t first, int64_t samples) {
     const auto tokens = static_cast<unsigned>(samples * p.N);
-    cudaLaunchConfig_t config{};
-    config.blockDim = dim3(lanes, tokens_per_block);
-    config.gridDim = dim3(blocks_for(tokens, tokens_per_block));
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, merge_tokens_bwd_kernel<T, V, kWeight>, p, first, tokens,
-                              static_cast<int>(packs));
+    return launch_kernel(merge_tokens_bwd_kernel<T, V, kWeight>, blocks_for(tokens, tokens_per_block),
+                         dim3(lanes, tokens_per_block), 0, stream, p, first, tokens, static_cast<int>(packs));
   });
 }
 

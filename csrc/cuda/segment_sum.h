@@ -5,6 +5,7 @@
 #include "block_sort.h"
 #include "element.h"
 #include "hotkernels/invert_index.h"
+#include "launch.h"
 #include "ptx.h"
 
 namespace hotkernels {
@@ -158,14 +159,11 @@ cudaError_t launch_segment_sum(const SegmentSum& p, cudaStream_t stream) {
   const unsigned ranges = blocks_for(p.S, range);
   const int64_t pieces = (packs + lanes - 1) / lanes, free = slots / (p.B * ranges);
   return launch_in_runs(p.B, ranges, [&](int64_t first, int64_t samples) {
-    cudaLaunchConfig_t config{};
-    config.blockDim = dim3(lanes, rows);
-    config.gridDim = dim3(static_cast<unsigned>(samples * ranges),
-                          static_cast<unsigned>(pieces < 1 || free < 1 ? 1 : pieces < free ? pieces : free));
-    config.dynamicSmemBytes = sorts ? segment_sum_bytes(range, p.L) : 0;
-    config.stream = stream;
+    const dim3 grid(static_cast<unsigned>(samples * ranges),
+                    static_cast<unsigned>(pieces < 1 || free < 1 ? 1 : pieces < free ? pieces : free));
     const SegmentWork work{first, static_cast<int>(p.C / V), range, ranges};
-    return cudaLaunchKernelEx(&config, segment_sum_kernel<T, V, kMean>, p, work);
+    return launch_kernel(segment_sum_kernel<T, V, kMean>, grid, dim3(lanes, rows),
+                         sorts ? segment_sum_bytes(range, p.L) : 0, stream, p, work);
   });
 }
 

@@ -6,6 +6,10 @@
 
 namespace hotkernels {
 
+// A token counts only if its squared norm is at most this: then no sum of squared distances, of as many tokens as an
+// int32 can number, overflows. NaN and inf fail it too.
+constexpr float kNormLimit = 0x1p93f;
+
 struct DpcKnn {
   int64_t B, N, C;       // samples, tokens, channels
   int64_t M, k;          // tokens to keep, neighbours per density (the token itself included)
