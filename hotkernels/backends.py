@@ -7,6 +7,7 @@ environment variable HOTKERNELS_BACKEND (read at import).
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -209,6 +210,36 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Refusing(torch.autograd.Function):
+    """Hands on the first `count` of `tensors`, computed from the others, and refuses to differentiate that."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        raise RuntimeError("hotkernels: a fused operator is differentiable once; backend='torch' is, twice")
+
+
+def differentiable_once(backward: F) -> F:
+    """An autograd.Function's backward whose results refuse to be differentiated.
+
+    PyTorch's once_differentiable cuts them off from the saved tensors: a second derivative asked for these, by
+    autograd.grad or by a Hessian, is zero there in silence.
+    """
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *grads: Tensor | None) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return results
+        return _Refusing.apply(len(results), *results, *ctx.saved_tensors, *grads)
+
+    return cast(F, guarded)
 
 
 def fake(operator: str) -> Callable[[F], F]:

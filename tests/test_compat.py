@@ -277,6 +277,15 @@ def test_merge_of_half_tokens_keeps_wide_weights() -> None:
     assert out["agg_weight"].dtype == torch.float32
 
 
+def test_merge_leaves_out_tokens_in_no_cluster() -> None:
+    """-1, as `dpc_knn` returns it for masked tokens: the others are merged as if alone."""
+    x, idx_cluster = tokens(1, 6, 4), torch.tensor([[0, 1, -1, 1, -1, 1]])
+    out = tcformer.merge_tokens(dict_of(x, (2, 3)), idx_cluster, 2)
+    there = idx_cluster[0] >= 0
+    torch.testing.assert_close(out["x"], torch.stack([x[:, 0], x[:, [1, 3, 5]].mean(1)], 1))
+    torch.testing.assert_close(out["agg_weight"][0, :, 0], torch.where(there, torch.tensor([1, *[1 / 3] * 5]), 0.0))
+
+
 def test_tcformer_stages() -> None:
     """784 -> 196 -> 49 -> 13 tokens of a 28 x 28 grid, each stage against the published one on the same input."""
     torch.manual_seed(0)

@@ -13,6 +13,8 @@ def test_slots_of_a_token_are_ascending(backend: str) -> None:
     inverted = invert_index(torch.tensor([2, -1, 0, 2, 2, -1, 0]), 4, backend=backend)
     assert inverted.start.tolist() == [0, 2, 2, 5, 5]
     assert inverted.slots[:5].tolist() == [2, 6, 0, 3, 4]
+    if backend.startswith("cpp"):
+        assert inverted.slots[5:].tolist() == [-1, -1], "no uninitialised memory"
 
 
 def test_the_index_comes_back(backend: str) -> None:

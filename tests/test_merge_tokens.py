@@ -202,3 +202,17 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
     for arg, call in calls.items():
         with pytest.raises((ValueError, RuntimeError), match=rf"merge_tokens: {arg.strip()} must be .+, got .+"):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_wide_weights_of_half_tokens_are_not_narrowed(backend: str, dtype: torch.dtype) -> None:
+    """exp of a score overflows float16."""
+    x = torch.randn(1, 6, 4, dtype=dtype)
+    score = torch.linspace(0, 12, 6)[None].requires_grad_()
+    out = merge_tokens(x, torch.zeros(1, 6, dtype=torch.int64), 1, score.exp(), backend=backend)
+    exact = (score.double().softmax(1) @ x.double()).to(dtype)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, exact)
+    (grad,) = torch.autograd.grad(out.sum(), score)
+    assert grad.isfinite().all()
+    assert grad.abs().max() > 0

@@ -314,3 +314,28 @@ def test_linear_with_hooks_runs_them() -> None:
     torch.testing.assert_close(linear(layer, x), layer(x))
     normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 7))
     torch.testing.assert_close(linear(normed, x), normed(x))
+
+
+class Doubled(Tensor):
+    """A weight that F.linear takes for another, as quantised ones are."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            args = [2 * a.as_subclass(Tensor) if isinstance(a, Doubled) else a for a in args]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_linear_leaves_other_weights_to_pytorch() -> None:
+    layer, x = nn.Linear(5, 7), torch.randn(3, 5)
+    expected = nn.functional.gelu(nn.functional.linear(x, 2 * layer.weight, layer.bias))
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(layer, x, gelu=True), expected)
+
+
+@pytest.mark.parametrize("make", [HoTMixSTE, HoTMotionBERT, HoTMixSTEEager, HoTMotionBERTEager])
+def test_models_without_data_and_numpy_options(make: Callable[..., nn.Module]) -> None:
+    with torch.device("meta"):
+        model = make(**SMALL | {"frames": np.int64(27), "token_num": np.int64(9)})
+    assert all(p.is_meta for p in model.parameters())

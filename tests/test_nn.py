@@ -293,6 +293,29 @@ def test_training_reduces_a_loss() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_what_is_patched_onto_inner_layers_runs() -> None:
+    """A forward of the instance, as accelerate and LoRA trainers set it; a hook of all modules."""
+    module, x = Attention(16, num_heads=2), torch.randn(2, 5, 16)
+    qkv, plain, seen = module.qkv.forward, module(x), []
+    module.qkv.forward = lambda t: qkv(t) + 1
+    assert not torch.allclose(module(x), plain)
+    del module.qkv.forward
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: seen.append(m))
+    module(x)
+    handle.remove()
+    assert module.qkv in seen
+    assert module.proj in seen
+
+
+def test_what_a_hook_sees_is_not_overwritten() -> None:
+    module, seen = TokenRecovery(16, 9, num_heads=2), []
+    nn.init.normal_(module.x_token)
+    module.cross_attention.proj.register_forward_hook(lambda m, args, out: seen.append((out, out.clone())))
+    module(torch.randn(2, 5, 3, 16))
+    ((out, copy),) = seen
+    assert torch.equal(out, copy)
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from attention_cases import attend
@@ -145,3 +147,13 @@ def test_a_masked_key_may_be_nan(backend: str) -> None:
     expected = recovery_attention(query, key, value, key_mask=mask, backend=backend)
     key[:, :, 4] = torch.nan
     assert torch.equal(recovery_attention(query, key, value, key_mask=mask, backend=backend), expected)
+
+
+@pytest.mark.parametrize("op", [recovery_attention, gathered_attention])
+def test_autocast_casts_what_sdpa_casts(op: Any) -> None:
+    """A query that is a Parameter is float32, where key and value come from linear layers in bfloat16."""
+    query, key, value = torch.randn(3, 2, 2, 9, 16).unbind(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = op(query, key.bfloat16(), value.bfloat16())
+        assert op(query.double(), key.double(), value.double()).dtype == torch.float64
+    assert torch.equal(out, op(query.bfloat16(), key.bfloat16(), value.bfloat16()))

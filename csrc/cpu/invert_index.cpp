@@ -18,6 +18,7 @@ void invert_index(const int64_t* indices, int64_t L, int64_t N, int64_t* starts,
     for (int64_t l = L - 1; l >= 0; --l) {
       if (index[l] >= 0) slots[--start[index[l]]] = l;  // filled from the back: start[n] ends as the beginning
     }
+    for (int64_t l = end; l < L; ++l) slots[l] = -1;
   }
 }
 

@@ -66,19 +66,22 @@ def cluster(
 def merge(
     token_dict: dict[str, Any], idx_cluster: Tensor, cluster_num: int, token_weight: Tensor | None = None
 ) -> dict[str, Any]:
-    """Merge as published, without the entries that only some origins have: x, token_num, idx_token, agg_weight."""
+    """Merge as published, without the entries that only some origins have: x, token_num, idx_token, agg_weight.
+
+    -1 in idx_cluster: that token is merged into no cluster, and weighs nothing.
+    """
     x, idx_token = token_dict["x"], token_dict["idx_token"]
     B, N, _ = x.shape
     weight = x.new_ones(B, N, 1) if token_weight is None else token_weight.reshape(B, N, 1)
-    # Weights wider than x (float32 from exp under autocast) are not narrowed: exp overflows float16.
-    wide = x.to(torch.promote_types(x.dtype, weight.dtype))
-    merged = merge_tokens(wide, idx_cluster, cluster_num, weight).to(x.dtype)
+    merged = merge_tokens(x, idx_cluster, cluster_num, weight)
 
     # Each token's share of its cluster, and the product of shares from an initial grid cell up to its cluster.
     # index_put sums in a fixed order on every device; index_add does not.
-    places = (torch.arange(B, device=x.device)[:, None], idx_cluster)
+    weight = weight * (idx_cluster >= 0)[..., None]
+    cluster = idx_cluster.clamp(min=0)
+    places = (torch.arange(B, device=x.device)[:, None], cluster)
     total = weight.new_zeros(B, cluster_num, 1).index_put(places, weight, accumulate=True) + 1e-6
-    share = weight / gather_tokens(total, idx_cluster)
+    share = weight / gather_tokens(total, cluster)
     return {
         "x": merged,
         "token_num": cluster_num,

@@ -119,7 +119,7 @@ class HoTMixSTEEager(nn.Module):
         self.Spatial_patch_to_embedding = nn.Linear(2, channels)
         self.Spatial_pos_embed = nn.Parameter(torch.zeros(1, n_joints, channels))
         self.Temporal_pos_embed = nn.Parameter(torch.zeros(1, frames, channels))
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.STEblocks, self.TTEblocks = (
             nn.ModuleList(MixSTEBlock(channels, 8, channels * 2, rate) for rate in rates) for _ in range(2)
         )
@@ -220,7 +220,7 @@ class HoTMotionBERTEager(nn.Module):
         self.token_num, self.layer_index, self.k = token_num, layer_index, k
         self.pos_embed_token = nn.Parameter(torch.zeros(1, token_num, channels))
         self.joints_embed = nn.Linear(3, channels)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks_st, self.blocks_ts = (
             nn.ModuleList(MotionBERTBlock(channels, 8, channels * 4, order, rate) for rate in rates)
             for order in ("st", "ts")

@@ -38,7 +38,7 @@ def layer_norm(dim: int) -> nn.LayerNorm:
 
 
 def add_residual(x: Tensor, branch: Tensor, along: int, drop_path: float = 0.0) -> Tensor:
-    """x + branch, both [B, F, J, C]; branch is a fresh result, and is overwritten.
+    """x + branch, both [B, F, J, C].
 
     With stochastic depth, a whole sequence along dim `along` is left out at once, as where sequences are rows; the
     random numbers are those of timm's DropPath.
@@ -47,7 +47,7 @@ def add_residual(x: Tensor, branch: Tensor, along: int, drop_path: float = 0.0) 
         rows = list(x.shape)
         rows[along] = rows[-1] = 1
         return torch.addcmul(x, branch, branch.new_empty(rows).bernoulli_(1 - drop_path).div_(1 - drop_path))
-    return branch.add_(x) if branch.dtype == x.dtype else x + branch  # under autocast they differ
+    return x + branch
 
 
 def transformer_block(
@@ -193,4 +193,4 @@ class Hourglass(nn.Module):
 
 
 def _ints(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
+    return (int(value),) if not isinstance(value, Sequence) else tuple(int(v) for v in value)

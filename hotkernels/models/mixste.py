@@ -94,7 +94,7 @@ class HoTMixSTE(Hourglass):
         self.Spatial_pos_embed = nn.Parameter(torch.zeros(1, n_joints, channels))
         self.Temporal_pos_embed = nn.Parameter(torch.zeros(1, frames, channels))
         self.pos_drop = nn.Dropout(drop)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         hidden = int(channels * mlp_ratio)
         self.STEblocks, self.TTEblocks = (
             nn.ModuleList(Block(channels, num_heads, hidden, along, drop, attn_drop, rate) for rate in rates)

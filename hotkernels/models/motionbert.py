@@ -88,7 +88,7 @@ class HoTMotionBERT(Hourglass):
         )  # fmt: skip
         self.joints_embed = nn.Linear(in_channels, channels)
         self.pos_drop = nn.Dropout(drop)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         hidden = int(channels * mlp_ratio)
         self.blocks_st, self.blocks_ts = (
             nn.ModuleList(Block(channels, num_heads, hidden, order, drop, attn_drop, rate) for rate in rates)

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.module import _has_any_global_hook
 
-from ..backends import LIBRARIES, wants_grad
+from ..backends import LIBRARIES, differentiable_once, wants_grad
 
+_PLAIN = (Tensor, nn.Parameter)
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _MKL_IS_FAST = LIBRARIES["_C_cpu"] is None and torch.ops.hotkernels._is_intel()
 # oneDNN is called from so many multiplications and rows on: a call takes 15 us more than MKL's, and packs the weight
@@ -26,9 +27,9 @@ _LEAST_ROWS = 192 if _MKL_IS_FAST else 32
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Whether a layer is its weight and bias alone: no hooks (weight_norm is one), no class derived from Linear."""
+    """Whether a layer is its weight and bias alone: no derived class, no hook (as weight_norm is), no other forward."""
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) is nn.Linear and not any(hooks)
+    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer) and not _has_any_global_hook()
 
 
 def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
@@ -52,9 +53,15 @@ def multiply(x: Tensor, weight: Any, bias: Any, gelu: bool = False) -> Tensor:
 
 
 def _served(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN serves this call. torch.compile calls what it finds best, and must not look at switches."""
+    """Whether oneDNN serves this call. torch.compile calls what it finds best, and must not look at switches.
+
+    Not of tensor subclasses: a quantised weight knows F.linear.
+    """
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
         and _HAS_ONEDNN
         and torch.backends.mkldnn.enabled is True
         and x.device.type == "cpu"
@@ -84,7 +91,7 @@ class _Linear(torch.autograd.Function):
         return _onednn(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x = _onednn(grad_out, weight.t()) if ctx.needs_input_grad[0] else None

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ...backends import Kernel, choose, fake, register, wants_grad
+from ...backends import Kernel, choose, differentiable_once, fake, register, wants_grad
 from ...errors import FLOATING, INTEGER, check_index, check_tensor, fail, matches
 from .reference import gather_tokens_reference
 
@@ -33,7 +32,7 @@ class GatherTokens(torch.autograd.Function):
         return torch.ops.hotkernels.gather_tokens_fwd(x, index, pos)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         """Sum, per token, the gradients of all places that took it, in a fixed order."""
         (index,) = ctx.saved_tensors

@@ -6,9 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ...backends import TRITON_DEVICE, Kernel, choose, fake, implement_in_triton, register, wants_grad, why_not
+from ...backends import (
+    TRITON_DEVICE,
+    Kernel,
+    choose,
+    differentiable_once,
+    fake,
+    implement_in_triton,
+    register,
+    wants_grad,
+    why_not,
+)
 from ...errors import FLOATING, INTEGER, check_bool, check_float, check_index, check_tensor, fail
 from ..invert_index import InvertedIndex
 from ..invert_index.reference import invert_index_reference
@@ -55,7 +64,7 @@ class GatheredAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Recompute the probabilities from lse; no [Nq, Nk] tensor is kept."""
         query, key, value, out, lse, index, start, slots, bias, key_bias = ctx.saved_tensors
@@ -102,7 +111,7 @@ class PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
         """Write the three gradients where the projection's backward reads them."""
         qkv, out, lse = ctx.saved_tensors
@@ -124,10 +133,19 @@ def packed_attention(qkv: Tensor, scale: float, dropout_p: float = 0.0) -> Tenso
     return PackedAttention.apply(qkv, scale)
 
 
-def check_heads(op: str, query: Tensor, key: Tensor, value: Tensor, query_dims: tuple[int, ...]) -> None:
-    """Check what both attention ops ask of query, key and value, but for the batch dims."""
+def checked_heads(
+    op: str, query: Tensor, key: Tensor, value: Tensor, query_dims: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query, key and value, checked but for the batch dims; under autocast in its dtype, as SDPA takes them."""
     layout = "[*batch, H, N, D] with one or two batch dims"
     check_tensor(op, "query", query, layout, FLOATING)
+    device = query.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        narrow = (torch.float32, torch.float16, torch.bfloat16)  # not float64
+        query, key, value = (
+            t.to(dtype) if isinstance(t, Tensor) and t.dtype in narrow else t for t in (query, key, value)
+        )
     check_tensor(op, "key", key, layout, (query.dtype,), device=query.device)
     check_tensor(op, "value", value, layout, (query.dtype,), device=query.device)
     if key.dim() not in (4, 5):
@@ -146,6 +164,7 @@ def check_heads(op: str, query: Tensor, key: Tensor, value: Tensor, query_dims: 
     for arg, t in (("query", query), ("key", key)):
         if t.shape[-2] < 1:
             fail(op, arg, "of at least one token", list(t.shape))
+    return query, key, value
 
 
 def check_scale(op: str, scale: float | None, D: int) -> float:
@@ -192,7 +211,8 @@ def gathered_attention(
         query: [*batch, H, Nq, D] float32, float16, bfloat16 or float64; one or two batch dims, (B) or (B, J). Any
             strides with a contiguous last dim are read in place: ``qkv.reshape(B, N, 3, H, D).permute(2, 0, 3, 1, 4)``,
             or [B, F, J, H * D] seen as [B, J, H, F, D]. D from 1 to 256.
-        key, value: [*batch, H, Nk, D], as query. Batch dims of query, key and value broadcast.
+        key, value: [*batch, H, Nk, D], as query. Batch dims of query, key and value broadcast. Under autocast all three
+            are cast, as SDPA casts its own.
         index: int64 or int32 in [-1, Nk), -1 = no key. None: dense. [B, M]: one set for all heads, queries and J of a
             sample. [*batch, Nq, K]: per query. [*batch, H, Nq, K]: per head and query. Keys may repeat, and count each
             time. An InvertedIndex saves the backward pass the inversion.
@@ -231,7 +251,7 @@ def gathered_attention(
         >>> hotkernels.gathered_attention(q, k, v, every_third).shape
         torch.Size([2, 8, 243, 64])
     """
-    check_heads(_OP, query, key, value, ())
+    query, key, value = checked_heads(_OP, query, key, value, ())
     scale = check_scale(_OP, scale, query.shape[-1])
     batch = tuple(query.shape[:-3])
     if not batch == key.shape[:-3] == value.shape[:-3]:  # or they broadcast, which takes PyTorch 12 us and more to say

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ...backends import Kernel, choose, fake, register, wants_grad
+from ...backends import Kernel, choose, differentiable_once, fake, register, wants_grad
 from ...errors import FLOATING, INTEGER, check_float, check_index, check_int, check_tensor, fail, matches
 from .reference import merge_tokens_reference
 
 _OP = "merge_tokens"
+_HALF = (torch.float16, torch.bfloat16)
 register(
     _OP,
     torch=Kernel(FLOATING),
@@ -32,12 +32,12 @@ class MergeTokens(torch.autograd.Function):
         need_weight = ctx.needs_input_grad[3]
         out, total, mean = torch.ops.hotkernels.merge_tokens_fwd(x, assignment, num_clusters, weight, eps, need_weight)
         # In half types, out is rounded: too coarse for the small difference x - out that is a weight's gradient.
-        half = x.dtype in (torch.float16, torch.bfloat16)
+        half = x.dtype in _HALF
         ctx.save_for_backward(mean if half and need_weight else out, total, x, assignment, weight)
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         """Give each token its cluster's gradient, scaled."""
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
@@ -66,7 +66,8 @@ def merge_tokens(
         x: [B, N, C] float32, float16, bfloat16 or float64, any strides.
         assignment: [B, N] int64 or int32 in [-1, num_clusters), as `dpc_knn` returns it; -1 = in no cluster.
         num_clusters: M, at least 1.
-        weight: [B, N] or [B, N, 1] floating, cast to x's dtype; None = 1.
+        weight: [B, N] or [B, N, 1] floating; None = 1. Cast to x's dtype, or, if x is half and weight is not (exp of
+            a score overflows float16), a copy of x is cast to float32.
         eps: added to each cluster's total weight. Where that is 0 or has no reciprocal, the cluster counts as empty.
         backend: "torch", "cpp", "cuda", or None for the fastest that can serve the call.
 
@@ -101,6 +102,9 @@ def merge_tokens(
         check_tensor(_OP, "weight", weight, "[B, N] or [B, N, 1]", FLOATING, device=x.device)
         if not (matches(weight.shape, (B, N)) or matches(weight.shape, (B, N, 1))):
             fail(_OP, "weight", f"[B, N] or [B, N, 1] with B = {B}, N = {N}", list(weight.shape))
+        if x.dtype in _HALF and weight.dtype not in _HALF:
+            out = merge_tokens(x.float(), assignment, num_clusters, weight.float(), eps, backend=backend)
+            return out.to(x.dtype)
         weight = (weight if weight.dim() == 2 else weight[..., 0]).to(x.dtype).contiguous()
     assignment = assignment.long().contiguous()
     chosen = choose(_OP, x, backend)
@@ -119,7 +123,7 @@ def _merge_tokens_fwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     B, _, C = x.shape
-    kept = B if need_mean and x.dtype in (torch.float16, torch.bfloat16) else 0
+    kept = B if need_mean and x.dtype in _HALF else 0
     total, mean = x.new_empty(B, num_clusters, dtype=compute), x.new_empty(kept, num_clusters, C, dtype=compute)
     return x.new_empty(B, num_clusters, C), total, mean
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ...backends import TRITON_DEVICE, Kernel, fake, implement_in_triton, register, wants_grad
+from ...backends import TRITON_DEVICE, Kernel, differentiable_once, fake, implement_in_triton, register, wants_grad
 from ...errors import FLOATING, check_tensor, fail
-from ..gathered_attention.api import TRITON_DTYPES, check_heads, check_scale, choose_attention
+from ..gathered_attention.api import TRITON_DTYPES, check_scale, checked_heads, choose_attention
 from .reference import mask_bias, recovery_attention_reference
 
 _OP = "recovery_attention"
@@ -36,7 +35,7 @@ class RecoveryAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Recompute the probabilities from lse; a query without batch gets the sum over it, in a fixed order."""
         query, key, value, out, lse, key_bias = ctx.saved_tensors
@@ -94,7 +93,7 @@ def recovery_attention(
         >>> hotkernels.recovery_attention(torch.randn(8, 243, 64), kept, kept).shape
         torch.Size([2, 17, 8, 243, 64])
     """
-    check_heads(_OP, query, key, value, (3,))
+    query, key, value = checked_heads(_OP, query, key, value, (3,))
     scale = check_scale(_OP, scale, query.shape[-1])
     batch, M = key.shape[:-3], key.shape[-2]
     for arg, t in (("value", value), ("query", query)):
