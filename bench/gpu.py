@@ -226,7 +226,7 @@ def tests(session: Session) -> Outcome:
     if session.quick:
         command += ["-k", "small and float32"]
     count = max(1, session.cpus * 5 // 8)
-    stopped = session.shards("tests", count, *command, share=0.55, hang=90.0)
+    stopped = session.shards("tests", count, *command, share=0.55 if "bench" in session.stages else 0.98, hang=90.0)
     states = Counter(entry["state"] for entry in session.tasks("tests"))
     never = session.not_done("tests")
     told = [f"{states[state]} {state}" for state in ("passed", "failed", "skipped")]

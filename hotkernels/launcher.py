@@ -151,7 +151,7 @@ def _interpret(job: Launch) -> None:
     job.kernel[(job.programs,)](*given, *job.numbers, *job.constants)
     for t, copy in zip(job.tensors, given, strict=True):
         if t is not None and copy is not None and copy is not t and not _repeats(t):
-            t.copy_(copy)  # rounds to the nearest
+            t.data.copy_(copy)  # rounds to the nearest; autograd must not take a given tensor for changed
 
 
 def _in_float32(t: Tensor) -> Tensor:

@@ -24,6 +24,10 @@ GPU_BACKENDS = ("cuda", "triton")
 EMULATED = "triton" if backends.TRITON_DEVICE == "cpu" else "cuda" if os.environ.get("HOTKERNELS_EMULATE_CUDA") else ""
 if EMULATED == "cuda":
     emulation.load()
+elif EMULATED == "triton":
+    from emulation import bounds
+
+    bounds.install()
 # A backend, or one with a forced instruction set: cpp-avx2.
 BACKENDS: tuple[str, ...] = ("torch", "cpp-base", "cpp-avx2", "cpp-avx512")
 if EMULATED:

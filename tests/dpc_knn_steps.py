@@ -28,12 +28,13 @@ def rounds_tokens(x: Tensor) -> bool:
 
 def check_dpc_knn(args: dict[str, Any], out: DensityPeaks) -> None:
     """Assert that `out` is what dpc_knn(**args) means; on the CPU: there are many small steps, each looked at."""
+    coarse = rounds_tokens(out.density)
     args, out = pytree.tree_map_only(Tensor, Tensor.cpu, (args, out))
     with torch.device("cpu"):
-        _check(args, out)
+        _check(args, out, coarse)
 
 
-def _check(args: dict[str, Any], out: DensityPeaks) -> None:
+def _check(args: dict[str, Any], out: DensityPeaks, coarse: bool) -> None:
     x, M, k = args["x"], args["num_clusters"], args.get("k", 5)
     B, N, _ = x.shape
     shapes = {"index": (B, M), "assignment": (B, N), "density": (B, N), "delta": (B, N), "score": (B, N)}
@@ -57,12 +58,14 @@ def _check(args: dict[str, Any], out: DensityPeaks) -> None:
             [] if keep is None else keep[b].tolist(),
             None if args.get("noise") is None else args["noise"][b].float().double(),
             args.get("ordered", False),
+            coarse,
         )
 
 
 def _check_sample(
-    x: Tensor, out: DensityPeaks, k: int, mask: Tensor | None, keep: list[int], noise: Tensor | None, ordered: bool
-) -> None:
+    x: Tensor, out: DensityPeaks, k: int, mask: Tensor | None, keep: list[int], noise: Tensor | None, ordered: bool,
+    coarse: bool,
+) -> None:  # fmt: skip
     valid = x.square().sum(-1) <= NORM_LIMIT
     if mask is not None:
         valid = valid & mask
@@ -87,7 +90,7 @@ def _check_sample(
     length = length + length.quantile(0.75)  # from any point among most of the tokens
     pivot = tokens[[n // 6 + i * (n // 3) for i in range(3)]].median(0).values  # ours, which may lie further out
     length = torch.maximum(length, (tokens - pivot).norm(dim=-1) / C**0.5)
-    moved = 2**-11 * length if rounds_tokens(out.density) else x.new_zeros(n)
+    moved = 2**-11 * length if coarse else x.new_zeros(n)
     moved = moved[:, None] + moved[None, :]
     error2 = (8 + C / 8) * EPS * (length[:, None].square() + length[None, :].square())
     near2 = ((d2.sqrt() - moved).clamp(min=0).square() - error2).clamp(min=0).fill_diagonal_(0)

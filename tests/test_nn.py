@@ -141,9 +141,11 @@ def assert_as_published_under_autocast(
 
     mine, low = answers(a, call, [x]), answers(b, call, [x])
     exact = answers(copy.deepcopy(b).double(), call, [x.double()])
-    for one, other, truth in zip(mine, low, exact, strict=True):
+    largest = max(truth.norm() for truth in exact[1:])  # a gradient that is 0, linear_k.bias's, is all rounding noise
+    for i, (one, other, truth) in enumerate(zip(mine, low, exact, strict=True)):
         assert one.dtype == other.dtype
-        assert (one - truth).norm() <= 2 * (other - truth).norm() + 1e-6 * truth.norm()
+        floor = 1e-6 * truth.norm() + (torch.finfo(dtype).eps / 8 * largest if i > 0 else 0)
+        assert (one - truth).norm() <= 2 * (other - truth).norm() + floor
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -66,9 +66,8 @@ def _delta(grad_out, out, grad_lse_ptr, stat, there):
 
 
 @triton.jit
-def _tokens(entry, S, Nk, index_ptr, start_ptr, slots_ptr):
+def _tokens(entry, there, S, Nk, index_ptr, start_ptr, slots_ptr):
     """(token, is it there, in how many slots) of each column: of a token's entries only the first is there."""
-    there = entry < S
     if index_ptr is None:
         return entry, there, 1
     else:
@@ -204,8 +203,8 @@ def gathered_attention_fused_bwd_kernel(
             grad_key_bias_base = grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk
         for block in range(0, S, BLOCK_N):
             entry = (block + column).to(tl.int64)
-            token, there, copies = _tokens(entry, S, Nk, index_base, start_base, slots_base)
-            there = _of_batch(there, sequence, sequences, G)
+            there = _of_batch(entry < S, sequence, sequences, G)
+            token, there, copies = _tokens(entry, there, S, Nk, index_base, start_base, slots_base)
             key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
             k = load_rows(_rows_of(k_base, G), token, attended, stride_kn, HEAD_DIM, BLOCK_D)
             v = load_rows(_rows_of(v_base, G), token, attended, stride_vn, HEAD_DIM, BLOCK_D)
@@ -303,7 +302,7 @@ def gathered_attention_queries_bwd_kernel(
         key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
         for block in range(0, S, BLOCK_N):
             entry = (block + tl.arange(0, BLOCK_N)).to(tl.int64)
-            token, there, copies = _tokens(entry, S, Nk, index_base, start_base, slots_base)
+            token, there, copies = _tokens(entry, entry < S, S, Nk, index_base, start_base, slots_base)
             key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
             k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D)
             v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D)
@@ -356,7 +355,7 @@ def gathered_attention_keys_bwd_kernel(
     slots_base = None if index_ptr is None else slots_ptr + b * index_stride_b
     start_base = None if index_ptr is None else start_ptr + b * start_stride_b
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
-    token, there, copies = _tokens(entry, S, Nk, index_base, start_base, slots_base)
+    token, there, copies = _tokens(entry, entry < S, S, Nk, index_base, start_base, slots_base)
     key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
     k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
     v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
