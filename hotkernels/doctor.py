@@ -93,8 +93,7 @@ def gpu_kernels() -> dict[tuple[str, str], str]:
 
 
 def _gpu_kernels() -> list[str]:
-    lines = [f"  {op:<20}{backend}: {state}" for (op, backend), state in gpu_kernels().items()]
-    return lines or ["  none: no op offers a cuda or triton backend yet"]
+    return [f"  {op:<20}{backend}: {state}" for (op, backend), state in gpu_kernels().items()]
 
 
 def report() -> str:

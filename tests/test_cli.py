@@ -76,8 +76,6 @@ def test_doctor_report():
     if before is not None:
         assert f"{before} in use; available: base" in page
         assert "cpp: float32, float16, bfloat16; torch: float64" in page
-    if not any({"cuda", "triton"} & set(kernels) for kernels in backends.OPS.values()):
-        assert "no op offers a cuda or triton backend yet" in page
 
 
 def test_doctor_tells_where_gpu_kernels_ran(monkeypatch):

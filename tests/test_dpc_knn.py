@@ -534,11 +534,10 @@ def test_channels_of_any_magnitude(backend: str, factor: float, first: float) ->
 
 def test_captured_motion(backend: str) -> None:
     """Windows of a captured walk, embedded as MixSTE's first layer does it: a linear layer over the joints."""
-    numpy = pytest.importorskip("numpy")
     file = Path(__file__).resolve().parents[2] / "shared/data/cmu_01_01_17joints.npz"
     if not file.exists():
         pytest.skip(f"no captured motion at {file.parent.name}/{file.name} beside the repository")
-    with numpy.load(file) as arrays:
+    with np.load(file) as arrays:
         poses = torch.as_tensor(arrays["keypoints_2d" if "keypoints_2d" in arrays else arrays.files[0]]).float()
     frames = poses.reshape(len(poses), -1)
     frames = (frames - frames.mean(0)) / frames.std(0).clamp(min=1e-6)
