@@ -55,6 +55,9 @@ class HoTMixSTE(Hourglass):
         recover: "attention" (TRA), "interpolation" (of the poses, TRI), or None: only the kept frames are regressed.
         drop, attn_drop, drop_path: dropout, dropout of attention, and stochastic depth of the last block, in training.
 
+    Blocks call the parts of their attention, not the module: hooks belong on `qkv`, `proj` or the block, and FSDP wraps
+    blocks.
+
     Source: HoT, arXiv 2311.12028; H2OT, arXiv 2509.06956.
 
     Example::

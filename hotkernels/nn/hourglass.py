@@ -56,7 +56,7 @@ class TokenRecovery(nn.Module):
     """Token Recovering Attention: learned tokens, one per frame, attend to the kept frames of each joint.
 
     Equivalent to ``x_token + cross_attention(x_token, x, x)`` for every joint, on [B, M, J, C] as it is: no rearrange
-    copy, x_token projected once, and the residual added in place.
+    copy, and x_token projected once. The parts of `cross_attention` are called, not the module: hooks on the parts run.
 
     Args:
         dim: channels C.
