@@ -506,6 +506,24 @@ class ReturnsWeights(AttentionEager):
         return super().forward(x), None
 
 
+class StoresMap(AttentionEager):
+    """What a model prunes by later: on the module or in a list of its."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(32, 4)
+        self.where, self.maps = where, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        attn = (q @ k.mT * self.scale).softmax(-1)
+        if self.where == "list":
+            self.maps.append(attn.detach())
+        elif self.where == "attribute" or self.training:
+            self.attn_map = attn.detach()
+        return self.proj((attn @ v).transpose(1, 2).reshape(B, N, C))
+
+
 class NeedsMask(AttentionEager):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return super().forward(x) * mask
@@ -596,6 +614,9 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "drop key": (lambda: DropKey(32, 4), "its forward draws random numbers"),
     "training scale": (lambda: TrainingScale(32, 4), "its output differs from attention in training"),
     "returns weights": (lambda: ReturnsWeights(32, 4), "its output differs from attention"),
+    "stores its map": (lambda: StoresMap("attribute"), "its forward stores attn_map"),
+    "stores its map in training": (lambda: StoresMap("training"), "its forward stores attn_map"),
+    "adds to a list": (lambda: StoresMap("list"), "its forward stores maps"),
     "needs a mask": (lambda: NeedsMask(32, 4), "its forward takes x, mask"),
     "windows": (lambda: Window(32, 4), "its forward or its gradient fails on plain input (RuntimeError)"),
     "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its forward takes x, seqlen"),
@@ -633,6 +654,7 @@ def test_left_alone_with_a_reason(what: str) -> None:
     odd = make()
     cls = type(odd)
     report = hotkernels.swap(nn.ModuleDict({"odd": odd, "plain": AttentionEager(32)}))
+    assert getattr(odd, "maps", []) == []
     assert report.left == [("odd", reason)]
     assert report.replaced == [("plain", "attention")]
     assert type(odd) is cls

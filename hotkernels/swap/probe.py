@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+import operator
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,8 @@ def _same_tensor(expected: Tensor, got: Tensor) -> bool:
         return torch.equal(expected, got)
     largest = expected.nan_to_num(0, 0, 0).abs().max().item() if expected.numel() else 0.0
     tolerance = torch.finfo(expected.dtype).eps ** 0.5 * largest
-    return torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True)
+    close = (got - expected).abs() <= tolerance
+    return bool(close.all()) or bool((close | (got == expected) | (got.isnan() & expected.isnan())).all())
 
 
 def leaves(module: nn.Module, args: Any) -> list[Tensor]:
@@ -82,7 +84,7 @@ def replica(module: nn.Module) -> nn.Module:
     def copy(source: nn.Module) -> nn.Module:
         if id(source) not in twins:
             twin = twins[id(source)] = object.__new__(type(source))
-            vars(twin).update(vars(source))
+            vars(twin).update({name: _copied(value) for name, value in vars(source).items()})
             vars(twin).update({name: OrderedDict() for name in vars(source) if name.endswith("_hooks")})
             vars(twin).update(
                 _parameters={name: p if p is None else _random_like(p) for name, p in source._parameters.items()},
@@ -99,6 +101,36 @@ def replica(module: nn.Module) -> nn.Module:
 def _random_like(parameter: Tensor) -> Tensor:
     fan_in = parameter[0].numel() if parameter.dim() > 1 and len(parameter) else 1
     return torch.randn_like(parameter) * fan_in**-0.5 if parameter.is_floating_point() else parameter
+
+
+def _copied(value: Any) -> Any:
+    """An attribute of a module as its replica may change it."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.copy() if isinstance(value, (list, dict, set, deque)) else value
+
+
+def attributes(module: nn.Module) -> dict[str, list[Any]]:
+    """What a module holds, and what is in it if that can change: what `stored` compares with."""
+    held = {**module._parameters, **module._buffers, **vars(module)}
+    return {name: [value, *_contents(value)] for name, value in held.items()}
+
+
+def _contents(value: Any) -> list[Any]:
+    if isinstance(value, Tensor):
+        return [value._version]
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return [*value] if isinstance(value, (list, set, deque)) else []
+
+
+def stored(module: nn.Module, before: dict[str, list[Any]]) -> str | None:
+    """The first attribute or buffer that a module did not hold before, or that has changed."""
+    for name, now in attributes(module).items():
+        then = before.get(name, [])
+        if len(now) != len(then) or not all(map(operator.is_, now, then)):
+            return name
+    return None
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:

@@ -132,7 +132,7 @@ def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
             for training in (False, True):
                 copy.train(training)
                 copy.__class__ = original
-                state = torch.get_rng_state()
+                state, before = torch.get_rng_state(), probe.attributes(copy)
                 try:
                     expected = copy.forward(*args)
                     drawn = not torch.equal(state, torch.get_rng_state())
@@ -141,6 +141,8 @@ def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
                     return f"its forward or its gradient fails on plain input ({type(error).__name__})"
                 if drawn:
                     return "its forward draws random numbers"
+                if stored := probe.stored(copy, before):
+                    return f"its forward stores {stored}"
                 try:
                     copy.__class__ = subclass(original, twin)
                 except TypeError as error:
