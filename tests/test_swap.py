@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import io
+import math
 import pickle
 import subprocess
 import sys
@@ -524,6 +525,58 @@ class StoresMap(AttentionEager):
         return self.proj((attn @ v).transpose(1, 2).reshape(B, N, C))
 
 
+class Limited(AttentionEager):
+    """Plain attention where there are few tokens; what else it does says `limit`."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(32, 4)
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        logits = q @ k.mT * self.scale
+        if self.limit == "window":
+            far = (torch.arange(N) - torch.arange(N)[:, None]).abs() > 128
+            logits = logits.masked_fill(far, -torch.inf)
+        elif self.limit == "top-k":
+            least = logits.topk(min(256, N)).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        elif self.limit == "chunks":
+            chunk = torch.arange(N) // 49
+            logits = logits.masked_fill(chunk != chunk[:, None], -torch.inf)
+        elif self.limit == "log N":
+            logits = logits * max(1.0, math.log(N, 197))
+        elif N > 256:
+            raise IndexError
+        return self.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class ShortFrames(published.FramesAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if x.shape[1 if self.mode == "temporal" else 2] <= 243 else 0.5)
+
+
+class ShortSequence(eager.MotionBERTAttention):
+    def forward(self, x: Tensor, seqlen: int = 1) -> Tensor:
+        return super().forward(x, seqlen) * (1.0 if (seqlen if self.mode == "temporal" else x.shape[1]) <= 243 else 0.5)
+
+
+class ShortCross(CrossAttentionEager):
+    def forward(self, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tensor:
+        return super().forward(x_1, x_2[:, :243], x_3[:, :243])
+
+
+class ShortGrid(GridAttention):
+    def attend(self, x: Tensor, keys: Tensor, score: Tensor | None = None) -> Tensor:
+        return super().attend(x, keys[:, :243], score if score is None else score[:, :243])
+
+
+class ShortTokens(TCAttention):
+    def attend(self, x: Tensor, keys: Tensor, score: Tensor | None = None) -> Tensor:
+        return super().attend(x, keys[:, :243], score if score is None else score[:, :243])
+
+
 class NeedsMask(AttentionEager):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return super().forward(x) * mask
@@ -611,14 +664,42 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "relative bias": (RelativeBias, "it has relative_position_bias_table"),
     "rotary": (lambda: Rotary(32, 4), "its output differs from attention"),
     "residual": (Residual, "its output differs from attention"),
-    "drop key": (lambda: DropKey(32, 4), "its forward draws random numbers"),
+    "drop key": (lambda: DropKey(32, 4), "its forward draws random numbers in training"),
     "training scale": (lambda: TrainingScale(32, 4), "its output differs from attention in training"),
     "returns weights": (lambda: ReturnsWeights(32, 4), "its output differs from attention"),
     "stores its map": (lambda: StoresMap("attribute"), "its forward stores attn_map"),
-    "stores its map in training": (lambda: StoresMap("training"), "its forward stores attn_map"),
+    "stores its map in training": (lambda: StoresMap("training"), "its forward stores attn_map in training"),
     "adds to a list": (lambda: StoresMap("list"), "its forward stores maps"),
+    "window of 256": (lambda: Limited("window"), "its output differs from attention on long input"),
+    "256 largest": (lambda: Limited("top-k"), "its output differs from attention on long input"),
+    "chunks of 49": (lambda: Limited("chunks"), "its output differs from attention on long input"),
+    "scaled by log N": (lambda: Limited("log N"), "its output differs from attention on long input"),
+    "at most 256": (lambda: Limited("error"), "its forward or its gradient fails (IndexError) on long input"),
+    "cross-attention to 243": (
+        lambda: ShortCross(32, 4),
+        "its output differs from cross-attention on long input",
+    ),
+    "243 tokens": (
+        lambda: ShortTokens(32, 4, sr_ratio=2),
+        "its output differs from attention over tokens with scores on long input",
+    ),
+    **{
+        f"243 of {cls.func.__name__}, {mode}": (
+            lambda cls=cls, mode=mode: cls(mode=mode),
+            "its output differs from attention over frames or joints on long input",
+        )
+        for cls in (
+            functools.partial(ShortFrames, 32, 32, 4),
+            functools.partial(ShortSequence, 32, 4),
+        )
+        for mode in ("spatial", "temporal")
+    },
+    "reduced to 243": (
+        lambda: ShortGrid(32, 4, sr_ratio=2),
+        "its output differs from attention over a grid on long input",
+    ),
     "needs a mask": (lambda: NeedsMask(32, 4), "its forward takes x, mask"),
-    "windows": (lambda: Window(32, 4), "its forward or its gradient fails on plain input (RuntimeError)"),
+    "windows": (lambda: Window(32, 4), "its forward or its gradient fails (RuntimeError)"),
     "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its forward takes x, seqlen"),
     "ratio per side": (lambda: with_ratio((2, 4)), "sr_ratio is (2, 4)"),
     "ratio on qkv": (lambda: with_reduced_qkv(), "it has sr, a Conv2d"),

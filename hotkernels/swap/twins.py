@@ -41,6 +41,11 @@ class Twin:
         raise NotImplementedError
 
     @classmethod
+    def long_examples(cls, module: nn.Module) -> list[tuple[Any, ...]]:
+        """The same with some hundred tokens, on which outputs alone are compared: for windows, or the k largest."""
+        return []
+
+    @classmethod
     def describe(cls, module: nn.Module) -> str:
         """What a report says of a module that is served."""
         return cls.kind
@@ -48,6 +53,8 @@ class Twin:
 
 T = TypeVar("T", bound=type[Twin])
 _ALONG = {"spatial": -2, "temporal": -3}  # mode -> the dim of [B, T, J, C] that attends
+# Tokens of a long example: more than windows have (49, 196, 256) and than attention that scales with log N trained on.
+_LONG, _LONG_SIDES = 300, (12, 25)
 TWINS: list[type[Twin]] = []
 
 
@@ -121,39 +128,48 @@ def find_twin(module: nn.Module, verdicts: dict[Any, str | None]) -> type[Twin] 
 
 def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
     """What a module computes that its twin does not, in evaluation or in training without dropout; None if nothing."""
-    original = type(module)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     if device.type == "meta":
         return "on the meta device nothing can be compared"
-    with probe.seeded(device), torch.enable_grad():
+    with probe.seeded(device):
         copy = probe.replica(module)
-        for args in twin.examples(module):
-            leaves = probe.leaves(copy, args)
-            for training in (False, True):
-                copy.train(training)
-                copy.__class__ = original
-                state, before = torch.get_rng_state(), probe.attributes(copy)
-                try:
-                    expected = copy.forward(*args)
-                    drawn = not torch.equal(state, torch.get_rng_state())
-                    gradients = probe.gradients(expected, leaves)
-                except Exception as error:  # an unknown module may raise anything
-                    return f"its forward or its gradient fails on plain input ({type(error).__name__})"
-                if drawn:
-                    return "its forward draws random numbers"
-                if stored := probe.stored(copy, before):
-                    return f"its forward stores {stored}"
-                try:
-                    copy.__class__ = subclass(original, twin)
-                except TypeError as error:
-                    return f"its class cannot be derived from ({error})"
-                got = copy.forward(*args)
-                for what, theirs, ours in (
-                    ("output differs", expected, got),
-                    ("gradients differ", gradients, probe.gradients(got, leaves)),
-                ):
-                    if not probe.same(theirs, ours):
-                        return f"its {what} from {twin.kind}" + (" in training" if training else "")
+        with torch.enable_grad():
+            for args in twin.examples(module):
+                leaves = probe.leaves(copy, args)
+                for training in (False, True):
+                    if found := _differs(copy.train(training), twin, args, leaves):
+                        return found + (" in training" if training else "")
+        copy.eval().requires_grad_(False)
+        for args in twin.long_examples(module):
+            if found := _differs(copy, twin, args, []):
+                return found + " on long input"
+    return None
+
+
+def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: list[Tensor]) -> str | None:
+    """What a replica's forward computes on one input that the twin's does not; None if nothing."""
+    original = type(copy)
+    state, before = torch.get_rng_state(), probe.attributes(copy)
+    try:
+        expected = copy.forward(*args)
+        drawn = not torch.equal(state, torch.get_rng_state())
+        gradients = probe.gradients(expected, leaves)
+    except Exception as error:  # an unknown module may raise anything
+        return f"its forward or its gradient fails ({type(error).__name__})"
+    if drawn:
+        return "its forward draws random numbers"
+    if stored := probe.stored(copy, before):
+        return f"its forward stores {stored}"
+    try:
+        copy.__class__ = subclass(original, twin)
+    except TypeError as error:
+        return f"its class cannot be derived from ({error})"
+    got = copy.forward(*args)
+    copy.__class__ = original
+    if not probe.same(expected, got):
+        return f"its output differs from {twin.kind}"
+    if not probe.same(gradients, probe.gradients(got, leaves)):
+        return f"its gradients differ from {twin.kind}"
     return None
 
 
@@ -253,6 +269,10 @@ class _Attention(_Published):
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(_tokens(module.qkv, 2, 5),)]
 
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.qkv, 1, _LONG),)]
+
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
         if not _served(self, *more, *named.values()):
             return super().forward(x, *more, **named)
@@ -272,6 +292,10 @@ class _FramesAttention(_Published):
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(_tokens(module.qkv, 2, 5, 3),)]
+
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.qkv, 1, *((2, _LONG) if module.mode == "spatial" else (_LONG, 2))),)]
 
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
         if self.mode not in _ALONG or not _served(self, *more, *named.values()):
@@ -296,6 +320,11 @@ class _SequenceAttention(_Published):
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(_tokens(module.qkv, 6, 5), 3), (_tokens(module.qkv, 2, 5),)]
+
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        x = _tokens(module.qkv, 2, _LONG)
+        return [(x, 2) if module.mode == "spatial" else (x.transpose(0, 1).contiguous(), _LONG)]
 
     def forward(self: Any, x: Tensor, seqlen: int = 1, *more: Any, **named: Any) -> Any:
         if self.mode not in _ALONG or not _served(self, *more, *named.values()):
@@ -322,6 +351,11 @@ class _CrossAttention(_Published):
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
         x = _tokens(module.linear_q, 3, 5)
         return [(x, _tokens(module.linear_q, 3, 5), _tokens(module.linear_q, 3, 5)), (x[:1].expand(3, -1, -1), x, x)]
+
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        x = _tokens(module.linear_q, 1, _LONG)
+        return [(_tokens(module.linear_q, 1, _LONG), x, x)]
 
     def forward(self: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor, *more: Any, **named: Any) -> Any:
         if not _served(self, *more, *named.values()):
@@ -360,6 +394,11 @@ class _TokenAttention(_Published):
         query, keys = _token_dict(module, 5, ratio, 3 * ratio), _token_dict(module, 7, ratio, ratio)
         return [(query, keys), (query, {**keys, "token_score": torch.randn_like(keys["x"][..., :1])})]
 
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        H, W = (side * getattr(module, "sr_ratio", 1) for side in _LONG_SIDES)
+        return [(_token_dict(module, _LONG, H, W, B=1), _token_dict(module, _LONG, H, W, B=1))]
+
     def forward(self: Any, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Any:
         if not _served(self):
             return super().forward(q_dict, kv_dict)
@@ -388,6 +427,11 @@ class _GridAttention(_Published):
         H, W = 2 * ratio, 3 * ratio
         return [(_tokens(module.q, 2, H * W), H, W)]
 
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        H, W = (side * getattr(module, "sr_ratio", 1) for side in _LONG_SIDES)
+        return [(_tokens(module.q, 1, H * W), H, W)]
+
     def forward(self: Any, x: Tensor, H: int, W: int) -> Any:
         if not _served(self):
             return super().forward(x, H, W)
@@ -395,15 +439,15 @@ class _GridAttention(_Published):
         return _attend(self, x, keys, None)
 
 
-def _token_dict(module: Any, N: int, H: int, W: int) -> dict[str, Any]:
+def _token_dict(module: Any, N: int, H: int, W: int, B: int = 2) -> dict[str, Any]:
     """N random tokens for a map of H x W, on an initial grid of 2H x 3H."""
     return {
-        "x": _tokens(module.q, 2, N),
+        "x": _tokens(module.q, B, N),
         "token_num": N,
         "map_size": [H, W],
         "init_grid_size": [2 * H, 3 * H],
-        "idx_token": torch.randint(N, (2, 6 * H * H), device=module.q.weight.device),
-        "agg_weight": _tokens(module.q, 2, 6 * H * H)[..., :1].abs(),
+        "idx_token": torch.randint(N, (B, 6 * H * H), device=module.q.weight.device),
+        "agg_weight": _tokens(module.q, B, 6 * H * H)[..., :1].abs(),
     }
 
 
