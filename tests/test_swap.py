@@ -372,6 +372,21 @@ def test_in_inference_mode() -> None:
         torch.testing.assert_close(answer(model, x)[0], expected)
 
 
+@pytest.mark.parametrize("name", ["HoT-MixSTE", "TCFormer"])
+@pytest.mark.parametrize("default", [torch.bfloat16, "meta"])
+def test_other_defaults(default: Any, name: str) -> None:
+    """What new tensors are by default says nothing of a model that exists."""
+    model, _ = made(name)
+    try:
+        torch.set_default_dtype(default) if isinstance(default, torch.dtype) else torch.set_default_device(default)
+        report = hotkernels.swap(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert report.left == []
+    assert swapped_modules(model) >= REPORTS[name]
+
+
 @pytest.mark.parametrize("averaged", [False, True])
 def test_token2map_is_that_of_the_module(averaged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The map of tokens is made by the function that the file has, also where no convolution reduces it."""
@@ -830,6 +845,24 @@ class M(nn.Module):
             "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
             "    return theirs(x + 0 * torch.rand(x.shape), cluster_num, k, token_mask)",
             "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    return theirs(x, cluster_num, min(k, cluster_num), token_mask)",
+            "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    return theirs(x, cluster_num, min(k, 5), token_mask)",
+            "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(token_dict, cluster_num, k=5, token_mask=None):\n"
+            "    return theirs(token_dict['x'], cluster_num, min(k, cluster_num), token_mask)[1], cluster_num",
+            "cluster_dpc_knn({'x': x}, 3)",
             "forward: cluster_dpc_knn: its answers are of no published form",
         ),
         (

@@ -60,13 +60,14 @@ def gradients(out: Any, leaves: list[Tensor]) -> Tensor | None:
 
 @contextlib.contextmanager
 def seeded(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast, no inference mode, and random numbers from a seed; the generators are put back."""
+    """No gradients, autocast, inference mode; new tensors on the device, random numbers from a seed, then put back."""
     accelerator = device.type not in ("cpu", "meta")
     with (
         torch.random.fork_rng([device] if accelerator else [], device_type=device.type if accelerator else "cuda"),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
+        device,  # new tensors are there, whatever the default
     ):
         torch.default_generator.manual_seed(0)
         if accelerator:
