@@ -387,6 +387,23 @@ def test_other_defaults(default: Any, name: str) -> None:
     assert swapped_modules(model) >= REPORTS[name]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("change", ["Cooler", "Alibi", "WiderInHalf"])
+def test_rounding_in_half_precision_hides_nothing(dtype: torch.dtype, change: str) -> None:
+    """Of a module: rounding to half precision is larger than what some of these change."""
+    model = nn.Sequential(globals()[change](64, 4), AttentionEager(64, 4)).to(dtype)
+    report = hotkernels.swap(model)
+    assert report.left == [("0", "its output differs from attention")]
+    assert report.replaced == [("1", "attention")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_half_precision_of_16_blocks_is_no_difference(dtype: torch.dtype) -> None:
+    model = eager.HoTMixSTEEager(frames=81, token_num=27, layer_index=3, channels=64, depth=8).to(dtype)
+    report = hotkernels.swap(model, example_inputs=torch.randn(2, 81, 17, 2, dtype=dtype))
+    assert len(report.replaced) == 17
+
+
 @pytest.mark.parametrize("averaged", [False, True])
 def test_token2map_is_that_of_the_module(averaged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The map of tokens is made by the function that the file has, also where no convolution reduces it."""
@@ -590,6 +607,31 @@ class ShortGrid(GridAttention):
 class ShortTokens(TCAttention):
     def attend(self, x: Tensor, keys: Tensor, score: Tensor | None = None) -> Tensor:
         return super().attend(x, keys[:, :243], score if score is None else score[:, :243])
+
+
+class Cooler(AttentionEager):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.temperature = 0.9
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return self.proj(((q @ k.mT * self.scale * self.temperature).softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class Alibi(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        slope = 0.25 * 0.5 ** torch.arange(2, 2 * self.num_heads + 2, 2, dtype=x.dtype)
+        bias = -slope[:, None, None] * (torch.arange(N) - torch.arange(N)[:, None]).abs()
+        return self.proj(((q @ k.mT * self.scale + bias).softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class WiderInHalf(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if x.dtype == torch.float32 else 1.5)
 
 
 class NeedsMask(AttentionEager):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils import _pytree as pytree
 
 from ..errors import fail
 from ..nn.attention import Attention, CrossAttention, dropout_p
@@ -133,17 +134,27 @@ def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
         return "on the meta device nothing can be compared"
     with probe.seeded(device):
         copy = probe.replica(module)
+        if any(p.dtype in probe.HALF for p in copy.parameters()):
+            for args in twin.examples(copy):
+                if found := _differs(copy, twin, args, []):
+                    return found
+            copy.float()  # whose rounding hides no other function
         with torch.enable_grad():
-            for args in twin.examples(module):
+            for args in pytree.tree_map(_wide, twin.examples(copy)):
                 leaves = probe.leaves(copy, args)
                 for training in (False, True):
                     if found := _differs(copy.train(training), twin, args, leaves):
                         return found + (" in training" if training else "")
         copy.eval().requires_grad_(False)
-        for args in twin.long_examples(module):
+        for args in pytree.tree_map(_wide, twin.long_examples(copy)):
             if found := _differs(copy, twin, args, []):
                 return found + " on long input"
     return None
+
+
+def _wide(value: Any) -> Any:
+    """What an example holds, in float32 where it is in half precision."""
+    return value.float() if isinstance(value, Tensor) and value.dtype in probe.HALF else value
 
 
 def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: list[Tensor]) -> str | None:
