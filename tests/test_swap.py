@@ -285,6 +285,32 @@ def test_dropout_on_the_probabilities(name: str) -> None:
     assert not torch.equal(plain(*args), module.train()(*args))
 
 
+@pytest.mark.parametrize("change", ["hook", "backward hook", "AlphaDropout"])
+@pytest.mark.parametrize("name", DROPS)
+def test_what_sees_the_probabilities_after_the_swap(name: str, change: str) -> None:
+    make, args = DROPS[name]
+    module, plain = make(), make()
+    plain.load_state_dict(module.state_dict())
+    hotkernels.swap(module)
+    seen: list[Any] = []
+    for each in (module, plain):
+        if change == "AlphaDropout":
+            each.attn_drop = nn.AlphaDropout(0.5)
+        elif change == "hook":
+            each.attn_drop.register_forward_hook(lambda _, __, out: seen.append(out.shape) or out * 2)
+        else:
+            each.attn_drop.register_full_backward_hook(lambda _, __, out: seen.append(out[0].shape))
+    torch.manual_seed(1)
+    out = module(*args)
+    out.sum().backward()
+    torch.manual_seed(1)
+    expected = plain(*args)
+    expected.sum().backward()
+    assert torch.equal(out, expected)
+    assert len(seen) == (2 if "hook" in change and name != "ViT" else 0)  # which gives its probability to the operator
+    assert seen[:1] == seen[1:]
+
+
 def test_hooks_fire_in_use_and_not_in_the_probe() -> None:
     model, x = made("HoT-MixSTE")
     attn, fired = model.STEblocks[0].attn, []
@@ -799,6 +825,79 @@ def test_left_alone_with_a_reason(what: str) -> None:
     with pytest.raises(ValueError, match=r"swap: model must be one with a module that swap knows, got .+") as error:
         hotkernels.swap(odd)
     assert reason in str(error.value)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_class_derived_since_the_swap() -> None:
+    """Parametrized after the swap: nothing of the model is undone until that is; then all is."""
+    model = nn.Sequential(AttentionEager(32, 4), AttentionEager(32, 4))
+    hotkernels.swap(model)
+    model[1].register_parameter("temperature", nn.Parameter(torch.ones(1)))
+    nn.utils.parametrize.register_parametrization(model[1], "temperature", Doubled())
+    classes = [type(module) for module in model]
+    assert ("1", "swapped already") in hotkernels.swap(nn.ModuleDict({"0": AttentionEager(32), "1": model[1]})).left
+    with pytest.raises(
+        ValueError, match=r"unswap: model must be one whose modules .+, got Param\w+ at 1, derived since"
+    ):
+        hotkernels.unswap(model)
+    assert [type(module) for module in model] == classes
+    nn.utils.parametrize.remove_parametrizations(model[1], "temperature")
+    hotkernels.unswap(model)
+    assert {type(module) for module in model} == {AttentionEager}
+
+
+def test_a_class_derived_while_swapped() -> None:
+    model = AttentionEager(32, 4)
+    context = hotkernels.swapped(model)
+    context.__enter__()
+    model.register_parameter("temperature", nn.Parameter(torch.ones(1)))
+    nn.utils.parametrize.register_parametrization(model, "temperature", Doubled())
+    with pytest.raises(ValueError, match=r"swapped: model must be one whose .+ at the model, derived since"):
+        context.__exit__(None, None, None)
+    assert nn.utils.parametrize.is_parametrized(model)
+
+
+class Named(nn.Module):
+    """No class can be derived from those below it without an argument."""
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        super().__init_subclass__()
+
+
+class NamedClustering(Named, name="clustering"):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = AttentionEager(8, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        return cluster_dpc_knn(self.attn(x), 3, 4)
+
+
+def test_a_clustering_class_that_cannot_be_derived_from() -> None:
+    model = NamedClustering()
+    report = hotkernels.swap(model)
+    ((path, reason),) = report.left
+    assert path == ""
+    assert reason.startswith("forward: cluster_dpc_knn: its class cannot be derived from (Named.__init_subclass__() ")
+    assert report.replaced == [("attn", "attention")]
+    assert type(model) is NamedClustering
+
+
+@pytest.mark.parametrize("missing", ["kind", "fits", "examples", "forward"])
+def test_a_twin_without_a_part(missing: str) -> None:
+    parts = {
+        "kind": "mine",
+        "fits": classmethod(lambda cls, module: False),
+        "examples": classmethod(lambda cls, module: []),
+        "forward": lambda self, x: x,
+    }
+    twin = type("Half", (hotkernels.Twin,), {name: part for name, part in parts.items() if name != missing})
+    with pytest.raises(TypeError, match=rf"register_twin: twin must be a subclass of .+, got Half without {missing}"):
+        hotkernels.register_twin(twin)
 
 
 def test_wrong_arguments() -> None:

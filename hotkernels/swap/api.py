@@ -130,7 +130,8 @@ def unswap(model: nn.Module) -> None:
         model: a model with swapped modules.
 
     Raises:
-        ValueError: ``unswap: model must be one with swapped modules, got ...``.
+        ValueError: ``unswap: model must be one with swapped modules, got ...``, also where a class was derived from a
+            swapped one, as by register_parametrization: undo that first. Nothing is then undone.
 
     Example::
 
@@ -146,6 +147,7 @@ def unswap(model: nn.Module) -> None:
     modules: list[Any] = [module for module in model.modules() if is_swapped(module)]
     if not modules:
         fail("unswap", "model", "one with swapped modules", f"{type(model).__name__} without any")
+    _check_classes("unswap", model, modules)
     _set_classes([(module, type(module)._hotkernels_original) for module in modules])
 
 
@@ -171,7 +173,17 @@ def swapped(model: nn.Module, *, example_inputs: Any = None) -> Iterator[SwapRep
     try:
         yield report
     finally:
-        _set_classes(before)
+        changed = [(module, cls) for module, cls in before if type(module) is not cls]
+        _check_classes("swapped", model, [module for module, _ in changed])
+        _set_classes(changed)
+
+
+def _check_classes(op: str, model: nn.Module, modules: list[Any]) -> None:
+    """That these modules of a model have the classes that swap gave them."""
+    for path, module in model.named_modules():
+        if module in modules and "_hotkernels_spec" not in vars(type(module)):
+            what = f"{type(module).__name__} at {path or 'the model'}, derived since"
+            fail(op, "model", "one whose modules have the classes that swap gave them", what)
 
 
 def _check_module(op: str, model: Any) -> None:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..compat import chat_univi, hot, prunevid, tcformer
 from . import probe
-from .classes import Calls, Renames, codes
+from .classes import Calls, Renames, codes, subclass
 
 _B, _N, _M = 2, 24, 7  # of the probes; up to 25 tokens, cdist computes distances exactly
 # N, M, k: also more tokens, of which rounding reorders none (on 300 seeds; of 300 tokens, on one), and k > M.
@@ -83,14 +83,22 @@ def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
     """What the methods of a class call that can be replaced, and what cannot: (method, why not)."""
     calls: list[tuple[str, Renames]] = []
     left: list[tuple[str, str]] = []
+    underived = ""
     for base in _bases(cls):
         held = {name: value for name, value in vars(base).items() if not isinstance(value, FunctionType)}
         left.extend(find_held(held))
     for method, function in _methods(cls):
         refused: dict[str, str] = {}
         renames = _find_renames(function, (), refused)
+        if renames and not calls:
+            try:
+                subclass(cls, None)
+            except Exception as error:  # of its metaclass or __init_subclass__
+                underived = f"its class cannot be derived from ({error})"
         if renames and getattr(cls, method) is not function:
             refused.update((path, "called in a method that a derived class overrides") for path, _ in renames)
+        elif underived:
+            refused.update((path, underived) for path, _ in renames)
         elif renames:
             calls.append((method, renames))
         left.extend((method, f"{path}: {why}") for path, why in refused.items())

@@ -56,6 +56,7 @@ T = TypeVar("T", bound=type[Twin])
 _ALONG = {"spatial": -2, "temporal": -3}  # mode -> the dim of [B, T, J, C] that attends
 # Tokens of a long example: more than windows have (49, 196, 256) and than attention that scales with log N trained on.
 _LONG, _LONG_SIDES = 300, (12, 25)
+_DROPS = (nn.Dropout, nn.Identity)
 TWINS: list[type[Twin]] = []
 
 
@@ -72,7 +73,7 @@ def register_twin(twin: T) -> T:
         twin.
 
     Raises:
-        TypeError: ``register_twin: twin must be a subclass of hotkernels.Twin, got ...``.
+        TypeError: ``register_twin: twin must be a subclass of hotkernels.Twin with ..., got ...``.
 
     Example::
 
@@ -98,6 +99,10 @@ def register_twin(twin: T) -> T:
     """
     if not (isinstance(twin, type) and issubclass(twin, Twin)):
         fail("register_twin", "twin", "a subclass of hotkernels.Twin", repr(twin), TypeError)
+    for name in ("kind", "fits", "examples", "forward"):
+        if inspect.getattr_static(twin, name, None) is inspect.getattr_static(Twin, name, None):
+            expected = "a subclass of hotkernels.Twin with kind, fits, examples and forward"
+            fail("register_twin", "twin", expected, f"{twin.__name__} without {name}", TypeError)
     TWINS.insert(0, twin)
     return twin
 
@@ -173,7 +178,7 @@ def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: l
         return f"its forward stores {stored}"
     try:
         copy.__class__ = subclass(original, twin)
-    except TypeError as error:
+    except Exception as error:  # of its metaclass or __init_subclass__
         return f"its class cannot be derived from ({error})"
     got = copy.forward(*args)
     copy.__class__ = original
@@ -215,10 +220,10 @@ def _obstacle(module: Any, takes: int, **linears: int) -> str | None:
         if name not in known and not isinstance(child, reducing.get(name, nn.Identity)):
             return f"it has {name}, a {type(child).__name__}"
     for name in known:
-        child, kinds = getattr(module, name, None), (nn.Dropout, nn.Identity) if "drop" in name else (nn.Linear,)
-        if not isinstance(child, kinds):
+        child, kinds = getattr(module, name, None), _DROPS if "drop" in name else (nn.Linear,)
+        if not isinstance(child, kinds) or (name == "attn_drop" and type(child) not in kinds):
             return f"{name} is {torch.typename(child)}"
-    if any(value for name, value in vars(module.attn_drop).items() if name.endswith("_hooks")):
+    if _has_hooks(module.attn_drop):
         return "attn_drop has hooks, which see the probabilities"
     heads, scale = getattr(module, "num_heads", None), getattr(module, "scale", None)
     if not isinstance(heads, int) or not isinstance(scale, (int, float)):
@@ -248,9 +253,16 @@ def _project(module: Any, attended: Tensor) -> Tensor:
 def _served(module: Any, *more: Any) -> bool:
     """Whether a call is fused: further arguments are off, and so is dropout on the probabilities.
 
-    That draws its random numbers in the layout of the probabilities, which is the module's own affair.
+    That draws its random numbers in the layout of the probabilities, which is the module's own affair, as is what else
+    was put in its place, or hooked to it, since the swap.
     """
-    return not dropout_p(module.attn_drop) and all(value is None or value is False for value in more)
+    drop = module.attn_drop
+    plain = type(drop) in _DROPS and not _has_hooks(drop) and not dropout_p(drop)
+    return plain and all(value is None or value is False for value in more)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
 
 
 def _tokens(linear: Any, *shape: int) -> Tensor:
