@@ -11,10 +11,12 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import published
 import published_tcformer
 import pytest
@@ -783,7 +785,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "needs a mask": (lambda: NeedsMask(32, 4), "its forward takes x, mask"),
     "windows": (lambda: Window(32, 4), "its forward or its gradient fails (RuntimeError)"),
-    "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its forward takes x, seqlen"),
+    "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its mode is vanilla, not spatial or temporal"),
     "ratio per side": (lambda: with_ratio((2, 4)), "sr_ratio is (2, 4)"),
     "ratio on qkv": (lambda: with_reduced_qkv(), "it has sr, a Conv2d"),
     "reduced otherwise": (lambda: with_ratio(2, nn.Conv1d(32, 32, 2)), "it has sr, a Conv1d"),
@@ -938,6 +940,72 @@ def test_other_outputs_are_an_error_and_change_nothing() -> None:
         hotkernels.swap(model, example_inputs=torch.randn(2, 9, 32))
     assert not swapped_modules(model)
     hotkernels.swap(model, example_inputs=torch.randn(2, 5, 32))
+
+
+@dataclass
+class Answer:
+    x: Any
+    name: str
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda y: torch.complex(y, y),
+        lambda y: y.sum().item(),
+        lambda y: complex(y.sum().item(), 1),
+        lambda y: float("nan"),
+        lambda y: {"y": [y, None, "y", 3, torch.float32, y.device]},
+        lambda y: y.detach().numpy(),
+        lambda y: y.sum().numpy()[()],
+        lambda y: np.array(["a", "b"]),
+        lambda y: Answer(y.sum().item(), "y"),
+        lambda y: {1, 2, y.shape},
+    ],
+)
+def test_outputs_of_many_kinds(kind: Callable[[Tensor], Any]) -> None:
+    class Model(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.attn, self.scale = AttentionEager(64, 4), scale
+
+        def forward(self, x: Tensor) -> Any:
+            fused = isinstance(self.attn, hotkernels.Twin)
+            return kind(self.attn(x) * (self.scale if fused else 1.0))
+
+    x = torch.randn(4, 200, 64)
+    hotkernels.swap(Model(1 + 1e-6), example_inputs=x)
+    one, other = kind(x), kind(2 * x)
+    if str(one) != str(other):
+        with pytest.raises(ValueError, match=r"swap: model must be .+ the same, got a difference beyond rounding"):
+            hotkernels.swap(Model(1.01), example_inputs=x)
+
+
+def test_outputs_that_cannot_be_compared() -> None:
+    model = nn.ModuleList([AttentionEager(32, 4)])
+    model.forward = lambda x: {"y": iter([model[0](x)])}
+    with pytest.raises(ValueError, match=r"swap: model must be .+ the same, got a list_iterator, which cannot be comp"):
+        hotkernels.swap(model, example_inputs=torch.randn(2, 5, 32))
+    assert not swapped_modules(model)
+
+
+@pytest.mark.parametrize("name", sorted(DROPS.keys() - {"PVT", "TCFormer"}))
+@pytest.mark.parametrize("empty", ["batch", "tokens"])
+def test_empty_inputs(name: str, empty: str) -> None:
+    """The published forward's answer, which is empty or an error (an ambiguous shape)."""
+    make, args = DROPS[name]
+    module = make()
+    args = tuple(a[:0] if empty == "batch" else a[:, :0] for a in args if isinstance(a, Tensor))
+    try:
+        expected = module(*args)
+    except RuntimeError:
+        expected = None
+    hotkernels.swap(module)
+    if expected is None:
+        with pytest.raises(RuntimeError):
+            module(*args)
+    else:
+        torch.testing.assert_close(module(*args), expected)
 
 
 @torch.no_grad()

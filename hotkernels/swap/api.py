@@ -78,7 +78,8 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
 
     Raises:
         TypeError, ValueError: ``swap: model must be ...`` where nothing matches or the outputs differ beyond rounding,
-            ``swap: example_inputs must be ...`` where the model cannot run on them. The model is then as it was.
+            or hold what cannot be compared (an iterator), ``swap: example_inputs must be ...`` where the model cannot
+            run on them. The model is then as it was.
 
     Numerics: as the operators; the random numbers drawn are those of the original. Training with dropout on the
         probabilities runs the original forward, as such dropout draws in its own layout. Probes run in the model's own
@@ -117,8 +118,12 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
                 fail("swap", "example_inputs", "what the model takes", f"{type(error).__name__}: {error}")
         with _stand_ins(changes, lambda theirs, ours: _player(ours, tape), fused=True):
             got = _run(model, args, kwargs)
-        if not probe.same(expected, got):
-            fail("swap", "model", "one whose swapped outputs are the same", "a difference beyond rounding")
+        try:
+            found = "" if probe.same(expected, got) else "a difference beyond rounding"
+        except probe.IncomparableError as error:
+            found = str(error)
+        if found:
+            fail("swap", "model", "one whose swapped outputs are the same", found)
     _set_classes([(c.module, subclass(type(c.module), c.twin, c.calls)) for c in changes])
     return report
 

@@ -8,6 +8,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -18,10 +19,14 @@ HALF = (torch.float16, torch.bfloat16)
 _HALF_EPSILONS = 8
 
 
+class IncomparableError(TypeError):
+    """A result holds what is equal to itself alone; the text says what."""
+
+
 def same(expected: Any, got: Any) -> bool:
     """Whether two results agree to rounding, relative to the largest value.
 
-    That is floats to the root of their epsilon, those in half precision to 8 epsilons.
+    That is floats to the root of their epsilon, those in half precision to 8 epsilons. Raises IncomparableError.
     """
     if isinstance(expected, Tensor) and isinstance(got, Tensor):
         return _same_tensor(expected, got)
@@ -31,12 +36,25 @@ def same(expected: Any, got: Any) -> bool:
         return expected.keys() == got.keys() and all(same(expected[key], got[key]) for key in expected)
     if isinstance(expected, (list, tuple)):
         return len(expected) == len(got) and all(map(same, expected, got))
-    return same(vars(expected), vars(got)) if hasattr(expected, "__dict__") else bool(expected == got)
+    if isinstance(expected, (float, complex)):  # of a tensor in float32, for all that one can know
+        dtype = torch.complex64 if isinstance(expected, complex) else torch.float32
+        return _same_tensor(torch.tensor(expected, dtype=dtype), torch.tensor(got, dtype=dtype))
+    if isinstance(expected, (np.ndarray, np.generic)):
+        if expected.dtype.kind in "fc" and expected.dtype == got.dtype:
+            return _same_tensor(torch.tensor(expected), torch.tensor(got))
+        return np.array_equal(expected, got)
+    if hasattr(expected, "__dict__"):
+        return same(vars(expected), vars(got))
+    if type(expected).__eq__ is object.__eq__ and expected is not got:
+        raise IncomparableError(f"a {type(expected).__name__}, which cannot be compared")
+    return bool(expected == got)
 
 
 def _same_tensor(expected: Tensor, got: Tensor) -> bool:
     if expected.shape != got.shape or expected.dtype != got.dtype:
         return False
+    if expected.is_complex():
+        return _same_tensor(torch.view_as_real(expected), torch.view_as_real(got))
     if not expected.is_floating_point():
         return torch.equal(expected, got)
     largest = expected.nan_to_num(0, 0, 0).abs().max().item() if expected.numel() else 0.0

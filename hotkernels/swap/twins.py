@@ -182,8 +182,11 @@ def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: l
         return f"its class cannot be derived from ({error})"
     got = copy.forward(*args)
     copy.__class__ = original
-    if not probe.same(expected, got):
-        return f"its output differs from {twin.kind}"
+    try:
+        if not probe.same(expected, got):
+            return f"its output differs from {twin.kind}"
+    except probe.IncomparableError as error:
+        return f"its output is {error}"
     if not probe.same(gradients, probe.gradients(got, leaves)):
         return f"its gradients differ from {twin.kind}"
     return None
@@ -250,15 +253,16 @@ def _project(module: Any, attended: Tensor) -> Tensor:
     return module.proj_drop(linear(module.proj, attended))
 
 
-def _served(module: Any, *more: Any) -> bool:
-    """Whether a call is fused: further arguments are off, and so is dropout on the probabilities.
+def _served(module: Any, tokens: tuple[Tensor, ...], *more: Any) -> bool:
+    """Whether a call is fused: there are tokens, further arguments are off, and so is dropout on the probabilities.
 
     That draws its random numbers in the layout of the probabilities, which is the module's own affair, as is what else
     was put in its place, or hooked to it, since the swap.
     """
     drop = module.attn_drop
     plain = type(drop) in _DROPS and not _has_hooks(drop) and not dropout_p(drop)
-    return plain and all(value is None or value is False for value in more)
+    off = all(value is None or value is False for value in more)
+    return off and plain and all(x.numel() for x in tokens)
 
 
 def _has_hooks(layer: nn.Module) -> bool:
@@ -297,7 +301,7 @@ class _Attention(_Published):
         return [(_tokens(module.qkv, 1, _LONG),)]
 
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
-        if not _served(self, *more, *named.values()):
+        if not _served(self, (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         return _project(self, Attention.attend(self, x))
 
@@ -321,7 +325,7 @@ class _FramesAttention(_Published):
         return [(_tokens(module.qkv, 1, *((2, _LONG) if module.mode == "spatial" else (_LONG, 2))),)]
 
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
-        if self.mode not in _ALONG or not _served(self, *more, *named.values()):
+        if self.mode not in _ALONG or not _served(self, (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         return _project(self, Attention.attend(self, x, _ALONG[self.mode]))
 
@@ -334,10 +338,12 @@ class _SequenceAttention(_Published):
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        if not _has(module, "qkv") or getattr(module, "mode", None) not in _ALONG:
+        if not (_has(module, "qkv") and hasattr(module, "mode")):
             return False
         if "seqlen" not in inspect.signature(type(module).forward).parameters:
             return False
+        if module.mode not in _ALONG:
+            return f"its mode is {module.mode}, not spatial or temporal"
         return _obstacle(module, 2, qkv=3) or True
 
     @classmethod
@@ -350,7 +356,7 @@ class _SequenceAttention(_Published):
         return [(x, 2) if module.mode == "spatial" else (x.transpose(0, 1).contiguous(), _LONG)]
 
     def forward(self: Any, x: Tensor, seqlen: int = 1, *more: Any, **named: Any) -> Any:
-        if self.mode not in _ALONG or not _served(self, *more, *named.values()):
+        if self.mode not in _ALONG or not _served(self, (x,), *more, *named.values()):
             return super().forward(x, seqlen, *more, **named)
         if self.mode == "spatial":
             return _project(self, Attention.attend(self, x))
@@ -381,7 +387,7 @@ class _CrossAttention(_Published):
         return [(_tokens(module.linear_q, 1, _LONG), x, x)]
 
     def forward(self: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor, *more: Any, **named: Any) -> Any:
-        if not _served(self, *more, *named.values()):
+        if not _served(self, (x_1, x_2, x_3), *more, *named.values()):
             return super().forward(x_1, x_2, x_3, *more, **named)
         return _project(self, CrossAttention.attend(self, x_1, x_2, x_3))
 
@@ -423,7 +429,7 @@ class _TokenAttention(_Published):
         return [(_token_dict(module, _LONG, H, W, B=1), _token_dict(module, _LONG, H, W, B=1))]
 
     def forward(self: Any, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Any:
-        if not _served(self):
+        if not _served(self, (q_dict["x"], kv_dict["x"])):
             return super().forward(q_dict, kv_dict)
         keys, score = kv_dict["x"], kv_dict.get("token_score")
         if _reduces(self):
@@ -456,7 +462,7 @@ class _GridAttention(_Published):
         return [(_tokens(module.q, 1, H * W), H, W)]
 
     def forward(self: Any, x: Tensor, H: int, W: int) -> Any:
-        if not _served(self):
+        if not _served(self, (x,)):
             return super().forward(x, H, W)
         keys = _reduced(self, x.transpose(1, 2).unflatten(2, (H, W))) if _reduces(self) else x
         return _attend(self, x, keys, None)
