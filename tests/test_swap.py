@@ -6,14 +6,17 @@ import contextlib
 import copy
 import functools
 import io
+import math
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import published
 import published_tcformer
 import pytest
@@ -284,6 +287,32 @@ def test_dropout_on_the_probabilities(name: str) -> None:
     assert not torch.equal(plain(*args), module.train()(*args))
 
 
+@pytest.mark.parametrize("change", ["hook", "backward hook", "AlphaDropout"])
+@pytest.mark.parametrize("name", DROPS)
+def test_what_sees_the_probabilities_after_the_swap(name: str, change: str) -> None:
+    make, args = DROPS[name]
+    module, plain = make(), make()
+    plain.load_state_dict(module.state_dict())
+    hotkernels.swap(module)
+    seen: list[Any] = []
+    for each in (module, plain):
+        if change == "AlphaDropout":
+            each.attn_drop = nn.AlphaDropout(0.5)
+        elif change == "hook":
+            each.attn_drop.register_forward_hook(lambda _, __, out: seen.append(out.shape) or out * 2)
+        else:
+            each.attn_drop.register_full_backward_hook(lambda _, __, out: seen.append(out[0].shape))
+    torch.manual_seed(1)
+    out = module(*args)
+    out.sum().backward()
+    torch.manual_seed(1)
+    expected = plain(*args)
+    expected.sum().backward()
+    assert torch.equal(out, expected)
+    assert len(seen) == (2 if "hook" in change and name != "ViT" else 0)  # which gives its probability to the operator
+    assert seen[:1] == seen[1:]
+
+
 def test_hooks_fire_in_use_and_not_in_the_probe() -> None:
     model, x = made("HoT-MixSTE")
     attn, fired = model.STEblocks[0].attn, []
@@ -369,6 +398,38 @@ def test_in_inference_mode() -> None:
         expected, _ = answer(model.eval(), x)
         hotkernels.swap(model, example_inputs=x)
         torch.testing.assert_close(answer(model, x)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["HoT-MixSTE", "TCFormer"])
+@pytest.mark.parametrize("default", [torch.bfloat16, "meta"])
+def test_other_defaults(default: Any, name: str) -> None:
+    """What new tensors are by default says nothing of a model that exists."""
+    model, _ = made(name)
+    try:
+        torch.set_default_dtype(default) if isinstance(default, torch.dtype) else torch.set_default_device(default)
+        report = hotkernels.swap(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert report.left == []
+    assert swapped_modules(model) >= REPORTS[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("change", ["Cooler", "Alibi", "WiderInHalf"])
+def test_rounding_in_half_precision_hides_nothing(dtype: torch.dtype, change: str) -> None:
+    """Of a module: rounding to half precision is larger than what some of these change."""
+    model = nn.Sequential(globals()[change](64, 4), AttentionEager(64, 4)).to(dtype)
+    report = hotkernels.swap(model)
+    assert report.left == [("0", "its output differs from attention")]
+    assert report.replaced == [("1", "attention")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_half_precision_of_16_blocks_is_no_difference(dtype: torch.dtype) -> None:
+    model = eager.HoTMixSTEEager(frames=81, token_num=27, layer_index=3, channels=64, depth=8).to(dtype)
+    report = hotkernels.swap(model, example_inputs=torch.randn(2, 81, 17, 2, dtype=dtype))
+    assert len(report.replaced) == 17
 
 
 @pytest.mark.parametrize("averaged", [False, True])
@@ -506,6 +567,101 @@ class ReturnsWeights(AttentionEager):
         return super().forward(x), None
 
 
+class StoresMap(AttentionEager):
+    """What a model prunes by later: on the module or in a list of its."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(32, 4)
+        self.where, self.maps = where, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        attn = (q @ k.mT * self.scale).softmax(-1)
+        if self.where == "list":
+            self.maps.append(attn.detach())
+        elif self.where == "attribute" or self.training:
+            self.attn_map = attn.detach()
+        return self.proj((attn @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class Limited(AttentionEager):
+    """Plain attention where there are few tokens; what else it does says `limit`."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(32, 4)
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        logits = q @ k.mT * self.scale
+        if self.limit == "window":
+            far = (torch.arange(N) - torch.arange(N)[:, None]).abs() > 128
+            logits = logits.masked_fill(far, -torch.inf)
+        elif self.limit == "top-k":
+            least = logits.topk(min(256, N)).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        elif self.limit == "chunks":
+            chunk = torch.arange(N) // 49
+            logits = logits.masked_fill(chunk != chunk[:, None], -torch.inf)
+        elif self.limit == "log N":
+            logits = logits * max(1.0, math.log(N, 197))
+        elif N > 256:
+            raise IndexError
+        return self.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class ShortFrames(published.FramesAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if x.shape[1 if self.mode == "temporal" else 2] <= 243 else 0.5)
+
+
+class ShortSequence(eager.MotionBERTAttention):
+    def forward(self, x: Tensor, seqlen: int = 1) -> Tensor:
+        return super().forward(x, seqlen) * (1.0 if (seqlen if self.mode == "temporal" else x.shape[1]) <= 243 else 0.5)
+
+
+class ShortCross(CrossAttentionEager):
+    def forward(self, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tensor:
+        return super().forward(x_1, x_2[:, :243], x_3[:, :243])
+
+
+class ShortGrid(GridAttention):
+    def attend(self, x: Tensor, keys: Tensor, score: Tensor | None = None) -> Tensor:
+        return super().attend(x, keys[:, :243], score if score is None else score[:, :243])
+
+
+class ShortTokens(TCAttention):
+    def attend(self, x: Tensor, keys: Tensor, score: Tensor | None = None) -> Tensor:
+        return super().attend(x, keys[:, :243], score if score is None else score[:, :243])
+
+
+class Cooler(AttentionEager):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.temperature = 0.9
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return self.proj(((q @ k.mT * self.scale * self.temperature).softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class Alibi(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        slope = 0.25 * 0.5 ** torch.arange(2, 2 * self.num_heads + 2, 2, dtype=x.dtype)
+        bias = -slope[:, None, None] * (torch.arange(N) - torch.arange(N)[:, None]).abs()
+        return self.proj(((q @ k.mT * self.scale + bias).softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class WiderInHalf(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if x.dtype == torch.float32 else 1.5)
+
+
 class NeedsMask(AttentionEager):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return super().forward(x) * mask
@@ -593,12 +749,43 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "relative bias": (RelativeBias, "it has relative_position_bias_table"),
     "rotary": (lambda: Rotary(32, 4), "its output differs from attention"),
     "residual": (Residual, "its output differs from attention"),
-    "drop key": (lambda: DropKey(32, 4), "its forward draws random numbers"),
+    "drop key": (lambda: DropKey(32, 4), "its forward draws random numbers in training"),
     "training scale": (lambda: TrainingScale(32, 4), "its output differs from attention in training"),
     "returns weights": (lambda: ReturnsWeights(32, 4), "its output differs from attention"),
+    "stores its map": (lambda: StoresMap("attribute"), "its forward stores attn_map"),
+    "stores its map in training": (lambda: StoresMap("training"), "its forward stores attn_map in training"),
+    "adds to a list": (lambda: StoresMap("list"), "its forward stores maps"),
+    "window of 256": (lambda: Limited("window"), "its output differs from attention on long input"),
+    "256 largest": (lambda: Limited("top-k"), "its output differs from attention on long input"),
+    "chunks of 49": (lambda: Limited("chunks"), "its output differs from attention on long input"),
+    "scaled by log N": (lambda: Limited("log N"), "its output differs from attention on long input"),
+    "at most 256": (lambda: Limited("error"), "its forward or its gradient fails (IndexError) on long input"),
+    "cross-attention to 243": (
+        lambda: ShortCross(32, 4),
+        "its output differs from cross-attention on long input",
+    ),
+    "243 tokens": (
+        lambda: ShortTokens(32, 4, sr_ratio=2),
+        "its output differs from attention over tokens with scores on long input",
+    ),
+    **{
+        f"243 of {cls.func.__name__}, {mode}": (
+            lambda cls=cls, mode=mode: cls(mode=mode),
+            "its output differs from attention over frames or joints on long input",
+        )
+        for cls in (
+            functools.partial(ShortFrames, 32, 32, 4),
+            functools.partial(ShortSequence, 32, 4),
+        )
+        for mode in ("spatial", "temporal")
+    },
+    "reduced to 243": (
+        lambda: ShortGrid(32, 4, sr_ratio=2),
+        "its output differs from attention over a grid on long input",
+    ),
     "needs a mask": (lambda: NeedsMask(32, 4), "its forward takes x, mask"),
-    "windows": (lambda: Window(32, 4), "its forward or its gradient fails on plain input (RuntimeError)"),
-    "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its forward takes x, seqlen"),
+    "windows": (lambda: Window(32, 4), "its forward or its gradient fails (RuntimeError)"),
+    "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its mode is vanilla, not spatial or temporal"),
     "ratio per side": (lambda: with_ratio((2, 4)), "sr_ratio is (2, 4)"),
     "ratio on qkv": (lambda: with_reduced_qkv(), "it has sr, a Conv2d"),
     "reduced otherwise": (lambda: with_ratio(2, nn.Conv1d(32, 32, 2)), "it has sr, a Conv1d"),
@@ -633,12 +820,86 @@ def test_left_alone_with_a_reason(what: str) -> None:
     odd = make()
     cls = type(odd)
     report = hotkernels.swap(nn.ModuleDict({"odd": odd, "plain": AttentionEager(32)}))
+    assert getattr(odd, "maps", []) == []
     assert report.left == [("odd", reason)]
     assert report.replaced == [("plain", "attention")]
     assert type(odd) is cls
     with pytest.raises(ValueError, match=r"swap: model must be one with a module that swap knows, got .+") as error:
         hotkernels.swap(odd)
     assert reason in str(error.value)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_class_derived_since_the_swap() -> None:
+    """Parametrized after the swap: nothing of the model is undone until that is; then all is."""
+    model = nn.Sequential(AttentionEager(32, 4), AttentionEager(32, 4))
+    hotkernels.swap(model)
+    model[1].register_parameter("temperature", nn.Parameter(torch.ones(1)))
+    nn.utils.parametrize.register_parametrization(model[1], "temperature", Doubled())
+    classes = [type(module) for module in model]
+    assert ("1", "swapped already") in hotkernels.swap(nn.ModuleDict({"0": AttentionEager(32), "1": model[1]})).left
+    with pytest.raises(
+        ValueError, match=r"unswap: model must be one whose modules .+, got Param\w+ at 1, derived since"
+    ):
+        hotkernels.unswap(model)
+    assert [type(module) for module in model] == classes
+    nn.utils.parametrize.remove_parametrizations(model[1], "temperature")
+    hotkernels.unswap(model)
+    assert {type(module) for module in model} == {AttentionEager}
+
+
+def test_a_class_derived_while_swapped() -> None:
+    model = AttentionEager(32, 4)
+    context = hotkernels.swapped(model)
+    context.__enter__()
+    model.register_parameter("temperature", nn.Parameter(torch.ones(1)))
+    nn.utils.parametrize.register_parametrization(model, "temperature", Doubled())
+    with pytest.raises(ValueError, match=r"swapped: model must be one whose .+ at the model, derived since"):
+        context.__exit__(None, None, None)
+    assert nn.utils.parametrize.is_parametrized(model)
+
+
+class Named(nn.Module):
+    """No class can be derived from those below it without an argument."""
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        super().__init_subclass__()
+
+
+class NamedClustering(Named, name="clustering"):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = AttentionEager(8, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        return cluster_dpc_knn(self.attn(x), 3, 4)
+
+
+def test_a_clustering_class_that_cannot_be_derived_from() -> None:
+    model = NamedClustering()
+    report = hotkernels.swap(model)
+    ((path, reason),) = report.left
+    assert path == ""
+    assert reason.startswith("forward: cluster_dpc_knn: its class cannot be derived from (Named.__init_subclass__() ")
+    assert report.replaced == [("attn", "attention")]
+    assert type(model) is NamedClustering
+
+
+@pytest.mark.parametrize("missing", ["kind", "fits", "examples", "forward"])
+def test_a_twin_without_a_part(missing: str) -> None:
+    parts = {
+        "kind": "mine",
+        "fits": classmethod(lambda cls, module: False),
+        "examples": classmethod(lambda cls, module: []),
+        "forward": lambda self, x: x,
+    }
+    twin = type("Half", (hotkernels.Twin,), {name: part for name, part in parts.items() if name != missing})
+    with pytest.raises(TypeError, match=rf"register_twin: twin must be a subclass of .+, got Half without {missing}"):
+        hotkernels.register_twin(twin)
 
 
 def test_wrong_arguments() -> None:
@@ -679,6 +940,72 @@ def test_other_outputs_are_an_error_and_change_nothing() -> None:
         hotkernels.swap(model, example_inputs=torch.randn(2, 9, 32))
     assert not swapped_modules(model)
     hotkernels.swap(model, example_inputs=torch.randn(2, 5, 32))
+
+
+@dataclass
+class Answer:
+    x: Any
+    name: str
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda y: torch.complex(y, y),
+        lambda y: y.sum().item(),
+        lambda y: complex(y.sum().item(), 1),
+        lambda y: float("nan"),
+        lambda y: {"y": [y, None, "y", 3, torch.float32, y.device]},
+        lambda y: y.detach().numpy(),
+        lambda y: y.sum().numpy()[()],
+        lambda y: np.array(["a", "b"]),
+        lambda y: Answer(y.sum().item(), "y"),
+        lambda y: {1, 2, y.shape},
+    ],
+)
+def test_outputs_of_many_kinds(kind: Callable[[Tensor], Any]) -> None:
+    class Model(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.attn, self.scale = AttentionEager(64, 4), scale
+
+        def forward(self, x: Tensor) -> Any:
+            fused = isinstance(self.attn, hotkernels.Twin)
+            return kind(self.attn(x) * (self.scale if fused else 1.0))
+
+    x = torch.randn(4, 200, 64)
+    hotkernels.swap(Model(1 + 1e-6), example_inputs=x)
+    one, other = kind(x), kind(2 * x)
+    if str(one) != str(other):
+        with pytest.raises(ValueError, match=r"swap: model must be .+ the same, got a difference beyond rounding"):
+            hotkernels.swap(Model(1.01), example_inputs=x)
+
+
+def test_outputs_that_cannot_be_compared() -> None:
+    model = nn.ModuleList([AttentionEager(32, 4)])
+    model.forward = lambda x: {"y": iter([model[0](x)])}
+    with pytest.raises(ValueError, match=r"swap: model must be .+ the same, got a list_iterator, which cannot be comp"):
+        hotkernels.swap(model, example_inputs=torch.randn(2, 5, 32))
+    assert not swapped_modules(model)
+
+
+@pytest.mark.parametrize("name", sorted(DROPS.keys() - {"PVT", "TCFormer"}))
+@pytest.mark.parametrize("empty", ["batch", "tokens"])
+def test_empty_inputs(name: str, empty: str) -> None:
+    """The published forward's answer, which is empty or an error (an ambiguous shape)."""
+    make, args = DROPS[name]
+    module = make()
+    args = tuple(a[:0] if empty == "batch" else a[:, :0] for a in args if isinstance(a, Tensor))
+    try:
+        expected = module(*args)
+    except RuntimeError:
+        expected = None
+    hotkernels.swap(module)
+    if expected is None:
+        with pytest.raises(RuntimeError):
+            module(*args)
+    else:
+        torch.testing.assert_close(module(*args), expected)
 
 
 @torch.no_grad()
@@ -727,6 +1054,24 @@ class M(nn.Module):
             "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
             "    return theirs(x + 0 * torch.rand(x.shape), cluster_num, k, token_mask)",
             "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    return theirs(x, cluster_num, min(k, cluster_num), token_mask)",
+            "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    return theirs(x, cluster_num, min(k, 5), token_mask)",
+            "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(token_dict, cluster_num, k=5, token_mask=None):\n"
+            "    return theirs(token_dict['x'], cluster_num, min(k, cluster_num), token_mask)[1], cluster_num",
+            "cluster_dpc_knn({'x': x}, 3)",
             "forward: cluster_dpc_knn: its answers are of no published form",
         ),
         (

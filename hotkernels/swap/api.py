@@ -78,7 +78,8 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
 
     Raises:
         TypeError, ValueError: ``swap: model must be ...`` where nothing matches or the outputs differ beyond rounding,
-            ``swap: example_inputs must be ...`` where the model cannot run on them. The model is then as it was.
+            or hold what cannot be compared (an iterator), ``swap: example_inputs must be ...`` where the model cannot
+            run on them. The model is then as it was.
 
     Numerics: as the operators; the random numbers drawn are those of the original. Training with dropout on the
         probabilities runs the original forward, as such dropout draws in its own layout. Probes run in the model's own
@@ -117,8 +118,12 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
                 fail("swap", "example_inputs", "what the model takes", f"{type(error).__name__}: {error}")
         with _stand_ins(changes, lambda theirs, ours: _player(ours, tape), fused=True):
             got = _run(model, args, kwargs)
-        if not probe.same(expected, got):
-            fail("swap", "model", "one whose swapped outputs are the same", "a difference beyond rounding")
+        try:
+            found = "" if probe.same(expected, got) else "a difference beyond rounding"
+        except probe.IncomparableError as error:
+            found = str(error)
+        if found:
+            fail("swap", "model", "one whose swapped outputs are the same", found)
     _set_classes([(c.module, subclass(type(c.module), c.twin, c.calls)) for c in changes])
     return report
 
@@ -130,7 +135,8 @@ def unswap(model: nn.Module) -> None:
         model: a model with swapped modules.
 
     Raises:
-        ValueError: ``unswap: model must be one with swapped modules, got ...``.
+        ValueError: ``unswap: model must be one with swapped modules, got ...``, also where a class was derived from a
+            swapped one, as by register_parametrization: undo that first. Nothing is then undone.
 
     Example::
 
@@ -146,6 +152,7 @@ def unswap(model: nn.Module) -> None:
     modules: list[Any] = [module for module in model.modules() if is_swapped(module)]
     if not modules:
         fail("unswap", "model", "one with swapped modules", f"{type(model).__name__} without any")
+    _check_classes("unswap", model, modules)
     _set_classes([(module, type(module)._hotkernels_original) for module in modules])
 
 
@@ -171,7 +178,17 @@ def swapped(model: nn.Module, *, example_inputs: Any = None) -> Iterator[SwapRep
     try:
         yield report
     finally:
-        _set_classes(before)
+        changed = [(module, cls) for module, cls in before if type(module) is not cls]
+        _check_classes("swapped", model, [module for module, _ in changed])
+        _set_classes(changed)
+
+
+def _check_classes(op: str, model: nn.Module, modules: list[Any]) -> None:
+    """That these modules of a model have the classes that swap gave them."""
+    for path, module in model.named_modules():
+        if module in modules and "_hotkernels_spec" not in vars(type(module)):
+            what = f"{type(module).__name__} at {path or 'the model'}, derived since"
+            fail(op, "model", "one whose modules have the classes that swap gave them", what)
 
 
 def _check_module(op: str, model: Any) -> None:

@@ -16,8 +16,8 @@ Calls = tuple[tuple[str, Renames], ...]  # the same per method
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether a module has a class of ours."""
-    return "_hotkernels_spec" in vars(type(module))
+    """Whether a module has a class of ours, or one derived from it since, as by register_parametrization."""
+    return any("_hotkernels_spec" in vars(cls) for cls in type(module).__mro__)
 
 
 def subclass(original: type[nn.Module], twin: type | None, calls: Calls = ()) -> type[nn.Module]:

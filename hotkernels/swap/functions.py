@@ -17,21 +17,23 @@ from torch.utils import _pytree as pytree
 
 from ..compat import chat_univi, hot, prunevid, tcformer
 from . import probe
-from .classes import Calls, Renames, codes
+from .classes import Calls, Renames, codes, subclass
 
 _B, _N, _M = 2, 24, 7  # of the probes; up to 25 tokens, cdist computes distances exactly
+# N, M, k: also more tokens, of which rounding reorders none (on 300 seeds; of 300 tokens, on one), and k > M.
+_MORE, _K_ABOVE_M = (100, 30, 9), (_N, 3, 5)
 
 
-def _tokens(dtype: torch.dtype) -> Tensor:
-    return torch.randn(_B, _N, 8).to(dtype)
+def _tokens(dtype: torch.dtype, N: int = _N) -> Tensor:
+    return torch.randn(_B, N, 8, dtype=torch.float32).to(dtype)
 
 
-def _token_dict(dtype: torch.dtype) -> dict[str, Any]:
-    grid = {"token_num": _N, "map_size": [4, 6], "init_grid_size": [6, 8]}
+def _token_dict(dtype: torch.dtype, N: int = _N) -> dict[str, Any]:
+    grid = {"token_num": N, "map_size": [4, 6], "init_grid_size": [6, 8]}
     return {
-        "x": _tokens(dtype),
-        "idx_token": torch.randint(_N, (_B, 48)),
-        "agg_weight": torch.rand(_B, 48, 1),
+        "x": _tokens(dtype, N),
+        "idx_token": torch.randint(N, (_B, 48)),
+        "agg_weight": torch.rand(_B, 48, 1, dtype=torch.float32),
         **grid,
     }
 
@@ -48,25 +50,31 @@ def _mask() -> Tensor:
     return (torch.arange(_N) % 5 != 3).expand(_B, -1)
 
 
-def _clusterings(tokens: Callable[[torch.dtype], Any], *arguments: int, half: bool = False) -> list[tuple[Any, ...]]:
-    calls: list[tuple[Any, ...]] = [(tokens(torch.float32), *arguments), (tokens(torch.float32), *arguments, _mask())]
-    return [*calls, (tokens(torch.bfloat16), *arguments)] if half else calls
+def _clusterings(
+    tokens: Callable[..., Any], *center: int, half: bool = False, k_above_m: bool = True
+) -> list[tuple[Any, ...]]:
+    plain = _M, 3, *center
+    calls: list[tuple[Any, ...]] = [(tokens(torch.float32), *plain), (tokens(torch.float32), *plain, _mask())]
+    for N, M, k in (_MORE, _K_ABOVE_M) if k_above_m else (_MORE,):
+        calls.append((tokens(torch.float32, N), M, k, *center))
+    return [*calls, (tokens(torch.bfloat16), *plain)] if half else calls
 
 
 def _merges() -> list[tuple[Any, ...]]:
     assignment = torch.randint(_M, (_B, _N))
-    return [(_token_dict(torch.float32), assignment, _M, w) for w in (None, torch.rand(_B, _N, 1))]
+    return [(_token_dict(torch.float32), assignment, _M, w) for w in (None, torch.rand(_B, _N, 1, dtype=torch.float32))]
 
 
 # Those that compute in float32 whatever they get come before those that do not, which answer the same in float32.
 FORMS: dict[str, list[Form]] = {
     "cluster_dpc_knn": [
-        Form(hot.cluster_dpc_knn, lambda: _clusterings(_tokens, _M, 3)),
-        Form(prunevid.cluster_dpc_knn, lambda: _clusterings(_tokens, _M, 3, half=True)),
-        Form(chat_univi.cluster_dpc_knn, lambda: _clusterings(_token_dict, _M, 3, half=True)),
-        Form(tcformer.cluster_dpc_knn, lambda: _clusterings(_token_dict, _M, 3)),
+        Form(hot.cluster_dpc_knn, lambda: _clusterings(_tokens)),
+        Form(prunevid.cluster_dpc_knn, lambda: _clusterings(_tokens, half=True)),
+        # Ours clamps k, for Chat-UniVi's function, which is called with k <= M alone.
+        Form(chat_univi.cluster_dpc_knn, lambda: _clusterings(_token_dict, half=True, k_above_m=False)),
+        Form(tcformer.cluster_dpc_knn, lambda: _clusterings(_token_dict)),
     ],
-    "cluster_dpc_knn_center": [Form(hot.cluster_dpc_knn_center, lambda: _clusterings(_tokens, _M, 3, 11))],
+    "cluster_dpc_knn_center": [Form(hot.cluster_dpc_knn_center, lambda: _clusterings(_tokens, 11))],
     "merge_tokens": [Form(tcformer.merge_tokens, _merges), Form(chat_univi.merge_tokens, _merges)],
 }
 
@@ -75,14 +83,22 @@ def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
     """What the methods of a class call that can be replaced, and what cannot: (method, why not)."""
     calls: list[tuple[str, Renames]] = []
     left: list[tuple[str, str]] = []
+    underived = ""
     for base in _bases(cls):
         held = {name: value for name, value in vars(base).items() if not isinstance(value, FunctionType)}
         left.extend(find_held(held))
     for method, function in _methods(cls):
         refused: dict[str, str] = {}
         renames = _find_renames(function, (), refused)
+        if renames and not calls:
+            try:
+                subclass(cls, None)
+            except Exception as error:  # of its metaclass or __init_subclass__
+                underived = f"its class cannot be derived from ({error})"
         if renames and getattr(cls, method) is not function:
             refused.update((path, "called in a method that a derived class overrides") for path, _ in renames)
+        elif underived:
+            refused.update((path, underived) for path, _ in renames)
         elif renames:
             calls.append((method, renames))
         left.extend((method, f"{path}: {why}") for path, why in refused.items())

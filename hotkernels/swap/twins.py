@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils import _pytree as pytree
 
 from ..errors import fail
 from ..nn.attention import Attention, CrossAttention, dropout_p
@@ -41,6 +42,11 @@ class Twin:
         raise NotImplementedError
 
     @classmethod
+    def long_examples(cls, module: nn.Module) -> list[tuple[Any, ...]]:
+        """The same with some hundred tokens, on which outputs alone are compared: for windows, or the k largest."""
+        return []
+
+    @classmethod
     def describe(cls, module: nn.Module) -> str:
         """What a report says of a module that is served."""
         return cls.kind
@@ -48,6 +54,9 @@ class Twin:
 
 T = TypeVar("T", bound=type[Twin])
 _ALONG = {"spatial": -2, "temporal": -3}  # mode -> the dim of [B, T, J, C] that attends
+# Tokens of a long example: more than windows have (49, 196, 256) and than attention that scales with log N trained on.
+_LONG, _LONG_SIDES = 300, (12, 25)
+_DROPS = (nn.Dropout, nn.Identity)
 TWINS: list[type[Twin]] = []
 
 
@@ -64,7 +73,7 @@ def register_twin(twin: T) -> T:
         twin.
 
     Raises:
-        TypeError: ``register_twin: twin must be a subclass of hotkernels.Twin, got ...``.
+        TypeError: ``register_twin: twin must be a subclass of hotkernels.Twin with ..., got ...``.
 
     Example::
 
@@ -90,6 +99,10 @@ def register_twin(twin: T) -> T:
     """
     if not (isinstance(twin, type) and issubclass(twin, Twin)):
         fail("register_twin", "twin", "a subclass of hotkernels.Twin", repr(twin), TypeError)
+    for name in ("kind", "fits", "examples", "forward"):
+        if inspect.getattr_static(twin, name, None) is inspect.getattr_static(Twin, name, None):
+            expected = "a subclass of hotkernels.Twin with kind, fits, examples and forward"
+            fail("register_twin", "twin", expected, f"{twin.__name__} without {name}", TypeError)
     TWINS.insert(0, twin)
     return twin
 
@@ -121,37 +134,61 @@ def find_twin(module: nn.Module, verdicts: dict[Any, str | None]) -> type[Twin] 
 
 def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
     """What a module computes that its twin does not, in evaluation or in training without dropout; None if nothing."""
-    original = type(module)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     if device.type == "meta":
         return "on the meta device nothing can be compared"
-    with probe.seeded(device), torch.enable_grad():
+    with probe.seeded(device):
         copy = probe.replica(module)
-        for args in twin.examples(module):
-            leaves = probe.leaves(copy, args)
-            for training in (False, True):
-                copy.train(training)
-                copy.__class__ = original
-                state = torch.get_rng_state()
-                try:
-                    expected = copy.forward(*args)
-                    drawn = not torch.equal(state, torch.get_rng_state())
-                    gradients = probe.gradients(expected, leaves)
-                except Exception as error:  # an unknown module may raise anything
-                    return f"its forward or its gradient fails on plain input ({type(error).__name__})"
-                if drawn:
-                    return "its forward draws random numbers"
-                try:
-                    copy.__class__ = subclass(original, twin)
-                except TypeError as error:
-                    return f"its class cannot be derived from ({error})"
-                got = copy.forward(*args)
-                for what, theirs, ours in (
-                    ("output differs", expected, got),
-                    ("gradients differ", gradients, probe.gradients(got, leaves)),
-                ):
-                    if not probe.same(theirs, ours):
-                        return f"its {what} from {twin.kind}" + (" in training" if training else "")
+        if any(p.dtype in probe.HALF for p in copy.parameters()):
+            for args in twin.examples(copy):
+                if found := _differs(copy, twin, args, []):
+                    return found
+            copy.float()  # whose rounding hides no other function
+        with torch.enable_grad():
+            for args in pytree.tree_map(_wide, twin.examples(copy)):
+                leaves = probe.leaves(copy, args)
+                for training in (False, True):
+                    if found := _differs(copy.train(training), twin, args, leaves):
+                        return found + (" in training" if training else "")
+        copy.eval().requires_grad_(False)
+        for args in pytree.tree_map(_wide, twin.long_examples(copy)):
+            if found := _differs(copy, twin, args, []):
+                return found + " on long input"
+    return None
+
+
+def _wide(value: Any) -> Any:
+    """What an example holds, in float32 where it is in half precision."""
+    return value.float() if isinstance(value, Tensor) and value.dtype in probe.HALF else value
+
+
+def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: list[Tensor]) -> str | None:
+    """What a replica's forward computes on one input that the twin's does not; None if nothing."""
+    original = type(copy)
+    state, before = torch.get_rng_state(), probe.attributes(copy)
+    try:
+        expected = copy.forward(*args)
+        drawn = not torch.equal(state, torch.get_rng_state())
+        gradients = probe.gradients(expected, leaves)
+    except Exception as error:  # an unknown module may raise anything
+        return f"its forward or its gradient fails ({type(error).__name__})"
+    if drawn:
+        return "its forward draws random numbers"
+    if stored := probe.stored(copy, before):
+        return f"its forward stores {stored}"
+    try:
+        copy.__class__ = subclass(original, twin)
+    except Exception as error:  # of its metaclass or __init_subclass__
+        return f"its class cannot be derived from ({error})"
+    got = copy.forward(*args)
+    copy.__class__ = original
+    try:
+        if not probe.same(expected, got):
+            return f"its output differs from {twin.kind}"
+    except probe.IncomparableError as error:
+        return f"its output is {error}"
+    if not probe.same(gradients, probe.gradients(got, leaves)):
+        return f"its gradients differ from {twin.kind}"
     return None
 
 
@@ -186,10 +223,10 @@ def _obstacle(module: Any, takes: int, **linears: int) -> str | None:
         if name not in known and not isinstance(child, reducing.get(name, nn.Identity)):
             return f"it has {name}, a {type(child).__name__}"
     for name in known:
-        child, kinds = getattr(module, name, None), (nn.Dropout, nn.Identity) if "drop" in name else (nn.Linear,)
-        if not isinstance(child, kinds):
+        child, kinds = getattr(module, name, None), _DROPS if "drop" in name else (nn.Linear,)
+        if not isinstance(child, kinds) or (name == "attn_drop" and type(child) not in kinds):
             return f"{name} is {torch.typename(child)}"
-    if any(value for name, value in vars(module.attn_drop).items() if name.endswith("_hooks")):
+    if _has_hooks(module.attn_drop):
         return "attn_drop has hooks, which see the probabilities"
     heads, scale = getattr(module, "num_heads", None), getattr(module, "scale", None)
     if not isinstance(heads, int) or not isinstance(scale, (int, float)):
@@ -216,12 +253,20 @@ def _project(module: Any, attended: Tensor) -> Tensor:
     return module.proj_drop(linear(module.proj, attended))
 
 
-def _served(module: Any, *more: Any) -> bool:
-    """Whether a call is fused: further arguments are off, and so is dropout on the probabilities.
+def _served(module: Any, tokens: tuple[Tensor, ...], *more: Any) -> bool:
+    """Whether a call is fused: there are tokens, further arguments are off, and so is dropout on the probabilities.
 
-    That draws its random numbers in the layout of the probabilities, which is the module's own affair.
+    That draws its random numbers in the layout of the probabilities, which is the module's own affair, as is what else
+    was put in its place, or hooked to it, since the swap.
     """
-    return not dropout_p(module.attn_drop) and all(value is None or value is False for value in more)
+    drop = module.attn_drop
+    plain = type(drop) in _DROPS and not _has_hooks(drop) and not dropout_p(drop)
+    off = all(value is None or value is False for value in more)
+    return off and plain and all(x.numel() for x in tokens)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
 
 
 def _tokens(linear: Any, *shape: int) -> Tensor:
@@ -251,8 +296,12 @@ class _Attention(_Published):
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(_tokens(module.qkv, 2, 5),)]
 
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.qkv, 1, _LONG),)]
+
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
-        if not _served(self, *more, *named.values()):
+        if not _served(self, (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         return _project(self, Attention.attend(self, x))
 
@@ -271,8 +320,12 @@ class _FramesAttention(_Published):
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(_tokens(module.qkv, 2, 5, 3),)]
 
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.qkv, 1, *((2, _LONG) if module.mode == "spatial" else (_LONG, 2))),)]
+
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
-        if self.mode not in _ALONG or not _served(self, *more, *named.values()):
+        if self.mode not in _ALONG or not _served(self, (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         return _project(self, Attention.attend(self, x, _ALONG[self.mode]))
 
@@ -285,18 +338,25 @@ class _SequenceAttention(_Published):
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        if not _has(module, "qkv") or getattr(module, "mode", None) not in _ALONG:
+        if not (_has(module, "qkv") and hasattr(module, "mode")):
             return False
         if "seqlen" not in inspect.signature(type(module).forward).parameters:
             return False
+        if module.mode not in _ALONG:
+            return f"its mode is {module.mode}, not spatial or temporal"
         return _obstacle(module, 2, qkv=3) or True
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(_tokens(module.qkv, 6, 5), 3), (_tokens(module.qkv, 2, 5),)]
 
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        x = _tokens(module.qkv, 2, _LONG)
+        return [(x, 2) if module.mode == "spatial" else (x.transpose(0, 1).contiguous(), _LONG)]
+
     def forward(self: Any, x: Tensor, seqlen: int = 1, *more: Any, **named: Any) -> Any:
-        if self.mode not in _ALONG or not _served(self, *more, *named.values()):
+        if self.mode not in _ALONG or not _served(self, (x,), *more, *named.values()):
             return super().forward(x, seqlen, *more, **named)
         if self.mode == "spatial":
             return _project(self, Attention.attend(self, x))
@@ -321,8 +381,13 @@ class _CrossAttention(_Published):
         x = _tokens(module.linear_q, 3, 5)
         return [(x, _tokens(module.linear_q, 3, 5), _tokens(module.linear_q, 3, 5)), (x[:1].expand(3, -1, -1), x, x)]
 
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        x = _tokens(module.linear_q, 1, _LONG)
+        return [(_tokens(module.linear_q, 1, _LONG), x, x)]
+
     def forward(self: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor, *more: Any, **named: Any) -> Any:
-        if not _served(self, *more, *named.values()):
+        if not _served(self, (x_1, x_2, x_3), *more, *named.values()):
             return super().forward(x_1, x_2, x_3, *more, **named)
         return _project(self, CrossAttention.attend(self, x_1, x_2, x_3))
 
@@ -358,8 +423,13 @@ class _TokenAttention(_Published):
         query, keys = _token_dict(module, 5, ratio, 3 * ratio), _token_dict(module, 7, ratio, ratio)
         return [(query, keys), (query, {**keys, "token_score": torch.randn_like(keys["x"][..., :1])})]
 
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        H, W = (side * getattr(module, "sr_ratio", 1) for side in _LONG_SIDES)
+        return [(_token_dict(module, _LONG, H, W, B=1), _token_dict(module, _LONG, H, W, B=1))]
+
     def forward(self: Any, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Any:
-        if not _served(self):
+        if not _served(self, (q_dict["x"], kv_dict["x"])):
             return super().forward(q_dict, kv_dict)
         keys, score = kv_dict["x"], kv_dict.get("token_score")
         if _reduces(self):
@@ -386,22 +456,27 @@ class _GridAttention(_Published):
         H, W = 2 * ratio, 3 * ratio
         return [(_tokens(module.q, 2, H * W), H, W)]
 
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        H, W = (side * getattr(module, "sr_ratio", 1) for side in _LONG_SIDES)
+        return [(_tokens(module.q, 1, H * W), H, W)]
+
     def forward(self: Any, x: Tensor, H: int, W: int) -> Any:
-        if not _served(self):
+        if not _served(self, (x,)):
             return super().forward(x, H, W)
         keys = _reduced(self, x.transpose(1, 2).unflatten(2, (H, W))) if _reduces(self) else x
         return _attend(self, x, keys, None)
 
 
-def _token_dict(module: Any, N: int, H: int, W: int) -> dict[str, Any]:
+def _token_dict(module: Any, N: int, H: int, W: int, B: int = 2) -> dict[str, Any]:
     """N random tokens for a map of H x W, on an initial grid of 2H x 3H."""
     return {
-        "x": _tokens(module.q, 2, N),
+        "x": _tokens(module.q, B, N),
         "token_num": N,
         "map_size": [H, W],
         "init_grid_size": [2 * H, 3 * H],
-        "idx_token": torch.randint(N, (2, 6 * H * H), device=module.q.weight.device),
-        "agg_weight": _tokens(module.q, 2, 6 * H * H)[..., :1].abs(),
+        "idx_token": torch.randint(N, (B, 6 * H * H), device=module.q.weight.device),
+        "agg_weight": _tokens(module.q, B, 6 * H * H)[..., :1].abs(),
     }
 
 
