@@ -1,0 +1,272 @@
+"""The clustering and merging functions that hotkernels.swap finds in what a model calls, and those out of its reach."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from types import ModuleType
+from typing import Any
+
+import published
+import pytest
+import torch
+from test_swap import answer, swapped_modules
+from torch import Tensor, nn
+
+import hotkernels
+from hotkernels.baselines import AttentionEager
+from hotkernels.models import eager
+from hotkernels.models.eager import cluster_dpc_knn
+
+# Functions of a file that have a published name and are not the published function.
+
+
+def file_with(source: str) -> Any:
+    """A module class `M` whose file is `source`, after the imports of the published one."""
+    names: dict[str, Any] = {**vars(published), "__name__": "published"}
+    exec(source, names)
+    return names["M"]
+
+
+MODULE = """
+class M(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = AttentionEager(8, 2)
+    def forward(self, x):
+        return {call}
+"""
+
+
+@pytest.mark.parametrize(
+    ("define", "call", "reason"),
+    [
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    return theirs(x, cluster_num, k, token_mask)[::-1]",
+            "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    return theirs(x + 0 * torch.rand(x.shape), cluster_num, k, token_mask)",
+            "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    return theirs(x, cluster_num, min(k, cluster_num), token_mask)",
+            "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    return theirs(x, cluster_num, min(k, 5), token_mask)",
+            "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(token_dict, cluster_num, k=5, token_mask=None):\n"
+            "    return theirs(token_dict['x'], cluster_num, min(k, cluster_num), token_mask)[1], cluster_num",
+            "cluster_dpc_knn({'x': x}, 3)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "def cluster_dpc_knn(x, cluster_num, coords): return x",
+            "cluster_dpc_knn(x, 3, None)",
+            "forward: cluster_dpc_knn: its arguments (x, cluster_num, coords) are of no published form",
+        ),
+        (
+            "",
+            "self.cluster_dpc_knn(x) if x is None else cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: cluster_dpc_knn is also the name of an attribute",
+        ),
+    ],
+)
+def test_functions_left_alone(define: str, call: str, reason: str) -> None:
+    model = file_with(define + MODULE.format(call=call))()
+    report = hotkernels.swap(model)
+    assert report.left == [("", reason)]
+    assert report.functions == []
+    assert type(model).__name__ == "M"
+
+
+@pytest.mark.parametrize(
+    ("define", "call", "ours"),
+    [
+        ("", "(lambda y: cluster_dpc_knn(y, 3, 4))(x)", "hot.cluster_dpc_knn"),
+        ("def choose(x): return cluster_dpc_knn(x, 3, 4)", "choose(x)", "hot.cluster_dpc_knn"),
+        ("chosen = cluster_dpc_knn", "chosen(x, 3, 4)", "hot.cluster_dpc_knn"),
+        ("", "[cluster_dpc_knn_center(y, 3, k=4, center=4) for y in (x,)]", "hot.cluster_dpc_knn_center"),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k=5, token_mask=None):\n"
+            "    return theirs(x.float(), cluster_num, k, token_mask)[1], cluster_num",
+            "cluster_dpc_knn(x, 3)",
+            "prunevid.cluster_dpc_knn",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(token_dict, cluster_num, k=5, token_mask=None):\n"
+            "    return theirs(token_dict['x'].float(), cluster_num, k, token_mask)[1], cluster_num",
+            "cluster_dpc_knn({'x': x}, 6)",
+            "chat_univi.cluster_dpc_knn",
+        ),
+    ],
+)
+def test_functions_found(define: str, call: str, ours: str) -> None:
+    model, x = file_with(define + MODULE.format(call=call))(), torch.randn(2, 9, 8)
+    torch.manual_seed(0)
+    expected = model(x)
+    report = hotkernels.swap(model, example_inputs=x)
+    assert [what.rpartition("hotkernels.compat.")[2] for _, what in report.functions] == [ours]
+    torch.manual_seed(0)
+    assert str(model(x)) == str(expected)
+
+
+UTILS = """
+import math
+def helper(x): return cluster_dpc_knn(x, 3, 4)
+"""
+
+
+@pytest.fixture
+def utils(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A file `pack.utils` with clustering functions, and the package that holds it."""
+    package: Any = ModuleType("pack")
+    package.utils = ModuleType("pack.utils")
+    vars(package.utils).update({**vars(published), "__name__": "pack.utils"})
+    exec(UTILS, vars(package.utils))
+    monkeypatch.setitem(sys.modules, "pack", package)
+    monkeypatch.setitem(sys.modules, "pack.utils", package.utils)
+    return package.utils
+
+
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        ("utils.cluster_dpc_knn(x, 3, 4)", "utils.cluster_dpc_knn"),
+        ("pack.utils.cluster_dpc_knn(x, 3, 4), pack.utils.math.inf", "pack.utils.cluster_dpc_knn"),
+        ("utils.cluster_dpc_knn_center(x, 3, 4, 4), utils.math.inf", "utils.cluster_dpc_knn_center"),
+        ("utils.helper(x)", "utils.helper: cluster_dpc_knn"),
+    ],
+)
+def test_functions_of_an_imported_module(utils: Any, call: str, found: str) -> None:
+    """Only for the swapped model; what else changes in that file is seen by it."""
+    cls = file_with("import pack\nfrom pack import utils\n" + MODULE.format(call=call))
+    model, other, x = cls(), cls(), torch.randn(2, 9, 8)
+    torch.manual_seed(0)
+    expected = str(model(x))
+    theirs = utils.cluster_dpc_knn, utils.helper
+    report = hotkernels.swap(model, example_inputs=x)
+    assert [line.replace("forward, ", "").replace("forward: ", "") for _, line in report.functions] == [
+        f"{found} is hotkernels.compat.hot.{found.rpartition('.')[2].rpartition(' ')[2]}"
+    ]
+    assert (utils.cluster_dpc_knn, utils.helper) == theirs
+    for each in (model, other, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(0)
+        assert str(each(x)) == expected
+    utils.cluster_dpc_knn = utils.cluster_dpc_knn_center = None
+    model(x)
+    with pytest.raises(TypeError):
+        other(x)
+    if "math" in call:
+        utils.math = None
+        with pytest.raises(AttributeError):
+            model(x)
+
+
+@pytest.mark.parametrize(
+    ("define", "call", "reason"),
+    [
+        ("", "(self.cluster_dpc_knn(x, 3, 4), 1)", "forward: cluster_dpc_knn: it is an attribute of an object"),
+        (
+            "def f(): return 1",
+            "vars(utils)['cluster_dpc_knn'](x, 3, 4), utils.cluster_dpc_knn(x, 3, 4)",
+            "used by itself",
+        ),
+        (
+            "",
+            "utils.cluster_dpc_knn(x, 3, 4), x.utils",
+            "forward: utils.cluster_dpc_knn: utils is also the name of an a",
+        ),
+        (
+            "from functools import partial\nchoose = partial(cluster_dpc_knn, k=4)",
+            "choose(x, 3)",
+            "forward: choose: it is a partial",
+        ),
+        (
+            "def closed(f):\n    def choose(x): return f(x, 3, 4)\n    return choose\nchoose = closed(cluster_dpc_knn)",
+            "choose(x)",
+            "forward: f: a closure holds it",
+        ),
+        (
+            "def closed(f):\n    def choose(x): return f(x)\n    return choose\n"
+            "choose = closed(lambda x: cluster_dpc_knn(x, 3, 4))",
+            "choose(x)",
+            "forward: f: a closure holds it",
+        ),
+    ],
+)
+def test_functions_out_of_reach(utils: Any, define: str, call: str, reason: str) -> None:
+    model = file_with(f"from pack import utils\n{define}\n" + MODULE.format(call=call))()
+    report = hotkernels.swap(model)
+    assert [path for path, _ in report.left] == [""]
+    assert reason in report.left[0][1]
+    assert report.functions == []
+    assert type(model).__name__ == "M"
+
+
+class Held(nn.Module):
+    """Holds the function as its methods do not name it."""
+
+    on_the_class = staticmethod(cluster_dpc_knn)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = AttentionEager(8, 2)
+        self.here = functools.partial(cluster_dpc_knn, k=4)
+
+    def forward(self, x: Tensor) -> Any:
+        from hotkernels.models.eager import cluster_dpc_knn_center
+
+        return self.here(x, 3), self.on_the_class(x, 3, 4), cluster_dpc_knn_center(x, 3, 4, 4)
+
+
+def test_functions_that_objects_hold() -> None:
+    assert hotkernels.swap(Held()).left == [
+        ("", "on_the_class: it is cluster_dpc_knn, held as an attribute"),
+        ("", "forward: cluster_dpc_knn_center: it is imported inside the function"),
+        ("", "here: it is cluster_dpc_knn, held as an attribute"),
+    ]
+
+
+def test_called_by_a_method_of_the_instance() -> None:
+    model = published.MotionAGFormer()
+    model.forward = model.forward  # as libraries do that wrap it
+    report = hotkernels.swap(model)
+    assert report.left == [("", "forward: it was replaced on the instance")]
+    assert "" not in swapped_modules(model)
+
+
+def test_called_by_a_method_that_is_overridden() -> None:
+    class Derived(eager.HoTMixSTEEager):
+        def forward(self, x: Tensor, index: Tensor | None = None) -> Any:
+            return super().forward(x, index)
+
+    report = hotkernels.swap(Derived(channels=32, depth=2))
+    assert report.functions == []
+    assert report.left == [("", "forward: _chosen: called in a method that a derived class overrides")]
+
+
+def test_a_method_keeps_its_defaults_and_closure() -> None:
+    class Chosen(nn.Linear):
+        def forward(self, x: Tensor, number: int = 3, *, scale: float = 2.0) -> Tensor:
+            """Scaled."""
+            index, _ = cluster_dpc_knn(x, number, 5)
+            return super().forward(x.gather(1, index[..., None].expand(-1, -1, 8))) * scale
+
+    model, x = Chosen(8, 8), torch.randn(2, 9, 8)
+    expected, _ = answer(model, x)
+    report = hotkernels.swap(model, example_inputs=x)
+    assert [path for path, _ in report.functions] == [""]
+    torch.testing.assert_close(answer(model, x)[0], expected)
+    assert model.forward.__doc__ == "Scaled."

@@ -1,0 +1,344 @@
+"""What hotkernels.swap recognises as attention, and what looks like it and is left alone, with which reason."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import published
+import published_tcformer
+import pytest
+import torch
+from published import VisionAttention
+from published_tcformer import GridAttention, TCAttention
+from torch import Tensor, nn
+
+import hotkernels
+from hotkernels.baselines import AttentionEager, CrossAttentionEager
+from hotkernels.models import eager
+
+# What looks like plain attention and is not. All of it would pass a look at a fresh module's output or at its layers.
+
+
+class RelativeBias(AttentionEager):
+    def __init__(self) -> None:
+        super().__init__(32, 4)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 4))
+
+
+class Rotary(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        angle = torch.arange(N)[:, None] * torch.logspace(0, -1, q.shape[-1] // 2)
+        turn = torch.polar(torch.ones_like(angle), angle)
+        q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * turn).flatten(-2) for t in (q, k))
+        return self.proj(((q @ k.mT * self.scale).softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class Residual(AttentionEager):
+    """Zero at the start, as a projection that is initialised to zero hides."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 4)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.proj(x)
+
+
+class DropKey(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * (torch.rand(x.shape[:2]) > 0.1)[..., None]) if self.training else super().forward(x)
+
+
+class TrainingScale(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.1 if self.training else 1.0)
+
+
+class ReturnsWeights(AttentionEager):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), None
+
+
+class StoresMap(AttentionEager):
+    """What a model prunes by later: on the module or in a list of its."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(32, 4)
+        self.where, self.maps = where, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        attn = (q @ k.mT * self.scale).softmax(-1)
+        if self.where == "list":
+            self.maps.append(attn.detach())
+        elif self.where == "attribute" or self.training:
+            self.attn_map = attn.detach()
+        return self.proj((attn @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class Limited(AttentionEager):
+    """Plain attention where there are few tokens; what else it does says `limit`."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(32, 4)
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        logits = q @ k.mT * self.scale
+        if self.limit == "window":
+            far = (torch.arange(N) - torch.arange(N)[:, None]).abs() > 128
+            logits = logits.masked_fill(far, -torch.inf)
+        elif self.limit == "top-k":
+            least = logits.topk(min(256, N)).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        elif self.limit == "chunks":
+            chunk = torch.arange(N) // 49
+            logits = logits.masked_fill(chunk != chunk[:, None], -torch.inf)
+        elif self.limit == "log N":
+            logits = logits * max(1.0, math.log(N, 197))
+        elif N > 256:
+            raise IndexError
+        return self.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class ShortFrames(published.FramesAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if x.shape[1 if self.mode == "temporal" else 2] <= 243 else 0.5)
+
+
+class ShortSequence(eager.MotionBERTAttention):
+    def forward(self, x: Tensor, seqlen: int = 1) -> Tensor:
+        return super().forward(x, seqlen) * (1.0 if (seqlen if self.mode == "temporal" else x.shape[1]) <= 243 else 0.5)
+
+
+class ShortCross(CrossAttentionEager):
+    def forward(self, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tensor:
+        return super().forward(x_1, x_2[:, :243], x_3[:, :243])
+
+
+class ShortGrid(GridAttention):
+    def attend(self, x: Tensor, keys: Tensor, score: Tensor | None = None) -> Tensor:
+        return super().attend(x, keys[:, :243], score if score is None else score[:, :243])
+
+
+class ShortTokens(TCAttention):
+    def attend(self, x: Tensor, keys: Tensor, score: Tensor | None = None) -> Tensor:
+        return super().attend(x, keys[:, :243], score if score is None else score[:, :243])
+
+
+class Cooler(AttentionEager):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.temperature = 0.9
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return self.proj(((q @ k.mT * self.scale * self.temperature).softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class Alibi(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        slope = 0.25 * 0.5 ** torch.arange(2, 2 * self.num_heads + 2, 2, dtype=x.dtype)
+        bias = -slope[:, None, None] * (torch.arange(N) - torch.arange(N)[:, None]).abs()
+        return self.proj(((q @ k.mT * self.scale + bias).softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class WiderInHalf(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if x.dtype == torch.float32 else 1.5)
+
+
+class NeedsMask(AttentionEager):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x) * mask
+
+
+class Window(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.unflatten(1, (-1, 7))
+        return super().forward(windows.flatten(0, 1)).unflatten(0, windows.shape[:2]).flatten(1, 2)
+
+
+class Unfit(AttentionEager):
+    """No class can be derived from it without an argument."""
+
+    def __init_subclass__(cls, *, x: int) -> None:
+        super().__init_subclass__()
+
+
+class SomeAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(32, 32) for _ in range(3))
+
+
+def replaced_forward() -> nn.Module:
+    module = AttentionEager(32, 4)
+    module.forward = lambda x: x
+    return module
+
+
+def hooked_probabilities() -> nn.Module:
+    module = AttentionEager(32, 4)
+    module.attn_drop.register_forward_hook(lambda *_: None)
+    return module
+
+
+def with_qkv(layer: nn.Module) -> nn.Module:
+    module = AttentionEager(32, 4)
+    module.qkv = layer
+    return module
+
+
+def with_ratio(ratio: Any, layer: nn.Module | None = None) -> nn.Module:
+    module = GridAttention(32, 4, sr_ratio=2)
+    module.sr_ratio, module.sr = ratio, layer or module.sr
+    return module
+
+
+def with_reduced_qkv() -> nn.Module:
+    module = AttentionEager(32, 4)
+    module.sr_ratio, module.sr = 2, nn.Conv2d(32, 32, 2, 2)
+    return module
+
+
+class NoTokenMap(TCAttention):
+    def __init__(self) -> None:
+        super().__init__(32, 4, sr_ratio=2)
+
+    def forward(self, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Tensor:
+        return super().forward(q_dict, kv_dict)
+
+
+class MapOfKeys(NoTokenMap):
+    def forward(self, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Tensor:
+        return published_tcformer.TCAttention.forward(self, {**q_dict, "map_size": kv_dict["map_size"]}, kv_dict)
+
+
+class DetachedScore(NoTokenMap):
+    def forward(self, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Tensor:
+        score = kv_dict["token_score"].detach() if "token_score" in kv_dict else kv_dict["x"][..., :1] * 0
+        return published_tcformer.TCAttention.forward(self, q_dict, {**kv_dict, "token_score": score})
+
+
+class Decorated(AttentionEager):
+    def __init__(self) -> None:
+        super().__init__(32, 4)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "q and k norms": (lambda: VisionAttention(32, 4, qk_norm=True), "it has q_norm, a LayerNorm"),
+    "relative bias": (RelativeBias, "it has relative_position_bias_table"),
+    "rotary": (lambda: Rotary(32, 4), "its output differs from attention"),
+    "residual": (Residual, "its output differs from attention"),
+    "drop key": (lambda: DropKey(32, 4), "its forward draws random numbers in training"),
+    "training scale": (lambda: TrainingScale(32, 4), "its output differs from attention in training"),
+    "returns weights": (lambda: ReturnsWeights(32, 4), "its output differs from attention"),
+    "stores its map": (lambda: StoresMap("attribute"), "its forward stores attn_map"),
+    "stores its map in training": (lambda: StoresMap("training"), "its forward stores attn_map in training"),
+    "adds to a list": (lambda: StoresMap("list"), "its forward stores maps"),
+    "window of 256": (lambda: Limited("window"), "its output differs from attention on long input"),
+    "256 largest": (lambda: Limited("top-k"), "its output differs from attention on long input"),
+    "chunks of 49": (lambda: Limited("chunks"), "its output differs from attention on long input"),
+    "scaled by log N": (lambda: Limited("log N"), "its output differs from attention on long input"),
+    "at most 256": (lambda: Limited("error"), "its forward or its gradient fails (IndexError) on long input"),
+    "cross-attention to 243": (
+        lambda: ShortCross(32, 4),
+        "its output differs from cross-attention on long input",
+    ),
+    "243 tokens": (
+        lambda: ShortTokens(32, 4, sr_ratio=2),
+        "its output differs from attention over tokens with scores on long input",
+    ),
+    **{
+        f"243 of {cls.func.__name__}, {mode}": (
+            lambda cls=cls, mode=mode: cls(mode=mode),
+            "its output differs from attention over frames or joints on long input",
+        )
+        for cls in (
+            functools.partial(ShortFrames, 32, 32, 4),
+            functools.partial(ShortSequence, 32, 4),
+        )
+        for mode in ("spatial", "temporal")
+    },
+    "reduced to 243": (
+        lambda: ShortGrid(32, 4, sr_ratio=2),
+        "its output differs from attention over a grid on long input",
+    ),
+    "needs a mask": (lambda: NeedsMask(32, 4), "its forward takes x, mask"),
+    "windows": (lambda: Window(32, 4), "its forward or its gradient fails (RuntimeError)"),
+    "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its mode is vanilla, not spatial or temporal"),
+    "ratio per side": (lambda: with_ratio((2, 4)), "sr_ratio is (2, 4)"),
+    "ratio on qkv": (lambda: with_reduced_qkv(), "it has sr, a Conv2d"),
+    "reduced otherwise": (lambda: with_ratio(2, nn.Conv1d(32, 32, 2)), "it has sr, a Conv1d"),
+    "no token2map": (NoTokenMap, "it reduces its keys (sr_ratio = 2) without a token2map of its file"),
+    "map of the keys": (MapOfKeys, "its output differs from attention over tokens with scores"),
+    "detached score": (DetachedScore, "its gradients differ from attention over tokens with scores"),
+    "unfit class": (
+        lambda: Unfit(32, 4),
+        "its class cannot be derived from (Unfit.__init_subclass__() missing 1 required keyword-only argument: 'x')",
+    ),
+    "no gradient": (Decorated, "its forward is decorated"),
+    "torch's": (lambda: nn.MultiheadAttention(32, 4), "a form of attention that swap does not know"),
+    "unknown": (SomeAttention, "a form of attention that swap does not know"),
+    "ours": (lambda: hotkernels.nn.Attention(32, 4), "it is fused as it is"),
+    "instance forward": (replaced_forward, "its forward was replaced on the instance"),
+    "hooked probabilities": (hooked_probabilities, "attn_drop has hooks, which see the probabilities"),
+    "quantised": (
+        lambda: with_qkv(torch.ao.nn.quantized.dynamic.Linear(32, 96)),
+        "qkv is torch.ao.nn.quantized.dynamic.modules.linear.Linear",
+    ),
+    "no qkv": (lambda: with_qkv(nn.Linear(32, 64)), "qkv makes 64 channels of 32 where proj takes 32"),
+    "wide heads": (lambda: AttentionEager(514, 2), "2 heads of 514 channels: a head has at most 256"),
+    "meta device": (lambda: AttentionEager(32, 4).to("meta"), "on the meta device nothing can be compared"),
+    "scripted": (lambda: torch.jit.trace(AttentionEager(32, 4), torch.ones(1, 2, 32)), "it is scripted"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("what", LEFT)
+def test_left_alone_with_a_reason(what: str) -> None:
+    make, reason = LEFT[what]
+    odd = make()
+    cls = type(odd)
+    report = hotkernels.swap(nn.ModuleDict({"odd": odd, "plain": AttentionEager(32)}))
+    assert getattr(odd, "maps", []) == []
+    assert report.left == [("odd", reason)]
+    assert report.replaced == [("plain", "attention")]
+    assert type(odd) is cls
+    with pytest.raises(ValueError, match=r"swap: model must be one with a module that swap knows, got .+") as error:
+        hotkernels.swap(odd)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("change", ["Cooler", "Alibi", "WiderInHalf"])
+def test_rounding_in_half_precision_hides_nothing(dtype: torch.dtype, change: str) -> None:
+    """Of a module: rounding to half precision is larger than what some of these change."""
+    model = nn.Sequential(globals()[change](64, 4), AttentionEager(64, 4)).to(dtype)
+    report = hotkernels.swap(model)
+    assert report.left == [("0", "its output differs from attention")]
+    assert report.replaced == [("1", "attention")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_half_precision_of_16_blocks_is_no_difference(dtype: torch.dtype) -> None:
+    model = eager.HoTMixSTEEager(frames=81, token_num=27, layer_index=3, channels=64, depth=8).to(dtype)
+    report = hotkernels.swap(model, example_inputs=torch.randn(2, 81, 17, 2, dtype=dtype))
+    assert len(report.replaced) == 17
