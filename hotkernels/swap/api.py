@@ -82,9 +82,12 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
             run on them. The model is then as it was.
 
     Numerics: as the operators; the random numbers drawn are those of the original. Training with dropout on the
-        probabilities runs the original forward, as such dropout draws in its own layout. Probes run in the model's own
-        dtypes and devices, with random parameters, and compare to the root of the dtype's epsilon. `torch.func`
-        transforms and `torch.jit.trace` do not see into the fused operators: unswap for them.
+        probabilities runs the original forward, as such dropout draws in its own layout. Probes run on the
+        model's own devices, with random parameters: outputs and gradients of a few tokens, outputs alone of some
+        hundred, in the model's dtypes and, for half precision, in float32. They compare to the root of the dtype's
+        epsilon (in half precision 8 epsilons), as does the check by example_inputs, which sees what probes do not: a
+        window of 512 tokens. `torch.func` transforms and `torch.jit.trace` do not see into the fused operators: unswap
+        for them.
 
     Cost: no memory; milliseconds per form and size of attention.
 
