@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+HALF = (torch.float16, torch.bfloat16)
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER = (torch.int64, torch.int32)
 INTS: Any = (int, torch.SymInt, numbers.Integral)  # the last are NumPy's

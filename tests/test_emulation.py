@@ -100,3 +100,22 @@ def test_gpu_backend_without_a_gpu(processes: dict[str, Process], name: str) -> 
     ran = re.search(rf"kernel tests run per backend: {name.partition(' ')[0]} (\d+)", said)
     assert ran, f"no kernel test ran: {name}"
     print(ran[0])
+
+
+@pytest.mark.parametrize(("given", "taken", "said"), [(4, 3, "load"), (3, 4, "store")])
+def test_the_interpreter_sees_what_is_out_of_bounds(given: int, taken: int, said: str) -> None:
+    pytest.importorskip("triton")
+    script = (
+        "import torch; from emulation.bounds import copy_kernel, install; install()\n"
+        "a, b = torch.zeros(8)[:{}], torch.ones(8)[:{}]\n"
+        "copy_kernel[(1,)](a, b, {}, BLOCK=8); print('copied')\n"
+    )
+    for n in (3, 4):
+        run = subprocess.run(
+            [sys.executable, "-c", script.format(given, taken, n)],
+            env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
+            capture_output=True,
+            text=True,
+        )
+        assert ("copied" in run.stdout) == (n == 3), run.stderr
+        assert (f"{said} out of bounds: 1 of {n} elements" in run.stderr) == (n == 4), run.stderr

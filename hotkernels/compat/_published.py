@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FLOATING, check_int, check_tensor
+from ..errors import FLOATING, HALF, check_int, check_tensor
 from ..ops.dpc_knn import dpc_knn
 from ..ops.gather_tokens import gather_tokens
 from ..ops.merge_tokens import merge_tokens
@@ -32,7 +32,7 @@ def cluster(
     B, N, _ = x.shape
     check_int("cluster_dpc_knn", "cluster_num", cluster_num, 1, N, "N = ")
     # cdist is on autocast's float32 list, and so the published density is float32 there.
-    half = x.dtype in (torch.float16, torch.bfloat16)
+    half = x.dtype in HALF
     dtype = torch.float32 if half and torch.is_autocast_enabled(x.device.type) else x.dtype
     noise = torch.rand(B, N, device=x.device, dtype=dtype) * 1e-6
     mask = None

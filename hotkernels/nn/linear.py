@@ -26,10 +26,15 @@ _LEAST = 1 << 22
 _LEAST_ROWS = 192 if _MKL_IS_FAST else 32
 
 
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether calling a layer calls something else, too."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
+
+
 def is_bare(layer: nn.Module) -> bool:
     """Whether a layer is its weight and bias alone: no derived class, no hook (as weight_norm is), no other forward."""
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer) and not _has_any_global_hook()
+    hooked = has_hooks(layer) or _has_any_global_hook()
+    return type(layer) is nn.Linear and not hooked and "forward" not in vars(layer)
 
 
 def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils import _pytree as pytree
 
-from ..errors import fail
+from ..errors import HALF, fail
 from ..nn.attention import Attention, CrossAttention, dropout_p
-from ..nn.linear import linear
+from ..nn.linear import has_hooks, linear
 from ..ops.gathered_attention import gathered_attention
 from ..ops.gathered_attention.api import MAX_HEAD_DIM
 from . import probe
@@ -139,7 +139,7 @@ def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
         return "on the meta device nothing can be compared"
     with probe.seeded(device):
         copy = probe.replica(module)
-        if any(p.dtype in probe.HALF for p in copy.parameters()):
+        if any(p.dtype in HALF for p in copy.parameters()):
             for args in twin.examples(copy):
                 if found := _differs(copy, twin, args, []):
                     return found
@@ -159,7 +159,7 @@ def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
 
 def _wide(value: Any) -> Any:
     """What an example holds, in float32 where it is in half precision."""
-    return value.float() if isinstance(value, Tensor) and value.dtype in probe.HALF else value
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
 def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: list[Tensor]) -> str | None:
@@ -226,7 +226,7 @@ def _obstacle(module: Any, takes: int, **linears: int) -> str | None:
         child, kinds = getattr(module, name, None), _DROPS if "drop" in name else (nn.Linear,)
         if not isinstance(child, kinds) or (name == "attn_drop" and type(child) not in kinds):
             return f"{name} is {torch.typename(child)}"
-    if _has_hooks(module.attn_drop):
+    if has_hooks(module.attn_drop):
         return "attn_drop has hooks, which see the probabilities"
     heads, scale = getattr(module, "num_heads", None), getattr(module, "scale", None)
     if not isinstance(heads, int) or not isinstance(scale, (int, float)):
@@ -260,13 +260,9 @@ def _served(module: Any, tokens: tuple[Tensor, ...], *more: Any) -> bool:
     was put in its place, or hooked to it, since the swap.
     """
     drop = module.attn_drop
-    plain = type(drop) in _DROPS and not _has_hooks(drop) and not dropout_p(drop)
+    plain = type(drop) in _DROPS and not has_hooks(drop) and not dropout_p(drop)
     off = all(value is None or value is False for value in more)
     return off and plain and all(x.numel() for x in tokens)
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
 
 
 def _tokens(linear: Any, *shape: int) -> Tensor:

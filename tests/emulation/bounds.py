@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import triton
+import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
 _given: list[tuple[int, int]] = []  # addresses [begin, end) of the running kernel's tensors
@@ -48,3 +50,10 @@ def install() -> None:
     interpreter.GridExecutor._init_args_hst = remember
     interpreter.InterpreterBuilder.create_masked_load = checked_load
     interpreter.InterpreterBuilder.create_masked_store = checked_store
+
+
+@triton.jit
+def copy_kernel(to_ptr, from_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a test of this file runs: n numbers, whether they exist or not."""
+    i = tl.arange(0, BLOCK)
+    tl.store(to_ptr + i, tl.load(from_ptr + i, mask=i < n), mask=i < n)

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ...backends import Kernel, choose, differentiable_once, fake, register, wants_grad
-from ...errors import FLOATING, INTEGER, check_float, check_index, check_int, check_tensor, fail, matches
+from ...errors import FLOATING, HALF, INTEGER, check_float, check_index, check_int, check_tensor, fail, matches
 from .reference import merge_tokens_reference
 
 _OP = "merge_tokens"
-_HALF = (torch.float16, torch.bfloat16)
 register(
     _OP,
     torch=Kernel(FLOATING),
@@ -32,7 +31,7 @@ class MergeTokens(torch.autograd.Function):
         need_weight = ctx.needs_input_grad[3]
         out, total, mean = torch.ops.hotkernels.merge_tokens_fwd(x, assignment, num_clusters, weight, eps, need_weight)
         # In half types, out is rounded: too coarse for the small difference x - out that is a weight's gradient.
-        half = x.dtype in _HALF
+        half = x.dtype in HALF
         ctx.save_for_backward(mean if half and need_weight else out, total, x, assignment, weight)
         return out
 
@@ -102,7 +101,7 @@ def merge_tokens(
         check_tensor(_OP, "weight", weight, "[B, N] or [B, N, 1]", FLOATING, device=x.device)
         if not (matches(weight.shape, (B, N)) or matches(weight.shape, (B, N, 1))):
             fail(_OP, "weight", f"[B, N] or [B, N, 1] with B = {B}, N = {N}", list(weight.shape))
-        if x.dtype in _HALF and weight.dtype not in _HALF:
+        if x.dtype in HALF and weight.dtype not in HALF:
             out = merge_tokens(x.float(), assignment, num_clusters, weight.float(), eps, backend=backend)
             return out.to(x.dtype)
         weight = (weight if weight.dim() == 2 else weight[..., 0]).to(x.dtype).contiguous()
@@ -123,7 +122,7 @@ def _merge_tokens_fwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     B, _, C = x.shape
-    kept = B if need_mean and x.dtype in _HALF else 0
+    kept = B if need_mean and x.dtype in HALF else 0
     total, mean = x.new_empty(B, num_clusters, dtype=compute), x.new_empty(kept, num_clusters, C, dtype=compute)
     return x.new_empty(B, num_clusters, C), total, mean
 
