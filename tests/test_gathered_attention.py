@@ -75,6 +75,20 @@ def test_as_accurate_as_sdpa(backend: str, D: int, dtype: torch.dtype) -> None:
         assert (a.double() - exact).abs().max() <= allowed
 
 
+@on_every_cpp
+@pytest.mark.parametrize(("shape", "of_one_sign", "most"), [((9, 17, 256), False, 2.0), ((100, 512, 32), True, 1.5)])
+def test_long_sums_are_as_accurate_as_sdpa(
+    backend: str, shape: tuple[int, int, int], of_one_sign: bool, most: float
+) -> None:
+    """Over channels, and over keys with values of one sign; root mean squares, which no floor has to excuse."""
+    Nq, Nk, D = shape
+    query, key, value = heads(16, Nq=Nq, Nk=Nk, D=D)
+    args = (query * 0.5, key * 0.5, value.abs()) if of_one_sign else (query, key, value)
+    truth = F.scaled_dot_product_attention(*upcast(args))
+    ours, theirs = (f(*args).double() - truth for f in (gathered_attention, F.scaled_dot_product_attention))
+    assert ours.square().mean().sqrt() <= theirs.square().mean().sqrt() * most
+
+
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_log_sum_exp_and_its_gradient(backend: str, kind: str, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ namespace hotkernels::HK_ISA {
 namespace {
 
 constexpr int kMaxVectors = W == 16 ? 4 : 3;  // of columns; AVX-512 has 32 registers, the others 16
+constexpr int64_t kMaxDepth = 128;  // of products added up one by one; more are sums of such sums, for their rounding
 
 // Rows per register tile of V vectors: R * V accumulators + V columns + 1 broadcast fit the register file.
 constexpr int tile_rows(int vectors) { return W == 16 ? (vectors == 4 ? 6 : 8) : 4; }
@@ -55,6 +56,10 @@ template <bool by_column, class T>
 inline void multiply(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t rows, int64_t vectors,
                      int64_t depth, T* t, int64_t t_stride, bool add) {
   constexpr int lanes = Simd<T>::lanes;
+  for (; depth > kMaxDepth; depth -= kMaxDepth, add = true) {
+    multiply<by_column>(a, a_stride, b, b_stride, rows, vectors, kMaxDepth, t, t_stride, add);
+    a += by_column ? kMaxDepth * a_stride : kMaxDepth, b += kMaxDepth * b_stride;
+  }
   for (int64_t v = 0; v < vectors;) {
     const int64_t left = vectors - v;
     const T* cols = b + v * lanes;
