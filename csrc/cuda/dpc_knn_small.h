@@ -500,150 +500,186 @@ __device__ inline float sum_of_smallest(const float (&value)[kMaxAcross], int k)
 
 // All that follows the products, for the rows of this block.
 template <class Team>
-__device__ void choose(const DpcKnn& p, int64_t b, const Team& team, Shared& s, int n) {
+struct Choice {
+  const DpcKnn& p;
+  const int64_t b;
+  const Team& team;
+  Shared& s;
+  const int n;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
-  const int N = static_cast<int>(p.N), M = static_cast<int>(p.M), num_keep = static_cast<int>(p.num_keep);
-  const int k = static_cast<int>(min(p.k, int64_t{n})), across = ceil_div(n, kTile), stride = row_stride(across);
-  const Rows<Team> mine(team, n);
-  const auto row = [&](int i) { return team.rows + (i - mine.first) * stride; };
+  const int num_keep = static_cast<int>(p.num_keep), stride = row_stride(ceil_div(n, kTile));
   const bool noisy = p.noise != nullptr;
+  const Rows<Team> mine{team, n};
+
+  __device__ float* row(int i) const { return team.rows + (i - mine.first) * stride; }
   // In each step a lane meets every 32nd token, and itself where there is none: what it reads then decides nothing, and
   // the reads need not wait for a branch.
-  const auto is_token = [&](int e) { return e * kWarp + lane < n; };
-  const auto token_or = [&](int e, int i) { return is_token(e) ? e * kWarp + lane : i; };
+  __device__ bool is_token(int e) const { return e * kWarp + lane < n; }
+  __device__ int token_or(int e, int i) const { return is_token(e) ? e * kWarp + lane : i; }
+
+  __device__ void choose() const {
+    mean_distances();
+    team.sync();
+    order();
+    __syncthreads();
+    deltas();
+    __syncthreads();
+    scores();
+    team.sync();
+    slots();
+    team.sync();
+    const int kept = places();
+    __syncthreads();
+    write(kept);
+    if (p.assign) assign(kept);
+  }
 
   // r, from distances that take the place of the products.
-  const float denominator = static_cast<float>(k) * static_cast<float>(p.C);
-  for (int i = mine.first + warp; i < mine.last; i += kWarps) {
-    float d2[kMaxAcross], far = 0;
-    const float norm = s.norm[i];
+  __device__ void mean_distances() const {
+    const int k = static_cast<int>(min(p.k, int64_t{n}));
+    const float denominator = static_cast<float>(k) * static_cast<float>(p.C);
+    for (int i = mine.first + warp; i < mine.last; i += kWarps) {
+      float d2[kMaxAcross], far = 0;
+      const float norm = s.norm[i];
 #pragma unroll
-    for (int e = 0; e < kMaxAcross; ++e) {
-      const int j = token_or(e, i);
-      const float apart = j == i ? 0 : fmaxf((norm + s.norm[j]) - 2 * row(i)[j], 0);
-      far = fmaxf(far, apart);
-      d2[e] = is_token(e) ? apart : kInf;
-      if (is_token(e)) row(i)[j] = apart;
+      for (int e = 0; e < kMaxAcross; ++e) {
+        const int j = token_or(e, i);
+        const float apart = j == i ? 0 : fmaxf((norm + s.norm[j]) - 2 * row(i)[j], 0);
+        far = fmaxf(far, apart);
+        d2[e] = is_token(e) ? apart : kInf;
+        if (is_token(e)) row(i)[j] = apart;
+      }
+      const float r = sum_of_smallest(d2, k) / denominator;
+      far = warp_max_of_nonnegative(far);
+      if (lane < Team::kSize) team.in(lane, s.r_far)[i] = make_float2(r, far);
     }
-    const float r = sum_of_smallest(d2, k) / denominator;
-    far = warp_max_of_nonnegative(far);
-    if (lane < Team::kSize) team.in(lane, s.r_far)[i] = make_float2(r, far);
   }
-  team.sync();
 
   // The order, and which tokens `keep` names, in every block.
-  if (thread < n) {
-    const float r = s.r_far[thread].x;
-    const int position = s.position[thread];
-    const float density = density_of(r, noisy ? p.noise + b * p.N + position : nullptr);
-    s.density[thread] = density;
-    s.key[thread] = density_key(r, density, noisy, p.seed, position);
-    s.keep[thread] = kNever;
+  __device__ void order() const {
+    if (thread < n) {
+      const float r = s.r_far[thread].x;
+      const int position = s.position[thread];
+      const float density = density_of(r, noisy ? p.noise + b * p.N + position : nullptr);
+      s.density[thread] = density;
+      s.key[thread] = density_key(r, density, noisy, p.seed, position);
+      s.keep[thread] = kNever;
+    }
+    __syncthreads();
+    if (thread < num_keep) {
+      const int64_t position = keep_position(p, b, thread);
+      const int token = position < 0 ? -1 : s.token[position];
+      if (token >= 0) atomicMin(&s.keep[token], thread);
+    }
   }
-  __syncthreads();
-  if (thread < num_keep) {
-    const int64_t position = keep_position(p, b, thread);
-    const int token = position < 0 ? -1 : s.token[position];
-    if (token >= 0) atomicMin(&s.keep[token], thread);
-  }
-  __syncthreads();
 
   // delta: the nearest denser token.
-  for (int i = mine.first + warp; i < mine.last; i += kWarps) {
-    const DensityKey key = s.key[i];
-    float nearest = kInf, far = 0;
-    bool any = false;
+  __device__ void deltas() const {
+    for (int i = mine.first + warp; i < mine.last; i += kWarps) {
+      const DensityKey key = s.key[i];
+      float nearest = kInf, far = 0;
+      bool any = false;
 #pragma unroll
-    for (int e = 0; e < kMaxAcross; ++e) {
-      const int j = token_or(e, i);
-      const bool is_denser = denser(s.key[j], key);
-      nearest = is_denser ? fminf(nearest, row(i)[j]) : nearest;
-      any = any || is_denser;
-      far = fmaxf(far, s.r_far[j].y);
+      for (int e = 0; e < kMaxAcross; ++e) {
+        const int j = token_or(e, i);
+        const bool is_denser = denser(s.key[j], key);
+        nearest = is_denser ? fminf(nearest, row(i)[j]) : nearest;
+        any = any || is_denser;
+        far = fmaxf(far, s.r_far[j].y);
+      }
+      const float delta2 = __any_sync(kAllLanes, any) ? warp_min_of_nonnegative(nearest) : warp_max_of_nonnegative(far);
+      if (lane == 0) s.delta2[i] = delta2;
     }
-    const float delta2 = __any_sync(kAllLanes, any) ? warp_min_of_nonnegative(nearest) : warp_max_of_nonnegative(far);
-    if (lane == 0) s.delta2[i] = delta2;
   }
-  __syncthreads();
-  // Scores, a thread for each row and block that needs it: logarithms in float64 are slow, so all at once.
-  if (const int i = mine.first + thread / Team::kSize; i < mine.last) {
+
+  // A thread for each row and block that needs its score: logarithms in float64 are slow, so all at once.
+  __device__ void scores() const {
+    static_assert(ceil_div(kMaxTokens, Team::kSize) * Team::kSize <= kThreads);
+    const int i = mine.first + thread / Team::kSize;
+    if (i >= mine.last) return;
     const bool candidate = s.keep[i] == kNever;
     const uint64_t score = candidate ? score_key(s.r_far[i].x, s.density[i], noisy, s.delta2[i], p.C) : kNotACandidate;
     team.in(thread % Team::kSize, s.score)[i] = score;
   }
-  static_assert(ceil_div(kMaxTokens, Team::kSize) * Team::kSize <= kThreads);
-  team.sync();
 
   // A token's place is the number of better ones; tokens of `keep` come after the best.
-  int candidates = 0;
-  for (int j = lane; j < n; j += kWarp) candidates += s.keep[j] == kNever;
-  const int best = min(M - num_keep, __reduce_add_sync(kAllLanes, candidates));
-  for (int i = mine.first + warp; i < mine.last; i += kWarps) {
-    const uint64_t score = s.score[i];
-    const int keep = s.keep[i];
-    int before = 0;
+  __device__ void slots() const {
+    int candidates = 0;
+    for (int j = lane; j < n; j += kWarp) candidates += s.keep[j] == kNever;
+    const int best = min(static_cast<int>(p.M) - num_keep, __reduce_add_sync(kAllLanes, candidates));
+    for (int i = mine.first + warp; i < mine.last; i += kWarps) {
+      const uint64_t score = s.score[i];
+      const int keep = s.keep[i];
+      int before = 0;
 #pragma unroll
-    for (int e = 0; e < kMaxAcross; ++e) {
-      const int j = token_or(e, i);
-      const uint64_t other = s.score[j];
-      const bool better = (other < score) | ((other == score) & (j < i)), earlier = s.keep[j] < keep;
-      before += keep == kNever ? better : earlier;
+      for (int e = 0; e < kMaxAcross; ++e) {
+        const int j = token_or(e, i);
+        const uint64_t other = s.score[j];
+        const bool better = (other < score) | ((other == score) & (j < i)), earlier = s.keep[j] < keep;
+        before += keep == kNever ? better : earlier;
+      }
+      before = __reduce_add_sync(kAllLanes, before);
+      const int slot = keep != kNever ? best + before : before < best ? before : -1;
+      if (lane < Team::kSize) team.in(lane, s.slot)[i] = slot;
     }
-    before = __reduce_add_sync(kAllLanes, before);
-    const int slot = keep != kNever ? best + before : before < best ? before : -1;
-    if (lane < Team::kSize) team.in(lane, s.slot)[i] = slot;
   }
-  team.sync();
 
-  // Places, in every block: as they are, or renumbered by position.
-  const bool chosen = thread < n && s.slot[thread] >= 0;
-  const unsigned word = __ballot_sync(kAllLanes, chosen);
-  if (lane == 0) s.words[warp] = word;
-  __syncthreads();
-  int kept_count = 0, earlier = __popc(word & ((1u << lane) - 1));
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) earlier += __popc(s.words[w]);
-    kept_count += __popc(s.words[w]);
+  // Places, in every block: as they are, or renumbered by position. Returns how many tokens are kept.
+  __device__ int places() const {
+    const bool chosen = thread < n && s.slot[thread] >= 0;
+    const unsigned word = __ballot_sync(kAllLanes, chosen);
+    if (lane == 0) s.words[warp] = word;
+    __syncthreads();
+    int kept = 0, earlier = __popc(word & ((1u << lane) - 1));
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) earlier += __popc(s.words[w]);
+      kept += __popc(s.words[w]);
+    }
+    const int place = !chosen ? -1 : p.ordered ? earlier : s.slot[thread];
+    if (thread < n) s.place[thread] = place;
+    if (chosen) s.kept[place] = thread;
+    return kept;
   }
-  const int place = !chosen ? -1 : p.ordered ? earlier : s.slot[thread];
-  if (thread < n) s.place[thread] = place;
-  if (chosen) s.kept[place] = thread;
-  __syncthreads();
+
   // Results: the first writes to global memory, for which no barrier has to wait.
-  if (thread < mine.last - mine.first) {
-    const int i = mine.first + thread;
-    const int64_t at = b * p.N + s.position[i];
-    const float delta = sqrtf(s.delta2[i] / static_cast<float>(p.C));
-    p.density[at] = s.density[i];
-    p.delta[at] = delta;
-    p.score[at] = s.density[i] * delta;
-  }
-  if (team.rank == 0 && thread < M) p.index[b * p.M + thread] = thread < kept_count ? s.position[s.kept[thread]] : -1;
-  if (team.rank == Team::kSize - 1 && thread < N && s.token[thread] < 0) {
-    const int64_t at = b * p.N + thread;
-    p.density[at] = p.delta[at] = p.score[at] = 0;
-    if (p.assign) p.assignment[at] = -1;
-  }
-  if (!p.assign) return;
-
-  for (int i = mine.first + warp; i < mine.last; i += kWarps) {
-    float nearest = kInf;
-    int where = kNever;
-    for (int m = lane; m < kept_count; m += kWarp) {
-      const float d2 = row(i)[s.kept[m]];
-      if (d2 < nearest) nearest = d2, where = m;
+  __device__ void write(int kept) const {
+    if (thread < mine.last - mine.first) {
+      const int i = mine.first + thread;
+      const int64_t at = b * p.N + s.position[i];
+      const float delta = sqrtf(s.delta2[i] / static_cast<float>(p.C));
+      p.density[at] = s.density[i];
+      p.delta[at] = delta;
+      p.score[at] = s.density[i] * delta;
     }
-    const float least = warp_min_of_nonnegative(nearest);
-    where = __reduce_min_sync(kAllLanes, nearest == least ? where : kNever);
-    if (s.place[i] >= 0) where = s.place[i];
-    if (lane == 0) s.nearest[i] = kept_count == 0 ? -1 : where;
+    if (team.rank == 0 && thread < p.M) p.index[b * p.M + thread] = thread < kept ? s.position[s.kept[thread]] : -1;
+    if (team.rank == Team::kSize - 1 && thread < p.N && s.token[thread] < 0) {
+      const int64_t at = b * p.N + thread;
+      p.density[at] = p.delta[at] = p.score[at] = 0;
+      if (p.assign) p.assignment[at] = -1;
+    }
   }
-  __syncthreads();
-  if (thread < mine.last - mine.first) {
-    const int i = mine.first + thread;
-    p.assignment[b * p.N + s.position[i]] = s.nearest[i];
+
+  // The nearest kept token.
+  __device__ void assign(int kept) const {
+    for (int i = mine.first + warp; i < mine.last; i += kWarps) {
+      float nearest = kInf;
+      int where = kNever;
+      for (int m = lane; m < kept; m += kWarp) {
+        const float d2 = row(i)[s.kept[m]];
+        if (d2 < nearest) nearest = d2, where = m;
+      }
+      const float least = warp_min_of_nonnegative(nearest);
+      where = __reduce_min_sync(kAllLanes, nearest == least ? where : kNever);
+      if (s.place[i] >= 0) where = s.place[i];
+      if (lane == 0) s.nearest[i] = kept == 0 ? -1 : where;
+    }
+    __syncthreads();
+    if (thread < mine.last - mine.first) {
+      const int i = mine.first + thread;
+      p.assignment[b * p.N + s.position[i]] = s.nearest[i];
+    }
   }
-}
+};
 
 // ---- one launch: a cluster per sample -----------------------------------------------------------------------------
 
@@ -672,7 +708,7 @@ __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, in
     const int token = threadIdx.x < kMaxTokens ? s.token[threadIdx.x] : -1;
     n = number_tokens(s, token >= 0 && s.bound[token] >= 0);
   }
-  choose(p, b, team, s, n);
+  Choice<Cluster>{p, b, team, s, n}.choose();
 #endif
 }
 
@@ -728,7 +764,7 @@ dpc_knn_choose_kernel(DpcKnn p, int64_t first_sample, const float* bound, float*
   const int n = number_tokens(s, threadIdx.x < p.N && bound[sample * p.N + threadIdx.x] >= 0);
   collect(team, s, n);
   team.sync();
-  choose(p, first_sample + sample, team, s, n);
+  Choice<Alone>{p, first_sample + sample, team, s, n}.choose();
 }
 
 // ---- launchers ----------------------------------------------------------------------------------------------------
