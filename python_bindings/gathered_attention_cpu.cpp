@@ -16,6 +16,22 @@ Tensor with_contiguous_last(const Tensor& t) { return contiguous_last(t) ? t : t
 // The strides of dims counted from the left, 0 where the tensor has size 1 or lacks the dim.
 int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
 
+// Every entry that start and slots list for a token is one of its slots: what the kernels then read is in bounds.
+void check_inverse(const Tensor& index, const Tensor& start, const Tensor& slots, int64_t Nk, int64_t entries, const char* op) {
+  const int64_t *tokens = index.const_data_ptr<int64_t>(), *of = slots.const_data_ptr<int64_t>();
+  const int64_t* begin = start.const_data_ptr<int64_t>();
+  for (int64_t row = 0, rows = index.numel() / entries; row < rows; ++row) {
+    for (int64_t n = 0; n < Nk; ++n) {
+      bool good = begin[n] >= 0 && begin[n + 1] <= entries;
+      for (int64_t e = begin[n]; good && e < begin[n + 1]; ++e) {
+        good = of[e] >= 0 && of[e] < entries && tokens[of[e]] == n;
+      }
+      HK_CHECK(good, op, "start and slots", "the inverse of this index", "others for token " << n);
+    }
+    tokens += entries, of += entries, begin += Nk + 1;
+  }
+}
+
 struct Problem {
   Attention p{};
   Tensor query, key, value;
@@ -105,6 +121,26 @@ struct Problem {
              "a CPU tensor [*batch, H, N, D] of key's batch, H = " << p.H << " and D = " << p.D, shape_of(t));
   }
 
+  // What invert_index made of the index, whose range is known to be good.
+  void take_inverse(const Tensor& index, const std::optional<Tensor>& start, const std::optional<Tensor>& slots,
+                    const char* op) {
+    const bool set = !p.index_per_query;
+    const int64_t n = start ? start->dim() : 0, entries = set ? p.S : p.Nq * p.S;
+    HK_CHECK(start && slots && start->is_contiguous() && slots->is_contiguous() && slots->dim() == n &&
+                 start->scalar_type() == ScalarType::Long && slots->scalar_type() == ScalarType::Long &&
+                 n == index.dim() - (set ? 0 : 1) && start->size(n - 1) == p.Nk + 1 && slots->size(n - 1) == entries,
+             op, "start and slots", "as invert_index returned them", (start ? shape_of(*start) : std::string("none")));
+    for (int64_t d = 0; d + 1 < n; ++d) {
+      HK_CHECK(start->size(d) == index.size(d) && slots->size(d) == index.size(d), op, "start and slots",
+               "as invert_index returned them for this index", shape_of(*start));
+    }
+    check_inverse(index, *start, *slots, p.Nk, entries, op);
+    p.start = start->const_data_ptr<int64_t>(), p.slots = slots->const_data_ptr<int64_t>();
+    p.start_stride_b = stride_of(*start, 0), p.slots_stride_b = stride_of(*slots, 0);
+    if (!set && batch_dims == 2) p.start_stride_j = stride_of(*start, 1), p.slots_stride_j = stride_of(*slots, 1);
+    if (n == batch_dims + 2) p.start_stride_h = stride_of(*start, n - 2), p.slots_stride_h = stride_of(*slots, n - 2);
+  }
+
  private:
   static bool fits(int64_t size, int64_t full) { return size == 1 || size == full; }
 
@@ -150,22 +186,6 @@ void run(const Attention& p, int64_t items, int64_t grain, int64_t scratch_bytes
     const auto address = (reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) + 63) & ~uintptr_t{63};
     kernel(p, begin, end, reinterpret_cast<void*>(address));
   });
-}
-
-// Every entry that start and slots list for a token is one of its slots: what the kernels then read is in bounds.
-void check_inverse(const Tensor& index, const Tensor& start, const Tensor& slots, int64_t Nk, int64_t entries, const char* op) {
-  const int64_t *tokens = index.const_data_ptr<int64_t>(), *of = slots.const_data_ptr<int64_t>();
-  const int64_t* begin = start.const_data_ptr<int64_t>();
-  for (int64_t row = 0, rows = index.numel() / entries; row < rows; ++row) {
-    for (int64_t n = 0; n < Nk; ++n) {
-      bool good = begin[n] >= 0 && begin[n + 1] <= entries;
-      for (int64_t e = begin[n]; good && e < begin[n + 1]; ++e) {
-        good = of[e] >= 0 && of[e] < entries && tokens[of[e]] == n;
-      }
-      HK_CHECK(good, op, "start and slots", "the inverse of this index", "others for token " << n);
-    }
-    tokens += entries, of += entries, begin += Nk + 1;
-  }
 }
 
 // The sum over the first dim, in order.
@@ -233,26 +253,7 @@ AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_
     check_lse(*grad_lse, "grad_lse");
     p.grad_lse = grad_lse->const_data_ptr();
   }
-  if (args.index) {
-    const bool set = !p.index_per_query;
-    const int64_t n = start ? start->dim() : 0, entries = set ? p.S : p.Nq * p.S;
-    HK_CHECK(start && slots && start->is_contiguous() && slots->is_contiguous() && slots->dim() == n &&
-                 start->scalar_type() == ScalarType::Long && slots->scalar_type() == ScalarType::Long &&
-                 n == args.index->dim() - (set ? 0 : 1) && start->size(n - 1) == p.Nk + 1 && slots->size(n - 1) == entries,
-             op, "start and slots", "as invert_index returned them", (start ? shape_of(*start) : std::string("none")));
-    for (int64_t d = 0; d + 1 < n; ++d) {
-      HK_CHECK(start->size(d) == args.index->size(d) && slots->size(d) == args.index->size(d), op, "start and slots",
-               "as invert_index returned them for this index", shape_of(*start));
-    }
-    check_inverse(*args.index, *start, *slots, p.Nk, entries, op);
-    p.start = start->const_data_ptr<int64_t>(), p.slots = slots->const_data_ptr<int64_t>();
-    const bool j = !set && problem.batch_dims == 2, h = n == problem.batch_dims + 2;
-    p.start_stride_b = stride_of(*start, 0), p.slots_stride_b = stride_of(*slots, 0);
-    if (start->size(0) == 1) p.slots_stride_b = 0;
-    p.start_stride_j = j ? stride_of(*start, 1) : 0, p.slots_stride_j = j && start->size(1) > 1 ? slots->stride(1) : 0;
-    p.start_stride_h = h ? stride_of(*start, n - 2) : 0;
-    p.slots_stride_h = h && start->size(n - 2) > 1 ? slots->stride(n - 2) : 0;
-  }
+  if (args.index) problem.take_inverse(*args.index, start, slots, op);
 
   const ScalarType compute = problem.compute_type();
   const Tensor& like = problem.query;
