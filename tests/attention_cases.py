@@ -245,6 +245,11 @@ OPS.append(
             },
         },
         raw=_gathered_raw,
+        tiny=lambda n, C: {
+            **{name: torch.randn(n, 1, 2, C) for name in ("query", "key", "value")},
+            "index": torch.randint(-1, 2, (n, 2, 3)),
+        },
+        index=("index", lambda a: a["key"].shape[-2]),
         bad=[
             *_heads_bad(),
             Bad("the batch dims of query, key and value", lambda a: {"query": a["query"].expand(3, 2, 2, 3, 5)[:, 0]}),
@@ -357,6 +362,10 @@ OPS.append(
             **{f"{x} layout": _recovery((3, 2), 2, 17, 9, 16, layout=x) for x in layouts(torch.zeros(1))},
         },
         raw=_recovery_raw,
+        tiny=lambda n, C: {
+            "query": torch.randn(1, 3, C),
+            **{name: torch.randn(n, 1, 2, C) for name in ("key", "value")},
+        },
         bad=[
             *_heads_bad(),
             Bad("value", lambda a: {"value": a["value"][:1]}),
@@ -424,6 +433,8 @@ OPS.append(
             "no tokens": _entries(2, 3, N=1, absent=1.0),
         },
         raw=lambda a: [("invert_index", (a["index"].clamp(min=0), N)) for N in (5, 9)],
+        tiny=lambda n, C: {"index": torch.randint(-1, 4, (n, 5)), "num_tokens": 4},
+        index=("index", lambda a: a["num_tokens"]),
         bad=[
             Bad("index", lambda a: {"index": [[0]]}, TypeError),
             Bad("index", lambda a: {"index": a["index"].float()}, TypeError),

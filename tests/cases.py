@@ -38,7 +38,9 @@ class OpCase:
     inputs: dict[str, Make]  # several are floating; "small" is among them, and complete
     bad: list[Bad]
     raw: Callable[[Args], list[tuple[str, tuple]]]  # the raw operators, with positional arguments for opcheck
+    tiny: Callable[[int, int], Args]  # n samples of a few tokens, C wide: GPUs get them by the hundred thousand
     differentiable: tuple[str, ...] = ()
+    index: tuple[str, Callable[[Args], int]] | None = None  # the argument that is one, and how many tokens there are
     # The definition in PyTorch, not that of ops/<op>/reference.py; in float64 it is the truth. None where `check` is.
     definition: Callable[..., Any] | None = None
     # For discrete results: asserts that an output is what the arguments mean.
@@ -151,6 +153,8 @@ OPS.append(
             **{f"x {layout}": _gather(3, 17, 9, 5, 8, pos=True, layout=layout) for layout in layouts(torch.zeros(1))},
         },
         raw=_gather_raw,
+        tiny=lambda n, C: {"x": torch.randn(n, 3, C), "index": torch.randint(-1, 3, (n, 2))},
+        index=("index", lambda a: a["x"].shape[1]),
         bad=[
             Bad("x", lambda a: {"x": a["x"][0]}),
             Bad("x", lambda a: {"x": "tokens"}, TypeError),
@@ -266,6 +270,12 @@ OPS.append(
             **{f"x {layout}": _merge(3, 17, 5, 8, weight=True, layout=layout) for layout in layouts(torch.zeros(1))},
         },
         raw=_merge_raw,
+        tiny=lambda n, C: {
+            "x": torch.randn(n, 5, C),
+            "assignment": torch.randint(-1, 3, (n, 5)),
+            "num_clusters": 3,
+        },
+        index=("assignment", lambda a: a["num_clusters"]),
         bad=[
             Bad("x", lambda a: {"x": a["x"][0]}),
             Bad("x", lambda a: {"x": a["x"].long()}, TypeError),
@@ -361,6 +371,7 @@ OPS.append(
                 (a["x"], 4, 3, a["x"][..., 0] < 9, torch.tensor([[1]]), a["x"][..., 0] * 0, 1, False, True),
             ),
         ],
+        tiny=lambda n, C: {"x": torch.randn(n, 9, C), "num_clusters": 3, "k": 2},
         bad=[
             Bad("x", lambda a: {"x": a["x"][0]}),
             Bad("x", lambda a: {"x": a["x"][None]}),

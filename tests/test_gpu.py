@@ -152,26 +152,6 @@ def test_a_device_that_is_not_the_current_one(op: OpCase, backend: str, dtype: t
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
-# Tiny samples: n of them, of width C.
-TINY: dict[str, Callable[[int, int], Args]] = {
-    "gather_tokens": lambda n, C: {"x": torch.randn(n, 3, C), "index": torch.randint(-1, 3, (n, 2))},
-    "merge_tokens": lambda n, C: {
-        "x": torch.randn(n, 5, C),
-        "assignment": torch.randint(-1, 3, (n, 5)),
-        "num_clusters": 3,
-    },
-    "dpc_knn": lambda n, C: {"x": torch.randn(n, 9, C), "num_clusters": 3, "k": 2},
-    "gathered_attention": lambda n, C: {
-        **{name: torch.randn(n, 1, 2, C) for name in ("query", "key", "value")},
-        "index": torch.randint(-1, 2, (n, 2, 3)),
-    },
-    "recovery_attention": lambda n, C: {
-        "query": torch.randn(1, 3, C),
-        **{name: torch.randn(n, 1, 2, C) for name in ("key", "value")},
-    },
-    "invert_index": lambda n, C: {"index": torch.randint(-1, 4, (n, 5)), "num_tokens": 4},
-}
-
 
 def assert_like_its_parts(op: OpCase, backend: str, args: Args, count: int) -> None:
     """Some of the samples by themselves give what they give among all, gradients included."""
@@ -194,19 +174,20 @@ def assert_like_its_parts(op: OpCase, backend: str, args: Args, count: int) -> N
 @pytest.mark.parametrize("count", [65_536, 300_000])
 @each_op()
 def test_many_samples(op: OpCase, backend: str, dtype: torch.dtype, case: str, count: int) -> None:
-    assert_like_its_parts(op, backend, TINY[op.name](count, 8), count)
+    assert_like_its_parts(op, backend, op.tiny(count, 8), count)
 
 
 @each_op(dtypes=(torch.bfloat16,), but=("invert_index",))  # its int64 tensors would take 100 GB
 def test_tensors_of_more_than_two_to_the_31_elements(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
-    rows = {"gather_tokens": 2, "merge_tokens": 3, "dpc_knn": 9, "gathered_attention": 2, "recovery_attention": 2}
-    count = 2**31 // (64 * rows[op.name]) + 9
+    outs = tensors(op.function(**op.tiny(2, 64), backend="torch"))
+    least = min(t[0].numel() for t in [*tensors(op.tiny(2, 64)), *outs] if t.is_floating_point() and t.dim() > 2)
+    count = 2**31 // least + 9  # samples, for each to have so many
     if torch.cuda.mem_get_info()[0] < 45 << 30:
         pytest.skip("needs 45 GiB of free GPU memory")
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        args = TINY[op.name](count, 64)
+        args = op.tiny(count, 64)
     finally:
         torch.set_default_dtype(previous)
     try:
@@ -277,19 +258,11 @@ def test_attention_holds_no_matrix_of_logits(backend: str) -> None:
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-# op -> the argument that is an index, and how many tokens there are to point at
-INDEX: dict[str, tuple[str, Callable[[Args], int]]] = {
-    "gather_tokens": ("index", lambda a: a["x"].shape[1]),
-    "merge_tokens": ("assignment", lambda a: a["num_clusters"]),
-    "gathered_attention": ("index", lambda a: a["key"].shape[-2]),
-    "invert_index": ("index", lambda a: a["num_tokens"]),
-}
-
-
-@each_op(cases=True, but=tuple({op.name for op in OPS} - INDEX.keys()))
+@each_op(cases=True, but=tuple(op.name for op in OPS if op.index is None))
 def test_an_index_out_of_range_is_never_read(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
     """It counts as absent; inside checked() it is an error."""
-    name, tokens = INDEX[op.name]
+    assert op.index is not None
+    name, tokens = op.index
     args = op.inputs[case](dtype)
     index = args.get(name)
     if index is None or index.numel() == 0 or index.dtype != torch.int64:
