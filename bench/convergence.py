@@ -27,7 +27,8 @@ from hotkernels.motion import generate_motion, normalise
 
 def windows(seeds: range, seconds: float, frames: int) -> tuple[Tensor, Tensor]:
     """2D poses [W, F, 17, 2] in [-1, 1] and 3D poses [W, F, 17, 3] relative to the hip, of one motion per seed."""
-    inputs, targets = [], []
+    inputs: list[Tensor] = []
+    targets: list[Tensor] = []
     for seed in seeds:
         motion = generate_motion(seed, seconds)
         xy = torch.from_numpy(normalise(motion.keypoints_2d, *motion.image_size)).float()

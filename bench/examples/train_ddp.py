@@ -33,8 +33,8 @@ def worker(rank: int, args: argparse.Namespace, rendezvous: str, results: Any) -
     found = {}
     published, ours = HoTMixSTEEager(**options), HoTMixSTE(**options, select="cluster_random")
     ours.load_state_dict(published.state_dict())
-    for name, model in (("eager", published), ("hotkernels", ours)):
-        model = DistributedDataParallel(model)  # gives both processes the parameters of the first
+    for name, plain in (("eager", published), ("hotkernels", ours)):
+        model = DistributedDataParallel(plain)  # gives both processes the parameters of the first
         torch.manual_seed(rank)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         generator = torch.Generator().manual_seed(rank)

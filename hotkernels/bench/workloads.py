@@ -270,9 +270,7 @@ def gathered_attention_workload(
         if index is None and backend is None:
             return merge(packed_attention(qkv.unflatten(-1, (3, heads, D)), D**-0.5))
         query, key, value = parts(qkv)
-        out = gathered_attention(query, key, value, index if inverse is None else inverse, backend=backend)
-        assert isinstance(out, Tensor)
-        return merge(out)
+        return merge(gathered_attention(query, key, value, index if inverse is None else inverse, backend=backend))
 
     args: tuple[Any, ...] = (_tokens((B, N, 3 * C), dtype, device),)
     inverse = None

