@@ -218,8 +218,8 @@ std::tuple<Tensor, Tensor> attention_forward(const AttentionArgs& args) {
   p.out = problem.view(out), p.lse = lse.mutable_data_ptr();
   const Isa set = isa();
   if (p.index_per_query) {
-    run(p, p.B * p.J * p.Nq, 16, HK_CPU_DISPATCH(set, attention_each_scratch)(p),
-        HK_CPU_DISPATCH(set, attention_each_fwd), out);
+    run(p, p.B * p.J * p.Nq, 16, HK_CPU_DISPATCH(set, attention_per_query_scratch)(p),
+        HK_CPU_DISPATCH(set, attention_per_query_fwd), out);
   } else {
     run(p, p.B * p.J * p.H, 1, HK_CPU_DISPATCH(set, attention_scratch)(p, false), HK_CPU_DISPATCH(set, attention_fwd), out);
   }
@@ -293,9 +293,9 @@ AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_
     Tensor probabilities = torch::stable::new_empty(like, shape, compute);
     Tensor grad_logits = need_bias ? grads.bias : torch::stable::new_empty(like, shape, compute);
     p.probabilities = probabilities.mutable_data_ptr(), p.grad_logits = grad_logits.mutable_data_ptr();
-    const int64_t bytes = HK_CPU_DISPATCH(set, attention_each_scratch)(p);
-    run(p, p.B * p.J * p.Nq, 16, bytes, HK_CPU_DISPATCH(set, attention_each_bwd_queries), like);
-    run(p, p.B * p.J * p.Nk, 16, bytes, HK_CPU_DISPATCH(set, attention_each_bwd_keys), like);
+    const int64_t bytes = HK_CPU_DISPATCH(set, attention_per_query_scratch)(p);
+    run(p, p.B * p.J * p.Nq, 16, bytes, HK_CPU_DISPATCH(set, attention_per_query_bwd_queries), like);
+    run(p, p.B * p.J * p.Nk, 16, bytes, HK_CPU_DISPATCH(set, attention_per_query_bwd_keys), like);
   } else {
     run(p, (p.parts ? p.parts : p.B * p.J) * p.H, 1, HK_CPU_DISPATCH(set, attention_scratch)(p, true),
         HK_CPU_DISPATCH(set, attention_bwd), like);

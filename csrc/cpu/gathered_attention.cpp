@@ -274,22 +274,22 @@ void attention_bwd(const Attention& p, int64_t begin, int64_t end, void* scratch
   with_element(p.dtype, [&](auto element) { backward_items<decltype(element)>(p, begin, end, scratch); });
 }
 
-int64_t attention_each_scratch(const Attention& p) {
+int64_t attention_per_query_scratch(const Attention& p) {
   int64_t bytes = 0;
   with_element(p.dtype, [&](auto element) { Each<decltype(element)>(p, nullptr, &bytes); });
   return bytes;
 }
 
-void attention_each_fwd(const Attention& p, int64_t begin, int64_t end, void* scratch) {
+void attention_per_query_fwd(const Attention& p, int64_t begin, int64_t end, void* scratch) {
   each_item(p, p.Nq, begin, end, scratch, [](auto& worker, int64_t b, int64_t j, int64_t i) { worker.forward(b, j, i); });
 }
 
-void attention_each_bwd_queries(const Attention& p, int64_t begin, int64_t end, void* scratch) {
+void attention_per_query_bwd_queries(const Attention& p, int64_t begin, int64_t end, void* scratch) {
   each_item(p, p.Nq, begin, end, scratch,
             [](auto& worker, int64_t b, int64_t j, int64_t i) { worker.backward_query(b, j, i); });
 }
 
-void attention_each_bwd_keys(const Attention& p, int64_t begin, int64_t end, void* scratch) {
+void attention_per_query_bwd_keys(const Attention& p, int64_t begin, int64_t end, void* scratch) {
   each_item(p, p.Nk, begin, end, scratch, [](auto& worker, int64_t b, int64_t j, int64_t n) { worker.backward_key(b, j, n); });
 }
 

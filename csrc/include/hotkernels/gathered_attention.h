@@ -50,9 +50,9 @@ HK_CPU_KERNEL(void attention_fwd(const Attention& p, int64_t begin, int64_t end,
 HK_CPU_KERNEL(void attention_bwd(const Attention& p, int64_t begin, int64_t end, void* scratch))
 
 // Keys per query. Work items: B * J * Nq queries; for bwd_keys, B * J * Nk keys, after all queries are done.
-HK_CPU_KERNEL(int64_t attention_each_scratch(const Attention& p))
-HK_CPU_KERNEL(void attention_each_fwd(const Attention& p, int64_t begin, int64_t end, void* scratch))
-HK_CPU_KERNEL(void attention_each_bwd_queries(const Attention& p, int64_t begin, int64_t end, void* scratch))
-HK_CPU_KERNEL(void attention_each_bwd_keys(const Attention& p, int64_t begin, int64_t end, void* scratch))
+HK_CPU_KERNEL(int64_t attention_per_query_scratch(const Attention& p))
+HK_CPU_KERNEL(void attention_per_query_fwd(const Attention& p, int64_t begin, int64_t end, void* scratch))
+HK_CPU_KERNEL(void attention_per_query_bwd_queries(const Attention& p, int64_t begin, int64_t end, void* scratch))
+HK_CPU_KERNEL(void attention_per_query_bwd_keys(const Attention& p, int64_t begin, int64_t end, void* scratch))
 
 }  // namespace hotkernels

@@ -35,7 +35,7 @@ def within(x, N):
 
 
 @triton.jit
-def rows_of_slots(index_at, slot, there, Nk):
+def rows_of_slots(index_at, slot, valid, Nk):
     """The row that each slot names, and whether it names one; out of [0, Nk) is absent.
 
     index_at points at the slots' entries, or is None where slot n is row n. Any shape.
@@ -43,40 +43,40 @@ def rows_of_slots(index_at, slot, there, Nk):
     if index_at is None:
         row = slot.to(tl.int64)
     else:
-        row = tl.load(index_at, mask=there, other=-1)
-        there = there & within(row, Nk)
-    return row, there
+        row = tl.load(index_at, mask=valid, other=-1)
+        valid = valid & within(row, Nk)
+    return row, valid
 
 
 @triton.jit
-def added_to_logits(key_bias_ptr, row, there, key_bias_stride_n):
+def added_to_logits(key_bias_ptr, row, valid, key_bias_stride_n):
     """What is added to the logits of each slot, -inf where it is absent; and where it is not, nor masked by -inf.
 
     Rows of absent slots count as zeros, so that adding is all the masking that logits need. Any shape.
     """
     if key_bias_ptr is None:
-        added = tl.where(there, 0.0, float("-inf"))
+        added = tl.where(valid, 0.0, float("-inf"))
     else:
-        added = tl.load(key_bias_ptr + row * key_bias_stride_n, mask=there, other=float("-inf")) * LOG2E
-        there = there & (added != float("-inf"))
-    return added, there
+        added = tl.load(key_bias_ptr + row * key_bias_stride_n, mask=valid, other=float("-inf")) * LOG2E
+        valid = valid & (added != float("-inf"))
+    return added, valid
 
 
 @triton.jit
-def load_rows(ptr, row, there, stride_n, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[..., BLOCK_D]: the rows that are there, zeros elsewhere and beyond HEAD_DIM."""
+def load_rows(ptr, row, valid, stride_n, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[..., BLOCK_D]: the valid rows, zeros elsewhere and beyond HEAD_DIM."""
     d = tl.arange(0, BLOCK_D)
-    mask = tl.expand_dims(there, -1)
+    mask = tl.expand_dims(valid, -1)
     if HEAD_DIM != BLOCK_D:
         mask = mask & (d < HEAD_DIM)
     return tl.load(ptr + tl.expand_dims(row * stride_n, -1) + d, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(ptr, row, there, stride_n, values, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store [..., BLOCK_D] to the rows that are there, rounded to their dtype."""
+def store_rows(ptr, row, valid, stride_n, values, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store [..., BLOCK_D] to the valid rows, rounded to their dtype."""
     d = tl.arange(0, BLOCK_D)
-    mask = tl.expand_dims(there, -1)
+    mask = tl.expand_dims(valid, -1)
     if HEAD_DIM != BLOCK_D:
         mask = mask & (d < HEAD_DIM)
     at = ptr + tl.expand_dims(row * stride_n, -1) + d
@@ -84,10 +84,10 @@ def store_rows(ptr, row, there, stride_n, values, HEAD_DIM: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def load_bias(bias_ptr, m, slot, there, bias_stride_q, bias_stride_s):
-    """The bias of queries m and slots in powers of two, zeros where not there; m and slot broadcast."""
+def load_bias(bias_ptr, m, slot, valid, bias_stride_q, bias_stride_s):
+    """The bias of queries m and slots in powers of two, zeros where not valid; m and slot broadcast."""
     at = bias_ptr + m.to(tl.int64) * bias_stride_q + slot.to(tl.int64) * bias_stride_s
-    return tl.load(at, mask=there, other=0.0) * LOG2E
+    return tl.load(at, mask=valid, other=0.0) * LOG2E
 
 
 @triton.jit
@@ -146,40 +146,40 @@ def gathered_attention_long_fwd_kernel(
     m = rest % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     sequence = rest // blocks
     b, j = sequence_of(sequence, J)
-    q_row, q_there = m.to(tl.int64), m < Nq
+    q_row, q_valid = m.to(tl.int64), m < Nq
     q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
     k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
     v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
     index_base = None if index_ptr is None else index_ptr + b * index_stride_b
     bias_base = None if bias_ptr is None else bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
-    q = load_rows(q_base, q_row, q_there, stride_qn, HEAD_DIM, BLOCK_D)
+    q = load_rows(q_base, q_row, q_valid, stride_qn, HEAD_DIM, BLOCK_D)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, S, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
-        row, there = rows_of_slots(None if index_ptr is None else index_base + slot, slot, slot < S, Nk)
-        added, there = added_to_logits(key_bias_base, row, there, key_bias_stride_n)
-        k = load_rows(k_base, row, there, stride_kn, HEAD_DIM, BLOCK_D)
+        row, valid = rows_of_slots(None if index_ptr is None else index_base + slot, slot, slot < S, Nk)
+        added, valid = added_to_logits(key_bias_base, row, valid, key_bias_stride_n)
+        k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
         logits = product(q, tl.trans(k), None, PRECISION) * scale + added[None, :]
         if bias_ptr is not None:
-            both = q_there[:, None] & there[None, :]
+            both = q_valid[:, None] & valid[None, :]
             logits += load_bias(bias_base, m[:, None], slot[None, :], both, bias_stride_q, bias_stride_s)
         new_top = tl.maximum(top, tl.max(logits, 1))
         shift = softmax_shift(new_top)
         p = tl.exp2(logits - shift[:, None])
         rescale = tl.exp2(top - shift)
         total = total * rescale + tl.sum(p, 1)
-        v = load_rows(v_base, row, there, stride_vn, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_base, row, valid, stride_vn, HEAD_DIM, BLOCK_D)
         acc = product(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
         top = new_top
 
     out = acc * reciprocal(total)[:, None]
     out_base = out_ptr + b * stride_ob + j * stride_oj + h * stride_oh
-    store_rows(out_base, q_row, q_there, stride_on, out, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m, log_sum_exp(top, total), mask=q_there)
+    store_rows(out_base, q_row, q_valid, stride_on, out, HEAD_DIM, BLOCK_D)
+    tl.store(lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m, log_sum_exp(top, total), mask=q_valid)
 
 
 @triton.jit
@@ -204,25 +204,25 @@ def gathered_attention_short_fwd_kernel(
     h = (pair - sequence * H).to(tl.int64)
     b, j = sequence_of(sequence, J)
     m, slot = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[None, :]
-    q_there, there = live[:, None] & (m < Nq), live[:, None] & (slot < S)
+    q_valid, valid = live[:, None] & (m < Nq), live[:, None] & (slot < S)
     q_row = m.to(tl.int64)
 
     index_at = None if index_ptr is None else index_ptr + (b * index_stride_b)[:, None] + slot
-    row, there = rows_of_slots(index_at, slot, there, Nk)
+    row, valid = rows_of_slots(index_at, slot, valid, Nk)
     key_bias_base = None
     if key_bias_ptr is not None:
         key_bias_base = key_bias_ptr + (b * key_bias_stride_b + j * key_bias_stride_j)[:, None]
-    added, there = added_to_logits(key_bias_base, row, there, key_bias_stride_n)
+    added, valid = added_to_logits(key_bias_base, row, valid, key_bias_stride_n)
     q_base = q_ptr + (b * stride_qb + j * stride_qj + h * stride_qh)[:, None, None]
     k_base = k_ptr + (b * stride_kb + j * stride_kj + h * stride_kh)[:, None, None]
     v_base = v_ptr + (b * stride_vb + j * stride_vj + h * stride_vh)[:, None, None]
-    q = load_rows(q_base, q_row, q_there, stride_qn, HEAD_DIM, BLOCK_D)
-    k = load_rows(k_base, row, there, stride_kn, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_base, row, there, stride_vn, HEAD_DIM, BLOCK_D)
+    q = load_rows(q_base, q_row, q_valid, stride_qn, HEAD_DIM, BLOCK_D)
+    k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_base, row, valid, stride_vn, HEAD_DIM, BLOCK_D)
     logits = product(q, tl.permute(k, 0, 2, 1), None, PRECISION) * scale + added[:, None, :]
     if bias_ptr is not None:
         bias_base = bias_ptr + (b * bias_stride_b + j * bias_stride_j + h * bias_stride_h)[:, None, None]
-        both = q_there[:, :, None] & there[:, None, :]
+        both = q_valid[:, :, None] & valid[:, None, :]
         logits += load_bias(bias_base, m[:, :, None], slot[:, None, :], both, bias_stride_q, bias_stride_s)
 
     top = tl.max(logits, 2)
@@ -231,13 +231,13 @@ def gathered_attention_short_fwd_kernel(
     acc = product(p.to(v.dtype), v, None, PRECISION)
     out = acc * reciprocal(total)[:, :, None]
     out_base = out_ptr + (b * stride_ob + j * stride_oj + h * stride_oh)[:, None, None]
-    store_rows(out_base, q_row, q_there, stride_on, out, HEAD_DIM, BLOCK_D)
+    store_rows(out_base, q_row, q_valid, stride_on, out, HEAD_DIM, BLOCK_D)
     lse_at = lse_ptr + (sequence.to(tl.int64) * H + h)[:, None] * Nq + m
-    tl.store(lse_at, log_sum_exp(top, total), mask=q_there)
+    tl.store(lse_at, log_sum_exp(top, total), mask=q_valid)
 
 
 @triton.jit
-def gathered_attention_each_fwd_kernel(
+def gathered_attention_per_query_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, index_ptr, bias_ptr, key_bias_ptr,
     stride_qb: tl.int64, stride_qj: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
     stride_kb: tl.int64, stride_kj: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
@@ -265,32 +265,32 @@ def gathered_attention_each_fwd_kernel(
     b, j = sequence_of(sequence, J)
     column = tl.arange(0, BLOCK_H * BLOCK_D)
     column_h, d = (first + column // BLOCK_D).to(tl.int64), column % BLOCK_D
-    column_there = column_h < H
+    column_valid = column_h < H
     if HEAD_DIM != BLOCK_D:
-        column_there = column_there & (d < HEAD_DIM)
+        column_valid = column_valid & (d < HEAD_DIM)
     q_at = q_ptr + b * stride_qb + j * stride_qj + m * stride_qn + column_h * stride_qh + d
     k_at = k_ptr + b * stride_kb + j * stride_kj + column_h * stride_kh + d
     v_at = v_ptr + b * stride_vb + j * stride_vj + column_h * stride_vh + d
     index_base = index_ptr + b * index_stride_b + j * index_stride_j + first.to(tl.int64) * index_stride_h
     index_base += m * index_stride_q
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
-    q = tl.load(q_at, mask=column_there, other=0.0).to(tl.float32)
+    q = tl.load(q_at, mask=column_valid, other=0.0).to(tl.float32)
 
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     for start in range(0, S, BLOCK_S):
         slot = start + tl.arange(0, BLOCK_S)
-        row, there = rows_of_slots(index_base + slot, slot, slot < S, Nk)
-        added, there = added_to_logits(key_bias_base, row, there, key_bias_stride_n)
-        mask = there[:, None] & column_there[None, :]
+        row, valid = rows_of_slots(index_base + slot, slot, slot < S, Nk)
+        added, valid = added_to_logits(key_bias_base, row, valid, key_bias_stride_n)
+        mask = valid[:, None] & column_valid[None, :]
         k = tl.load(k_at[None, :] + (row * stride_kn)[:, None], mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_at[None, :] + (row * stride_vn)[:, None], mask=mask, other=0.0).to(tl.float32)
         products = tl.reshape(q[None, :] * k, [BLOCK_S, BLOCK_H, BLOCK_D])
         logits = tl.sum(products, 2) * scale + added[:, None]
         if bias_ptr is not None:
             bias_base = bias_ptr + b * bias_stride_b + j * bias_stride_j + (h * bias_stride_h)[None, :]
-            both = there[:, None] & live[None, :]
+            both = valid[:, None] & live[None, :]
             logits += load_bias(bias_base, m, slot[:, None], both, bias_stride_q, bias_stride_s)
         new_top = tl.maximum(top, tl.max(logits, 0))
         shift = softmax_shift(new_top)

@@ -44,86 +44,86 @@ def _rows_of(base, G: tl.constexpr):
 
 
 @triton.jit
-def _of_batch(there, sequence, sequences, G: tl.constexpr):
+def _of_batch(valid, sequence, sequences, G: tl.constexpr):
     """Without the sequences that a program of G has beyond the last one."""
-    return there if G == 1 else there & (sequence < sequences)
+    return valid if G == 1 else valid & (sequence < sequences)
 
 
 @triton.jit
-def _load_lse(lse_ptr, stat, there):
+def _load_lse(lse_ptr, stat, valid):
     """In powers of two, and inf for a row that attends to nothing: its probabilities are 0."""
-    lse = tl.load(lse_ptr + stat, mask=there, other=float("-inf"))
+    lse = tl.load(lse_ptr + stat, mask=valid, other=float("-inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
 
 @triton.jit
-def _delta(grad_out, out, grad_lse_ptr, stat, there):
+def _delta(grad_out, out, grad_lse_ptr, stat, valid):
     """rowsum(grad_out * out) - grad_lse."""
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), -1)
     if grad_lse_ptr is not None:
-        delta -= tl.load(grad_lse_ptr + stat, mask=there, other=0.0)
+        delta -= tl.load(grad_lse_ptr + stat, mask=valid, other=0.0)
     return delta
 
 
 @triton.jit
-def _tokens(entry, there, S, Nk, index_ptr, start_ptr, slots_ptr):
-    """(token, is it there, in how many slots) of each column: of a token's entries only the first is there."""
+def _tokens(entry, valid, S, Nk, index_ptr, start_ptr, slots_ptr):
+    """(token, is it valid, in how many slots) of each column: of a token's entries only the first is valid."""
     if index_ptr is None:
-        return entry, there, 1
+        return entry, valid, 1
     else:
-        slot = tl.load(slots_ptr + entry, mask=there, other=-1)
-        there &= within(slot, S)
-        token = tl.load(index_ptr + slot, mask=there, other=-1)
-        there &= within(token, Nk)
-        begin = tl.load(start_ptr + token, mask=there, other=-1)
-        end = tl.load(start_ptr + token + 1, mask=there, other=0)
-        return token, there & (begin == entry), tl.minimum(end, S) - entry
+        slot = tl.load(slots_ptr + entry, mask=valid, other=-1)
+        valid &= within(slot, S)
+        token = tl.load(index_ptr + slot, mask=valid, other=-1)
+        valid &= within(token, Nk)
+        begin = tl.load(start_ptr + token, mask=valid, other=-1)
+        end = tl.load(start_ptr + token + 1, mask=valid, other=0)
+        return token, valid & (begin == entry), tl.minimum(end, S) - entry
 
 
 @triton.jit
-def _key_bias(key_bias_ptr, stride_n, token, there):
+def _key_bias(key_bias_ptr, stride_n, token, valid):
     """(the bias of keys in powers of two, which keys are attended to: no others are read)."""
     if key_bias_ptr is None:
-        return 0.0, there
+        return 0.0, valid
     else:
-        bias = tl.load(key_bias_ptr + token * stride_n, mask=there, other=float("-inf")) * LOG2E
-        return bias, there & (bias != float("-inf"))
+        bias = tl.load(key_bias_ptr + token * stride_n, mask=valid, other=float("-inf")) * LOG2E
+        return bias, valid & (bias != float("-inf"))
 
 
 @triton.jit
-def _probabilities(logits, lse, row_there, attended, entry, copies, bias_ptr, stride_s, slots_ptr, S):
+def _probabilities(logits, lse, row_valid, attended, entry, copies, bias_ptr, stride_s, slots_ptr, S):
     """exp2(logits + bias - lse) of a tile, summed over the slots of a column's token. All arguments broadcast to it."""
     if bias_ptr is None:
         p = tl.where(attended, tl.exp2(logits - lse), 0.0)
         if slots_ptr is not None:
             p *= copies.to(tl.float32)
     elif slots_ptr is None:
-        bias = tl.load(bias_ptr + entry * stride_s, mask=attended & row_there, other=0.0)
+        bias = tl.load(bias_ptr + entry * stride_s, mask=attended & row_valid, other=0.0)
         p = tl.where(attended, tl.exp2(logits + bias * LOG2E - lse), 0.0)
     else:
         p = tl.zeros_like(logits)
         for copy in range(0, tl.max(tl.where(attended, copies, 0)).to(tl.int32)):
-            there = attended & (copy < copies)
-            slot = tl.load(slots_ptr + entry + copy, mask=there, other=-1)
-            there &= within(slot, S)
-            bias = tl.load(bias_ptr + slot * stride_s, mask=there & row_there, other=0.0)
-            p += tl.where(there, tl.exp2(logits + bias * LOG2E - lse), 0.0)
+            valid = attended & (copy < copies)
+            slot = tl.load(slots_ptr + entry + copy, mask=valid, other=-1)
+            valid &= within(slot, S)
+            bias = tl.load(bias_ptr + slot * stride_s, mask=valid & row_valid, other=0.0)
+            p += tl.where(valid, tl.exp2(logits + bias * LOG2E - lse), 0.0)
     return p
 
 
 @triton.jit
 def _clear_unnamed(
-    grad_k_base, grad_v_base, grad_key_bias_base, start_base, token, there, stride_n,
+    grad_k_base, grad_v_base, grad_key_bias_base, start_base, token, valid, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """Zeros for those of these tokens that no slot names."""
-    begin = tl.load(start_base + token, mask=there, other=0)
-    there &= begin == tl.load(start_base + token + 1, mask=there, other=-1)
+    begin = tl.load(start_base + token, mask=valid, other=0)
+    valid &= begin == tl.load(start_base + token + 1, mask=valid, other=-1)
     zeros = tl.zeros([1, BLOCK_D], tl.float32)
-    store_rows(_rows_of(grad_k_base, G), token, there, stride_n, zeros, HEAD_DIM, BLOCK_D)
-    store_rows(_rows_of(grad_v_base, G), token, there, stride_n, zeros, HEAD_DIM, BLOCK_D)
+    store_rows(_rows_of(grad_k_base, G), token, valid, stride_n, zeros, HEAD_DIM, BLOCK_D)
+    store_rows(_rows_of(grad_v_base, G), token, valid, stride_n, zeros, HEAD_DIM, BLOCK_D)
     if grad_key_bias_base is not None:
-        tl.store(grad_key_bias_base + token, 0.0, mask=there)
+        tl.store(grad_key_bias_base + token, 0.0, mask=valid)
 
 
 # ---- dense and set index ---------------------------------------------------------------------------------------------
@@ -173,19 +173,19 @@ def gathered_attention_fused_bwd_kernel(
     for turn in range(0, rounds):
         sequence = first + turn + member
         b, j = sequence_of(sequence, J)
-        row_there = _of_batch(i < Nq, sequence, sequences, G)
+        row_valid = _of_batch(i < Nq, sequence, sequences, G)
         stat = (sequence.to(tl.int64) * H + h) * Nq + i
         if not SHARED_QUERY:
             q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
-            q = load_rows(_rows_of(q_base, G), i, row_there, stride_qn, HEAD_DIM, BLOCK_D)
+            q = load_rows(_rows_of(q_base, G), i, row_valid, stride_qn, HEAD_DIM, BLOCK_D)
         grad_out_base = grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh
         out_base = out_ptr + b * stride_ob + j * stride_oj + h * stride_oh
-        grad_out = load_rows(_rows_of(grad_out_base, G), i, row_there, stride_gn, HEAD_DIM, BLOCK_D)
-        out = load_rows(_rows_of(out_base, G), i, row_there, stride_on, HEAD_DIM, BLOCK_D)
-        delta = _delta(grad_out, out, grad_lse_ptr, stat, row_there)
+        grad_out = load_rows(_rows_of(grad_out_base, G), i, row_valid, stride_gn, HEAD_DIM, BLOCK_D)
+        out = load_rows(_rows_of(out_base, G), i, row_valid, stride_on, HEAD_DIM, BLOCK_D)
+        delta = _delta(grad_out, out, grad_lse_ptr, stat, row_valid)
         if delta_ptr is not None:
-            tl.store(delta_ptr + stat, delta, mask=row_there)
-        lse = _load_lse(lse_ptr, stat, row_there)
+            tl.store(delta_ptr + stat, delta, mask=row_valid)
+        lse = _load_lse(lse_ptr, stat, row_valid)
         k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
         v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
         grad_at = b * stride_grad_kb + j * stride_grad_kj + h * stride_grad_kh
@@ -203,28 +203,28 @@ def gathered_attention_fused_bwd_kernel(
             grad_key_bias_base = grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk
         for block in range(0, S, BLOCK_N):
             entry = (block + column).to(tl.int64)
-            there = _of_batch(entry < S, sequence, sequences, G)
-            token, there, copies = _tokens(entry, there, S, Nk, index_base, start_base, slots_base)
-            key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
+            valid = _of_batch(entry < S, sequence, sequences, G)
+            token, valid, copies = _tokens(entry, valid, S, Nk, index_base, start_base, slots_base)
+            key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, valid)
             k = load_rows(_rows_of(k_base, G), token, attended, stride_kn, HEAD_DIM, BLOCK_D)
             v = load_rows(_rows_of(v_base, G), token, attended, stride_vn, HEAD_DIM, BLOCK_D)
             logits = product(q, _transposed(k), None, PRECISION) * logit_scale
             if key_bias_ptr is not None:
                 logits += _across(key_bias)
             p = _probabilities(
-                logits, _down(lse), _down(row_there), _across(attended), _across(entry),
+                logits, _down(lse), _down(row_valid), _across(attended), _across(entry),
                 1 if index_ptr is None else _across(copies), bias_rows, bias_stride_s,
                 None if index_ptr is None else _rows_of(slots_base, G), S,
             )  # fmt: skip
             grad_v = product(_transposed(p.to(q.dtype)), grad_out, None, PRECISION)
-            store_rows(_rows_of(grad_v_base, G), token, there, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
+            store_rows(_rows_of(grad_v_base, G), token, valid, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
             grad_p = product(grad_out, _transposed(v), None, PRECISION)
             grad_logits = p * (grad_p - _down(delta))
             if grad_key_bias_ptr is not None:
-                tl.store(grad_key_bias_base + token, tl.sum(grad_logits, -2), mask=there)
+                tl.store(grad_key_bias_base + token, tl.sum(grad_logits, -2), mask=valid)
             grad_logits = grad_logits.to(q.dtype)
             grad_k = product(_transposed(grad_logits), q, None, PRECISION) * scale
-            store_rows(_rows_of(grad_k_base, G), token, there, stride_grad_kn, grad_k, HEAD_DIM, BLOCK_D)
+            store_rows(_rows_of(grad_k_base, G), token, valid, stride_grad_kn, grad_k, HEAD_DIM, BLOCK_D)
             grad_q = product(grad_logits, k, grad_q, PRECISION)
         if index_ptr is not None:
             for block in range(0, Nk, BLOCK_N):
@@ -234,12 +234,12 @@ def gathered_attention_fused_bwd_kernel(
                     _of_batch(token < Nk, sequence, sequences, G), stride_grad_kn, HEAD_DIM, BLOCK_D, G,
                 )  # fmt: skip
     if SHARED_QUERY:
-        b, j, row_there = group.to(tl.int64), 0, i < Nq
+        b, j, row_valid = group.to(tl.int64), 0, i < Nq
     else:
         b, j = sequence_of(first + member, J)
-        row_there = _of_batch(i < Nq, first + member, sequences, G)
+        row_valid = _of_batch(i < Nq, first + member, sequences, G)
     grad_q_base = grad_q_ptr + b * stride_grad_qb + j * stride_grad_qj + h * stride_grad_qh
-    store_rows(_rows_of(grad_q_base, G), i, row_there, stride_grad_qn, grad_q * scale, HEAD_DIM, BLOCK_D)
+    store_rows(_rows_of(grad_q_base, G), i, row_valid, stride_grad_qn, grad_q * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -267,11 +267,11 @@ def gathered_attention_queries_bwd_kernel(
     blocks = tl.cdiv(Nq, BLOCK_M)
     i = (rest % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     group = rest // blocks
-    row_there = i < Nq
+    row_valid = i < Nq
     if SHARED_QUERY:
         first = group * turns
         rounds = tl.minimum(turns, sequences - first)
-        q = load_rows(q_ptr + h * stride_qh, i, row_there, stride_qn, HEAD_DIM, BLOCK_D)
+        q = load_rows(q_ptr + h * stride_qh, i, row_valid, stride_qn, HEAD_DIM, BLOCK_D)
     else:
         first = group
         rounds = 1
@@ -282,14 +282,14 @@ def gathered_attention_queries_bwd_kernel(
         stat = (sequence.to(tl.int64) * H + h) * Nq + i
         if not SHARED_QUERY:
             q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
-            q = load_rows(q_base, i, row_there, stride_qn, HEAD_DIM, BLOCK_D)
+            q = load_rows(q_base, i, row_valid, stride_qn, HEAD_DIM, BLOCK_D)
         grad_out_base = grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh
         out_base = out_ptr + b * stride_ob + j * stride_oj + h * stride_oh
-        grad_out = load_rows(grad_out_base, i, row_there, stride_gn, HEAD_DIM, BLOCK_D)
-        out = load_rows(out_base, i, row_there, stride_on, HEAD_DIM, BLOCK_D)
-        delta = _delta(grad_out, out, grad_lse_ptr, stat, row_there)
-        tl.store(delta_ptr + stat, delta, mask=row_there)
-        lse = _load_lse(lse_ptr, stat, row_there)
+        grad_out = load_rows(grad_out_base, i, row_valid, stride_gn, HEAD_DIM, BLOCK_D)
+        out = load_rows(out_base, i, row_valid, stride_on, HEAD_DIM, BLOCK_D)
+        delta = _delta(grad_out, out, grad_lse_ptr, stat, row_valid)
+        tl.store(delta_ptr + stat, delta, mask=row_valid)
+        lse = _load_lse(lse_ptr, stat, row_valid)
         k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
         v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
         index_base = None if index_ptr is None else index_ptr + b * index_stride_b
@@ -302,15 +302,15 @@ def gathered_attention_queries_bwd_kernel(
         key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
         for block in range(0, S, BLOCK_N):
             entry = (block + tl.arange(0, BLOCK_N)).to(tl.int64)
-            token, there, copies = _tokens(entry, entry < S, S, Nk, index_base, start_base, slots_base)
-            key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
+            token, valid, copies = _tokens(entry, entry < S, S, Nk, index_base, start_base, slots_base)
+            key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, valid)
             k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D)
             v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D)
             logits = product(q, tl.trans(k), None, PRECISION) * logit_scale
             if key_bias_ptr is not None:
                 logits += _across(key_bias)
             p = _probabilities(
-                logits, _down(lse), _down(row_there), _across(attended), _across(entry),
+                logits, _down(lse), _down(row_valid), _across(attended), _across(entry),
                 1 if index_ptr is None else _across(copies), bias_rows, bias_stride_s, slots_base, S,
             )  # fmt: skip
             grad_p = product(grad_out, tl.trans(v), None, PRECISION)
@@ -321,7 +321,7 @@ def gathered_attention_queries_bwd_kernel(
     else:
         b, j = sequence_of(first, J)
     grad_q_base = grad_q_ptr + b * stride_grad_qb + j * stride_grad_qj + h * stride_grad_qh
-    store_rows(grad_q_base, i, row_there, stride_grad_qn, grad_q * scale, HEAD_DIM, BLOCK_D)
+    store_rows(grad_q_base, i, row_valid, stride_grad_qn, grad_q * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -355,8 +355,8 @@ def gathered_attention_keys_bwd_kernel(
     slots_base = None if index_ptr is None else slots_ptr + b * index_stride_b
     start_base = None if index_ptr is None else start_ptr + b * start_stride_b
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
-    token, there, copies = _tokens(entry, entry < S, S, Nk, index_base, start_base, slots_base)
-    key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
+    token, valid, copies = _tokens(entry, entry < S, S, Nk, index_base, start_base, slots_base)
+    key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, valid)
     k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
     v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
     k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D)
@@ -368,12 +368,12 @@ def gathered_attention_keys_bwd_kernel(
     grad_key_bias = tl.zeros([BLOCK_N], tl.float32)
     for block in range(0, Nq, BLOCK_M):
         i = (block + tl.arange(0, BLOCK_M)).to(tl.int64)
-        row_there = i < Nq
+        row_valid = i < Nq
         stat = (sequence.to(tl.int64) * H + h) * Nq + i
-        q = load_rows(q_base, i, row_there, stride_qn, HEAD_DIM, BLOCK_D)
-        grad_out = load_rows(grad_out_base, i, row_there, stride_gn, HEAD_DIM, BLOCK_D)
-        lse = _load_lse(lse_ptr, stat, row_there)
-        delta = tl.load(delta_ptr + stat, mask=row_there, other=0.0)
+        q = load_rows(q_base, i, row_valid, stride_qn, HEAD_DIM, BLOCK_D)
+        grad_out = load_rows(grad_out_base, i, row_valid, stride_gn, HEAD_DIM, BLOCK_D)
+        lse = _load_lse(lse_ptr, stat, row_valid)
+        delta = tl.load(delta_ptr + stat, mask=row_valid, other=0.0)
         bias_rows = None
         if bias_ptr is not None:
             bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
@@ -382,7 +382,7 @@ def gathered_attention_keys_bwd_kernel(
         if key_bias_ptr is not None:
             logits += _down(key_bias)
         p = _probabilities(
-            logits, _across(lse), _across(row_there), _down(attended), _down(entry),
+            logits, _across(lse), _across(row_valid), _down(attended), _down(entry),
             1 if index_ptr is None else _down(copies), bias_rows, bias_stride_s, slots_base, S,
         )  # fmt: skip
         grad_v = product(p.to(q.dtype), grad_out, grad_v, PRECISION)
@@ -393,12 +393,12 @@ def gathered_attention_keys_bwd_kernel(
         grad_k = product(grad_logits.to(q.dtype), q, grad_k, PRECISION)
     grad_at = b * stride_grad_kb + j * stride_grad_kj + h * stride_grad_kh
     grad_k_base, grad_v_base = grad_k_ptr + grad_at, grad_v_ptr + grad_at
-    store_rows(grad_v_base, token, there, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
-    store_rows(grad_k_base, token, there, stride_grad_kn, grad_k * scale, HEAD_DIM, BLOCK_D)
+    store_rows(grad_v_base, token, valid, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
+    store_rows(grad_k_base, token, valid, stride_grad_kn, grad_k * scale, HEAD_DIM, BLOCK_D)
     grad_key_bias_base = None
     if grad_key_bias_ptr is not None:
         grad_key_bias_base = grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk
-        tl.store(grad_key_bias_base + token, grad_key_bias, mask=there)
+        tl.store(grad_key_bias_base + token, grad_key_bias, mask=valid)
     if index_ptr is not None:
         for block in range(0, Nk, blocks * BLOCK_N):
             token = block + entry
@@ -437,43 +437,43 @@ def gathered_attention_bias_bwd_kernel(
     rest = rest // column_blocks
     i = (rest % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     part = rest // row_blocks
-    row_there = i < Nq
+    row_valid = i < Nq
     grad_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first = part * turns
     for turn in range(0, tl.minimum(turns, sequences - first)):
         sequence = first + turn
         b, j = sequence_of(sequence, J)
         index_at = None if index_ptr is None else index_ptr + b * index_stride_b + slot
-        token, there = rows_of_slots(index_at, slot, slot < S, Nk)
+        token, valid = rows_of_slots(index_at, slot, slot < S, Nk)
         key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
-        key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
+        key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, valid)
         q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
         k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
         v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
         grad_out_base = grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh
         bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
         stat = (sequence.to(tl.int64) * H + h) * Nq + i
-        lse = _load_lse(lse_ptr, stat, row_there)
-        delta = tl.load(delta_ptr + stat, mask=row_there, other=0.0)
+        lse = _load_lse(lse_ptr, stat, row_valid)
+        delta = tl.load(delta_ptr + stat, mask=row_valid, other=0.0)
         logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         grad_p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for c in tl.static_range(0, HEAD_DIM, BLOCK_C):
-            q = load_rows(q_base + c, i, row_there, stride_qn, HEAD_DIM - c, BLOCK_C)
+            q = load_rows(q_base + c, i, row_valid, stride_qn, HEAD_DIM - c, BLOCK_C)
             k = load_rows(k_base + c, token, attended, stride_kn, HEAD_DIM - c, BLOCK_C)
             logits = product(q, tl.trans(k), logits, PRECISION)
-            grad_out = load_rows(grad_out_base + c, i, row_there, stride_gn, HEAD_DIM - c, BLOCK_C)
+            grad_out = load_rows(grad_out_base + c, i, row_valid, stride_gn, HEAD_DIM - c, BLOCK_C)
             v = load_rows(v_base + c, token, attended, stride_vn, HEAD_DIM - c, BLOCK_C)
             grad_p = product(grad_out, tl.trans(v), grad_p, PRECISION)
         logits *= logit_scale
         if key_bias_ptr is not None:
             logits += _across(key_bias)
         p = _probabilities(
-            logits, _down(lse), _down(row_there), _across(attended), _across(slot),
+            logits, _down(lse), _down(row_valid), _across(attended), _across(slot),
             1, _down(bias_rows), bias_stride_s, None, S,
         )  # fmt: skip
         grad_bias += p * (grad_p - _down(delta))
     grad_rows = grad_bias_ptr + ((part.to(tl.int64) * H + h) * Nq + i) * S
-    mask = _down(row_there) & _across(slot < S)
+    mask = _down(row_valid) & _across(slot < S)
     tl.store(_down(grad_rows) + _across(slot), grad_bias, mask=mask)
 
 
@@ -481,7 +481,7 @@ def gathered_attention_bias_bwd_kernel(
 
 
 @triton.jit
-def gathered_attention_each_queries_bwd_kernel(
+def gathered_attention_per_query_queries_bwd_kernel(
     q_ptr, k_ptr, v_ptr, grad_out_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, grad_q_ptr, grad_bias_ptr, index_ptr,
     bias_ptr, key_bias_ptr,
     stride_qb: tl.int64, stride_qj: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
@@ -504,18 +504,18 @@ def gathered_attention_each_queries_bwd_kernel(
     row = (tl.program_id(0) // H).to(INT) * BLOCK_M + tl.arange(0, BLOCK_M)
     sequence = row // Nq
     i = (row - sequence * Nq).to(tl.int64)
-    row_there = sequence < sequences
+    row_valid = sequence < sequences
     b, j = sequence_of(sequence, J)
     stat = (sequence.to(tl.int64) * H + h) * Nq + i
     q_base = _down(q_ptr + b * stride_qb + j * stride_qj + h * stride_qh)
     grad_out_base = _down(grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh)
     out_base = _down(out_ptr + b * stride_ob + j * stride_oj + h * stride_oh)
-    q = load_rows(q_base, i, row_there, stride_qn, HEAD_DIM, BLOCK_D).to(tl.float32)
-    grad_out = load_rows(grad_out_base, i, row_there, stride_gn, HEAD_DIM, BLOCK_D).to(tl.float32)
-    out = load_rows(out_base, i, row_there, stride_on, HEAD_DIM, BLOCK_D)
-    delta = _delta(grad_out, out, grad_lse_ptr, stat, row_there)
-    tl.store(delta_ptr + stat, delta, mask=row_there)
-    lse = _load_lse(lse_ptr, stat, row_there)
+    q = load_rows(q_base, i, row_valid, stride_qn, HEAD_DIM, BLOCK_D).to(tl.float32)
+    grad_out = load_rows(grad_out_base, i, row_valid, stride_gn, HEAD_DIM, BLOCK_D).to(tl.float32)
+    out = load_rows(out_base, i, row_valid, stride_on, HEAD_DIM, BLOCK_D)
+    delta = _delta(grad_out, out, grad_lse_ptr, stat, row_valid)
+    tl.store(delta_ptr + stat, delta, mask=row_valid)
+    lse = _load_lse(lse_ptr, stat, row_valid)
     index_rows = index_ptr + b * index_stride_b + j * index_stride_j + h * index_stride_h + i * index_stride_q
     k_base = _down(_down(k_ptr + b * stride_kb + j * stride_kj + h * stride_kh))
     v_base = _down(_down(v_ptr + b * stride_vb + j * stride_vj + h * stride_vh))
@@ -528,7 +528,7 @@ def gathered_attention_each_queries_bwd_kernel(
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for block in range(0, S, BLOCK_N):
         slot = _across((block + tl.arange(0, BLOCK_N)).to(tl.int64))
-        asked = _down(row_there) & (slot < S)
+        asked = _down(row_valid) & (slot < S)
         token = tl.load(_down(index_rows) + slot, mask=asked, other=-1)
         key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, asked & within(token, Nk))
         k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D).to(tl.float32)
@@ -536,17 +536,17 @@ def gathered_attention_each_queries_bwd_kernel(
         logits = tl.sum(_across(q) * k, -1) * logit_scale
         if key_bias_ptr is not None:
             logits += key_bias
-        p = _probabilities(logits, _down(lse), _down(row_there), attended, slot, 1, bias_rows, bias_stride_s, None, S)
+        p = _probabilities(logits, _down(lse), _down(row_valid), attended, slot, 1, bias_rows, bias_stride_s, None, S)
         grad_logits = p * (tl.sum(_across(grad_out) * v, -1) - _down(delta))
         if grad_bias_ptr is not None:
             tl.store(_down(grad_bias_ptr + stat * S) + slot, grad_logits, mask=asked)
         grad_q += tl.sum(_down(grad_logits) * k, 1)
     grad_q_base = _down(grad_q_ptr + b * stride_grad_qb + j * stride_grad_qj + h * stride_grad_qh)
-    store_rows(grad_q_base, i, row_there, stride_grad_qn, grad_q * scale, HEAD_DIM, BLOCK_D)
+    store_rows(grad_q_base, i, row_valid, stride_grad_qn, grad_q * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
-def gathered_attention_each_keys_bwd_kernel(
+def gathered_attention_per_query_keys_bwd_kernel(
     q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, grad_key_bias_ptr, start_ptr,
     slots_ptr, bias_ptr, key_bias_ptr,
     stride_qb: tl.int64, stride_qj: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
@@ -574,10 +574,10 @@ def gathered_attention_each_keys_bwd_kernel(
     row = (tl.program_id(0) // H).to(INT) * BLOCK_N + tl.arange(0, BLOCK_N)
     sequence = row // Nk
     token = (row - sequence * Nk).to(tl.int64)
-    there = sequence < sequences
+    valid = sequence < sequences
     b, j = sequence_of(sequence, J)
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
-    key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, there)
+    key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, valid)
     k_base = _down(k_ptr + b * stride_kb + j * stride_kj + h * stride_kh)
     v_base = _down(v_ptr + b * stride_vb + j * stride_vj + h * stride_vh)
     start_rows = start_ptr + b * start_stride_b + j * start_stride_j + h * start_stride_h + token
@@ -618,7 +618,7 @@ def gathered_attention_each_keys_bwd_kernel(
         grad_k += tl.sum(_down(grad_logits) * q, 1)
         grad_key_bias += tl.sum(grad_logits, 1)
     grad_at = _down(b * stride_grad_kb + j * stride_grad_kj + h * stride_grad_kh)
-    store_rows(grad_k_ptr + grad_at, token, there, stride_grad_kn, grad_k * scale, HEAD_DIM, BLOCK_D)
-    store_rows(grad_v_ptr + grad_at, token, there, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
+    store_rows(grad_k_ptr + grad_at, token, valid, stride_grad_kn, grad_k * scale, HEAD_DIM, BLOCK_D)
+    store_rows(grad_v_ptr + grad_at, token, valid, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
     if grad_key_bias_ptr is not None:
-        tl.store(grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk + token, grad_key_bias, mask=there)
+        tl.store(grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk + token, grad_key_bias, mask=valid)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...errors import fail
 from ...launcher import MAX_PROGRAMS, Launch, cdiv, is_aligned, launch, next_power_of_2
 from .kernels import (
-    gathered_attention_each_fwd_kernel,
     gathered_attention_long_fwd_kernel,
+    gathered_attention_per_query_fwd_kernel,
     gathered_attention_short_fwd_kernel,
 )
 
@@ -233,7 +233,7 @@ def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch
         BLOCK_S = min(next_power_of_2(p.S), max(1, 4096 // (BLOCK_H * p.BLOCK_D)))
         num_warps = max(1, BLOCK_S * BLOCK_H * p.BLOCK_D // 2048)
         return Launch(
-            gathered_attention_each_fwd_kernel,
+            gathered_attention_per_query_fwd_kernel,
             p.sequences * p.Nq * cdiv(p.H, BLOCK_H),
             tensors,
             (*rows, *added, p.J, p.H, p.Nq, p.Nk, p.S, scale),

@@ -16,10 +16,10 @@ from ...launcher import Launch, cdiv, is_aligned, launch, next_power_of_2
 from .api import unpack
 from .kernels_backward import (
     gathered_attention_bias_bwd_kernel,
-    gathered_attention_each_keys_bwd_kernel,
-    gathered_attention_each_queries_bwd_kernel,
     gathered_attention_fused_bwd_kernel,
     gathered_attention_keys_bwd_kernel,
+    gathered_attention_per_query_keys_bwd_kernel,
+    gathered_attention_per_query_queries_bwd_kernel,
     gathered_attention_queries_bwd_kernel,
 )
 from .launches import (
@@ -92,7 +92,7 @@ def sequences_at_once(p: Problem, blocks: Blocks) -> int:
     return max(1, elements // (max(blocks[:2]) * max(p.BLOCK_D, *blocks[:2])))
 
 
-def each_blocks(p: Problem, count: int, elements: int) -> tuple[int, int]:
+def per_query_blocks(p: Problem, count: int, elements: int) -> tuple[int, int]:
     """(rows, entries) at once in the kernels of an index per query, whose rows have about `count` entries."""
     most = max(1, elements // p.BLOCK_D)
     entries = min(next_power_of_2(count), most, 32)
@@ -138,7 +138,7 @@ class Backward:
         if need_key_bias:
             t["grad_key_bias"] = self.lse.new_empty(*p.batch, p.H, p.Nk)
         if p.per_query:
-            self._each(need_bias)
+            self._per_query(need_bias)
         else:
             blocks = fused_blocks(p)
             if blocks is not None:
@@ -285,7 +285,7 @@ class Backward:
         self.tensors["grad_bias"] = self.lse.new_empty(shape)
         self._dense(gathered_attention_bias_bwd_kernel, parts * tiles, turns, channels, (), blocks)
 
-    def _each(self, need_bias: bool) -> None:
+    def _per_query(self, need_bias: bool) -> None:
         p, t = self.problem, self.tensors
         if need_bias:
             t["grad_bias"] = self.lse.new_empty(*p.batch, p.H, p.Nq, p.S)
@@ -293,12 +293,12 @@ class Backward:
         wide = p.sequences * max(p.Nq, p.Nk) >= 2**31 - 2048 or p.Nq * p.S >= 2**31
         constants = (tl.int64 if wide else tl.int32,)
         sizes = (p.sequences, p.J, p.H, p.Nq, p.Nk, p.S)
-        queries, entries = each_blocks(p, p.S, 2048 if p.bias is None else 1024)
-        kernel, programs = gathered_attention_each_queries_bwd_kernel, cdiv(p.sequences * p.Nq, queries) * p.H
+        queries, entries = per_query_blocks(p, p.S, 2048 if p.bias is None else 1024)
+        kernel, programs = gathered_attention_per_query_queries_bwd_kernel, cdiv(p.sequences * p.Nq, queries) * p.H
         self._add(kernel, programs, p.index_strides, sizes, p.BLOCK_D, constants, Blocks(queries, entries, 1, 1))
-        keys, entries = each_blocks(p, cdiv(p.Nq * p.S, p.Nk), 1024)
+        keys, entries = per_query_blocks(p, cdiv(p.Nq * p.S, p.Nk), 1024)
         strides = (*self._per_row(t["start"]), *self._per_row(t["slots"]))
-        kernel, programs = gathered_attention_each_keys_bwd_kernel, cdiv(p.sequences * p.Nk, keys) * p.H
+        kernel, programs = gathered_attention_per_query_keys_bwd_kernel, cdiv(p.sequences * p.Nk, keys) * p.H
         self._add(kernel, programs, strides, sizes, p.BLOCK_D, constants, Blocks(entries, keys, 1, 1))
 
     def _per_row(self, t: Tensor) -> tuple[int, int, int]:
