@@ -74,6 +74,10 @@ def test_same_answers_and_gradients_in_float64(name: str, training: bool) -> Non
     assert a_grads.keys() == b_grads.keys()
     for key, grad in a_grads.items():
         torch.testing.assert_close(grad, b_grads[key], rtol=1e-10, atol=1e-11 * float(grad.abs().max() + 1), msg=key)
+    torch.manual_seed(3)
+    with torch.no_grad():  # in tiles, unless stochastic depth has to be drawn as published
+        out = ours(x.double())
+    torch.testing.assert_close(out[0] if isinstance(out, tuple) else out, b, rtol=1e-12, atol=1e-12)
 
 
 @each_model
@@ -182,6 +186,7 @@ def test_uniform() -> None:
     x = torch.zeros(2, 9, 17, 64)
     assert strategies.uniform(x, 3, scene(x)).tolist() == [[0, 4, 8]] * 2
     assert strategies.uniform(x, 1, scene(x)).tolist() == [[4]] * 2
+    assert strategies.uniform(x[:, :8], 1, scene(x[:, :8])).tolist() == [[3]] * 2  # of two in the middle, the first
     keep = torch.tensor([[1], [5]])
     assert strategies.uniform(x, 3, scene(x, keep)).tolist() == [[1, 4, 8], [0, 5, 8]]
 

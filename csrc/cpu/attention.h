@@ -430,8 +430,7 @@ struct Core {
       for (int64_t n = 0; n < p.Nk; ++n) write_row(out + n * to.stride_n, rows + n * Dp, T{1});
       return;
     }
-    const int64_t* start = p.start + b * p.start_stride_b + j * p.start_stride_j + h * p.start_stride_h;
-    const int64_t* slots = p.slots + b * p.slots_stride_b + j * p.slots_stride_j + h * p.slots_stride_h;
+    const int64_t *start = p.start + b * p.start_stride_b, *slots = p.slots + b * p.slots_stride_b;
     for (int64_t key = 0; key < keys; ++key) place[present[key]] = key;
     for (int64_t n = 0; n < p.Nk; ++n) {
       fill(out_rows, Dp, T{0});
