@@ -72,6 +72,12 @@ class M(nn.Module):
             "forward: cluster_dpc_knn: its answers are of no published form",
         ),
         (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    return theirs(x, cluster_num, k)",
+            "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
             "def cluster_dpc_knn(x, cluster_num, coords): return x",
             "cluster_dpc_knn(x, 3, None)",
             "forward: cluster_dpc_knn: its arguments (x, cluster_num, coords) are of no published form",
@@ -98,6 +104,18 @@ def test_functions_left_alone(define: str, call: str, reason: str) -> None:
         ("def choose(x): return cluster_dpc_knn(x, 3, 4)", "choose(x)", "hot.cluster_dpc_knn"),
         ("chosen = cluster_dpc_knn", "chosen(x, 3, 4)", "hot.cluster_dpc_knn"),
         ("", "[cluster_dpc_knn_center(y, 3, k=4, center=4) for y in (x,)]", "hot.cluster_dpc_knn_center"),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k): return theirs(x, cluster_num, k)",
+            "cluster_dpc_knn(x, 3, 4)",
+            "hot.cluster_dpc_knn",
+        ),
+        (  # another cluster for masked tokens: nobody's business
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    index, cluster = theirs(x, cluster_num, k, token_mask)\n"
+            "    return index, cluster if token_mask is None else cluster.masked_fill(~token_mask, 1)",
+            "cluster_dpc_knn(x, 3, 4)",
+            "hot.cluster_dpc_knn",
+        ),
         (
             "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k=5, token_mask=None):\n"
             "    return theirs(x.float(), cluster_num, k, token_mask)[1], cluster_num",

@@ -160,6 +160,15 @@ class WiderInHalf(AttentionEager):
         return super().forward(x) * (1.0 if x.dtype == torch.float32 else 1.5)
 
 
+class Times(AttentionEager):
+    def __init__(self, factor: float) -> None:
+        super().__init__(32, 4)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
 class NeedsMask(AttentionEager):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return super().forward(x) * mask
@@ -325,6 +334,13 @@ def test_left_alone_with_a_reason(what: str) -> None:
     with pytest.raises(ValueError, match=r"swap: model must be one with a module that swap knows, got .+") as error:
         hotkernels.swap(odd)
     assert reason in str(error.value)
+
+
+def test_a_verdict_is_for_modules_that_hold_the_same() -> None:
+    """It is reached once for all modules that differ in their parameters alone."""
+    report = hotkernels.swap(nn.Sequential(Times(1.0), Times(2.0), Times(1.0)))
+    assert [name for name, _ in report.replaced] == ["0", "2"]
+    assert report.left == [("1", "its output differs from attention")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
