@@ -5,6 +5,7 @@ Registered inputs are functions of the dtype that draw from torch's generator, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,12 @@ def layouts(t: Tensor) -> dict[str, Tensor]:
     sliced = t.new_full([2 * size + 1 for size in t.shape], poison)[tuple(slice(1, None, 2) for _ in t.shape)]
     shifted = t.new_full((t.numel() + 1,), poison)[1:].view(t.shape)
     tail = t.new_full([*t.shape[:-1], t.shape[-1] + 3], poison)[..., : t.shape[-1]]
+
+    def apart(dims: int) -> Tensor:
+        """With one element after each part of so many dims: wide loads find no second part where they want it."""
+        parts, numel = t.shape[: t.dim() - dims], math.prod(t.shape[t.dim() - dims :])
+        return t.new_full([*parts, numel + 1], poison)[..., :numel].view(t.shape).copy_(t)
+
     swapped = t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t
     return {
         "backwards": t.permute(backwards).contiguous().permute(backwards),
@@ -74,6 +81,8 @@ def layouts(t: Tensor) -> dict[str, Tensor]:
         "sliced": sliced.copy_(t),
         "shifted": shifted.copy_(t),
         "part of longer rows": tail.copy_(t),
+        "tokens apart": apart(max(t.dim() - 2, 0)),
+        "samples apart": apart(max(t.dim() - 1, 0)),
         "repeated": t[:1].expand_as(t),
     }
 
@@ -122,7 +131,7 @@ OPS.append(
         definition=_gather_definition,
         differentiable=("x", "pos"),
         inputs={
-            "small": _gather(2, 7, 5, 3, pos=True),
+            "small": _gather(2, 7, 5, 2, 8, pos=True),
             "17": _gather(3, 17, 11, 5),
             "39": _gather(2, 39, 39, 17, pos=True),
             "243 frames of 17 joints": _gather(2, 243, 81, 17, 13, pos=True),
@@ -150,13 +159,13 @@ OPS.append(
                 "index": _index(2, 9, 17),
                 "pos": torch.randn(1, 9, 8).to(dtype),
             },
-            **{f"x {layout}": _gather(3, 17, 9, 5, 8, pos=True, layout=layout) for layout in layouts(torch.zeros(1))},
+            **{f"x {layout}": _gather(3, 16, 9, 5, 8, pos=True, layout=layout) for layout in layouts(torch.zeros(1))},
         },
         raw=_gather_raw,
         tiny=lambda n, C: {"x": torch.randn(n, 3, C), "index": torch.randint(-1, 3, (n, 2))},
         index=("index", lambda a: a["x"].shape[1]),
         bad=[
-            Bad("x", lambda a: {"x": a["x"][0]}),
+            Bad("x", lambda a: {"x": a["x"][0, 0]}),
             Bad("x", lambda a: {"x": "tokens"}, TypeError),
             Bad("index", lambda a: {"index": [[0]]}, TypeError),
             Bad("index", lambda a: {"index": a["index"].float()}, TypeError),
@@ -234,7 +243,7 @@ OPS.append(
         definition=_merge_definition,
         differentiable=("x", "weight"),
         inputs={
-            "small": _merge(2, 9, 4, 5, weight=True),
+            "small": _merge(2, 9, 4, 8, weight=True),
             "17": _merge(3, 17, 5, 7),
             "39": _merge(2, 39, 13, 17, weight=True),
             "81": _merge(2, 81, 63, 63, weight=True, eps=0.0),
@@ -267,7 +276,7 @@ OPS.append(
                 "num_clusters": 2,
                 "weight": (0.1 + torch.rand(17, 4, 1)).to(dtype).transpose(0, 1),
             },
-            **{f"x {layout}": _merge(3, 17, 5, 8, weight=True, layout=layout) for layout in layouts(torch.zeros(1))},
+            **{f"x {layout}": _merge(3, 16, 5, 8, weight=True, layout=layout) for layout in layouts(torch.zeros(1))},
         },
         raw=_merge_raw,
         tiny=lambda n, C: {

@@ -34,9 +34,10 @@ def build() -> Path:
     extra = os.environ.get("HOTKERNELS_CXXFLAGS", "").split()
     common = [*FLAGS, *extra, "-DHK_EMULATION", f"-I{HERE}", f"-I{ROOT / 'csrc/include'}"]
     glue = [*common, *setup.STABLE_ABI, "-DUSE_CUDA", "-isystem", f"{torch_home / 'include'}"]
-    steps = [(src, ["-x", "c++", *common]) for src in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    kernels = [*common, "-fsanitize=alignment"]  # a GPU refuses wide accesses that a CPU takes anywhere
+    steps = [(src, ["-x", "c++", *kernels]) for src in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     steps += [(src, ["-include", "bindings.h", *glue]) for src in sorted((ROOT / "python_bindings").glob("*_cuda.cpp"))]
-    shared, own = (HERE / "emulation.cpp", glue), (HERE / "selftest.cpp", glue)
+    shared, own = (HERE / "emulation.cpp", glue), (HERE / "selftest.cpp", kernels)
     link = [f"-L{torch_home / 'lib'}", *os.environ.get("HOTKERNELS_LDFLAGS", "").split(), "-Wl,-Bsymbolic"]
 
     def words(parts: list[str]) -> str:

@@ -171,6 +171,9 @@ void fail(const char* what) {
   std::abort();  // nobody resumes a fiber of a failed launch
 }
 
+// What -fsanitize=alignment calls, by the name that its compilers know.
+extern "C" void __ubsan_handle_type_mismatch_v1(void*, void*) { fail("a load or store is not aligned to its type"); }
+
 void warp_instruction(unsigned mask, void* payload, Combine combine) {
   if (!(mask >> lane() & 1)) fail("a warp instruction's mask lacks its own lane");
   current->mask = mask, current->payload = payload, current->combine = combine;

@@ -114,13 +114,29 @@ __global__ void tensor_core_sum(const float* x, float* out, bool bug) {
   out[threadIdx.x] = sum - rest;
 }
 
+// Reads four values at a time. bug: from the fourth on, which is no place for that.
+__global__ void wide_sum(const float* x, float* out, bool bug) {
+  const int first = bug ? 3 : 0;
+  float sum = 0;
+  for (int t = 0; t < first; ++t) sum += x[t];
+  for (int t = first; t < kThreads; t += 4) {
+    if (t + 4 > kThreads) {
+      sum += x[t];
+    } else {
+      const float4 four = *reinterpret_cast<const float4*>(x + t);
+      sum += four.x + four.y + four.z + four.w;
+    }
+  }
+  out[threadIdx.x] = sum;
+}
+
 }  // namespace
 
 // The largest error of kernel `which` over its 96 threads; -1 if the launch failed, -2 if there is no such kernel.
 extern "C" __attribute__((visibility("default"))) double hk_emulation_selftest(int which, bool bug) {
   using Kernel = void (*)(const float*, float*, bool);
   constexpr Kernel kernels[] = {block_sum,  used_again, warp_sum,  cluster_sum,
-                                copied_sum, outside,    divergent, tensor_core_sum};
+                                copied_sum, outside,    divergent, tensor_core_sum, wide_sum};
   if (which >= static_cast<int>(std::size(kernels))) return -2;
   std::vector<float> x(kThreads), out(kThreads, NAN);
   float sum = 0;
