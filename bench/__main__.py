@@ -36,8 +36,9 @@ def main() -> int:
         print(text, flush=True)
         markdown += text + "\n"
         results.append(result)
-    title = "# Benchmark results" + (" (quick)" if args.quick else "") + "\n\n"
-    print(f"\nwritten: {harness.save(args.out, about['cpu'], about, title + markdown, results, args.quick)} and .json")
+    part = ["quick"] * args.quick + args.ops + [args.rows] * bool(args.rows)
+    title = "# Benchmark results" + (f" ({', '.join(part)})" if part else "") + "\n\n"
+    print(f"\nwritten: {harness.save(args.out, about['cpu'], about, title + markdown, results, part)} and .json")
     return 1 if any(result["wrong"] for result in results) else 0
 
 

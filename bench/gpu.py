@@ -440,13 +440,13 @@ def write(session: Session) -> None:
 def save(session: Session) -> list[Path]:
     """<gpu>-<date>.md and .json, among the results and beside the summary. Tests that passed are only counted there."""
     name = session.about.get("gpu", session.about["cpu"])
-    if set(session.stages) != set(STAGES):
-        name += " " + " ".join(session.stages)
     counts = [{"op": op, "backend": backend, **count} for (op, backend), count in kernels(session).items()]
     more = {"stages": [asdict(o) for o in session.outcomes], "tests": counts}
     rows = session.tasks("bench")
     folders = [session.results, session.out] if {"tests", "bench"} & set(session.stages) else [session.out]
-    return [harness.save(f, name, session.about, summary(session), rows, session.quick, **more) for f in folders]
+    part = ["quick"] * session.quick + [session.rows] * bool(session.rows)
+    part += session.stages if set(session.stages) != set(STAGES) else []
+    return [harness.save(f, name, session.about, summary(session), rows, part, **more) for f in folders]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -202,13 +202,25 @@ def report(selected: list[Row], seconds: float) -> Iterator[tuple[str, dict[str,
 
 
 def save(
-    folder: Path, on: str, about: dict[str, Any], markdown: str, results: list[dict[str, Any]], quick: bool, **more: Any
+    folder: Path,
+    on: str,
+    about: dict[str, Any],
+    markdown: str,
+    results: list[dict[str, Any]],
+    part: Iterable[str] = (),
+    **more: Any,
 ) -> Path:
-    """Write <on>-<date>.json and .md, `on` being the processor's name; return the latter's path."""
-    on = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)|@.*", "", on.lower())).strip("-")
+    """Write <on>-<date>.json and .md, `on` being the processor's name; return the latter's path.
+
+    `part` says what of the whole was run, if not all: the name ends with it, so that no part replaces the whole.
+    """
+
+    def slug(words: str) -> str:
+        return re.sub(r"[^a-z0-9_]+", "-", words.lower()).strip("-")
+
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (f"{on}-{date}" + ("-quick" if quick else ""))
+    path = folder / "-".join([slug(re.sub(r"\(.*?\)|@.*", "", on)), date, *map(slug, part)])
     path.with_name(path.name + ".json").write_text(
         json.dumps({"machine": about, **more, "rows": results}, indent=1) + "\n"
     )

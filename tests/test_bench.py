@@ -23,7 +23,8 @@ from hotkernels.bench.workloads import WORKLOADS
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench/ is no part of the package
 
-from bench import gpu, gpu_rows, supervise  # noqa: E402
+from bench import __main__ as suite  # noqa: E402
+from bench import gpu, gpu_rows, harness, supervise  # noqa: E402
 
 SMALL = {
     "dpc_knn": (2, 40, 8),
@@ -231,6 +232,24 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **journals: list[di
         lines = [json.dumps(entry) + "\n" for entry in entries]
         made.journal(f"{name}-0").write_text("".join(lines))
     return made
+
+
+def test_a_part_does_not_replace_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = harness.save(tmp_path, "Test(R) CPU @ 2 GHz", {}, "whole", [])
+    monkeypatch.setattr(sys, "argv", ["bench", "--quick", "gather_tokens", "--rows", "tiny", "--out", str(tmp_path)])
+    monkeypatch.setattr(harness, "header", lambda: {"cpu": "Test(R) CPU @ 2 GHz"})
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    assert suite.main() == 0
+    assert whole.read_text() == "whole"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {whole.stem + part + end for part in ("", "-quick-gather_tokens-tiny") for end in (".md", ".json")}
+
+
+def test_committed_results_are_of_whole_runs() -> None:
+    for path in Path(harness.__file__).parent.glob("results/*.json"):
+        rows = json.loads(path.read_text()).get("rows")
+        if isinstance(rows, list) and "op" in rows[0]:
+            assert {row["op"] for row in rows} == set(harness.OPS), path.name
 
 
 def timed(**microseconds: float) -> dict[str, Any]:
