@@ -255,6 +255,43 @@ def test_autocast() -> None:
     torch.testing.assert_close(out.float(), exact, rtol=0.1, atol=0.1)
 
 
+def test_autocast_training() -> None:
+    """The block before pruning runs without gradients and with them: weights that autocast has cast must get theirs."""
+    _, model, x = pair("hot_mixste")
+    index = torch.stack([torch.randperm(27)[:9].sort().values for _ in range(2)])
+    named = {name: p for name, p in model.named_parameters() if name.startswith("TTEblocks.1.")}
+    exact = torch.autograd.grad(model(x, index).square().sum(), list(named.values()))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, index)
+    grads = torch.autograd.grad(out.float().square().sum(), list(named.values()))
+    for name, own, expected in zip(named, grads, exact, strict=True):
+        assert (own - expected).norm() <= 0.3 * expected.norm(), name
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_frames_that_are_left_out_carry_no_gradient(drop: float) -> None:
+    """Before pruning, what follows attention runs for the choice, then with gradients for what is kept.
+
+    With dropout it runs once, as it would drop something else the second time.
+    """
+    model = HoTMixSTE(**SMALL, drop=drop)
+    blocks: Any = model.TTEblocks
+    calls: list[tuple[bool, int]] = []
+    whole: list[Any] = []
+    blocks[1].attn.proj.register_forward_pre_hook(
+        lambda _, args: calls.append((torch.is_grad_enabled(), args[0].numel()))
+    )
+    blocks[1].register_forward_hook(lambda *_: whole.append(None))
+    x = torch.randn(2, 27, 17, 2)
+    kept, every = 2 * 9 * 17 * 64, 2 * 27 * 17 * 64
+    model(x)
+    assert calls == ([(True, every)] if drop else [(False, every), (True, kept)])
+    with torch.no_grad():
+        model(x)
+    assert calls[-1] == (False, every)
+    assert len(whole) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

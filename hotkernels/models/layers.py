@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import check_int, check_tensor, fail
 from ..nn import Attention, CrossAttention
+from ..nn.attention import dropout_p
 from ..nn.hourglass import recover_tokens
 from ..nn.linear import linear
 from ..ops.gather_tokens import gather_tokens
@@ -37,17 +39,29 @@ def layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=1e-6)
 
 
-def add_residual(x: Tensor, branch: Tensor, along: int, drop_path: float = 0.0) -> Tensor:
-    """x + branch, both [B, F, J, C].
+def stochastic_depth(x: Tensor, along: int, drop_path: float) -> Tensor | None:
+    """What to multiply a branch of x [B, F, J, C] with, so that whole sequences along dim `along` are left out at once.
 
-    With stochastic depth, a whole sequence along dim `along` is left out at once, as where sequences are rows; the
-    random numbers are those of timm's DropPath.
+    As where sequences are rows; the random numbers are those of timm's DropPath. None: nothing is left out.
     """
-    if drop_path > 0:
-        rows = list(x.shape)
-        rows[along] = rows[-1] = 1
-        return torch.addcmul(x, branch, branch.new_empty(rows).bernoulli_(1 - drop_path).div_(1 - drop_path))
-    return x + branch
+    if drop_path == 0:
+        return None
+    rows = list(x.shape)
+    rows[along] = rows[-1] = 1
+    return x.new_empty(rows).bernoulli_(1 - drop_path).div_(1 - drop_path)
+
+
+def add_residual(x: Tensor, branch: Tensor, depth: Tensor | None) -> Tensor:
+    """x + branch, the branch times `depth` if there is any."""
+    return x + branch if depth is None else torch.addcmul(x, branch, depth)
+
+
+def after_attention(
+    x: Tensor, attended: Tensor, attention: Attention, norm2: nn.Module, mlp: nn.Module, depths: Sequence[Tensor | None]
+) -> Tensor:
+    """The rest of a pre-norm block, token by token: x and what its attention took, both [B, F, J, C], to the output."""
+    x = add_residual(x, attention.proj_drop(linear(attention.proj, attended)), depths[0])
+    return add_residual(x, mlp(norm2(x)), depths[1])
 
 
 def transformer_block(
@@ -66,12 +80,8 @@ def transformer_block(
         rows: the dim along which stochastic depth leaves out all at once.
         drop_path: its probability; 0 in evaluation.
     """
-
-    def rest(x: Tensor, attended: Tensor) -> Tensor:
-        x = add_residual(x, attention.proj_drop(linear(attention.proj, attended)), rows, drop_path)
-        return add_residual(x, mlp(norm2(x)), rows, drop_path)
-
-    B, F, J, C = x.shape
+    depths = [stochastic_depth(x, rows, drop_path) for _ in range(2)]
+    rest = functools.partial(after_attention, attention=attention, norm2=norm2, mlp=mlp, depths=depths)
     if norm1.training or torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return rest(x, attention.attend(norm1(x), along))
     if along == -2:
@@ -79,7 +89,35 @@ def transformer_block(
     else:
         attended = attention.attend(norm1(x), along)
         done = [rest(*tile) for tile in zip(_tiles(x), _tiles(attended), strict=True)]
-    return torch.cat(done, 1).view(B, F, J, C)
+    return torch.cat(done, 1).view(x.shape)
+
+
+def pruned_block(
+    x: Tensor, norm1: nn.Module, attention: Attention, norm2: nn.Module, mlp: Mlp,
+    drop_path: float, choose: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A block between frames, only some of which go on: the same output and gradients, with less to store and compute.
+
+    Frames that are left out have no gradient to carry through what follows the attention, token by token. That runs
+    twice: without gradients, for the choice, then for the chosen frames.
+
+    Args:
+        x, norm1, attention, norm2, mlp, drop_path: as `transformer_block`.
+        choose: from the output of all frames to the positions [B, M] of those that go on.
+
+    Returns:
+        The output [B, M, J, C] at the chosen frames, and their positions.
+    """
+    depths = [stochastic_depth(x, -3, drop_path) for _ in range(2)]
+    rest = functools.partial(after_attention, attention=attention, norm2=norm2, mlp=mlp, depths=depths)
+    attended = attention.attend(norm1(x), -3)
+    if dropout_p(attention.proj_drop) or dropout_p(mlp.drop):  # would not drop the same twice
+        out = rest(x, attended)
+        index = choose(out)
+        return gather_tokens(out, index), index
+    with torch.no_grad():
+        index = choose(rest(x, attended))
+    return rest(gather_tokens(x, index), gather_tokens(attended, index)), index
 
 
 def _tiles(x: Tensor) -> tuple[Tensor, ...]:
@@ -148,38 +186,42 @@ class Hourglass(nn.Module):
                 fail(op, "index", "None where frames are pruned in several steps", list(index.shape))
             check_tensor(op, "index", index, "[B, M]", (torch.int64,), shape=(len(x), self.token_num[0]))
 
-    def prune(
-        self, layer: int, x: Tensor, poses: Tensor, index: Tensor | None, given: Tensor | None,
+    def chooser(
+        self, layer: int, poses: Tensor, index: Tensor | None, given: Tensor | None,
         norm: nn.Module, attention: Attention,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Prune x [B, F, J, C] before `layer`, if it is one of those.
+    ) -> Callable[[Tensor], Tensor]:  # fmt: skip
+        """How to choose among the tokens [B, F, J, C] before `layer`, one of those before which frames are pruned.
 
         Args:
             layer: number of the block that comes next.
-            x: the tokens.
             poses: the model's input.
-            index: the frames that x still has, None = all.
+            index: the frames that are left, None = all.
             given: the frames to keep, None = choose.
             norm, attention: the temporal attention that comes next, and the norm before it.
 
         Returns:
-            The tokens and the frames that are left.
+            From the tokens to the positions [B, M] of those to keep.
         """
-        if layer not in self.layer_index:
-            return x, index
-        step = self.layer_index.index(layer)
-        chosen = given
-        if chosen is None:
+
+        def choose(x: Tensor) -> Tensor:
+            if given is not None:
+                return given
             keep = None
             if self.center:
                 middle = torch.full((1, 1), (self.frames - 1) // 2, device=x.device)
                 keep = middle if index is None else (index == middle).int().argmax(1, keepdim=True)
             here = poses if index is None else gather_tokens(poses, index)
-            chosen = self.select(x, self.token_num[step], Scene(here, keep, norm, attention))
-        pos: Any = None
-        if self.recover == "attention":
-            pos = self.pos_embed_token[step] if len(self.token_num) > 1 else self.pos_embed_token
-        return gather_tokens(x, chosen, pos), chosen if index is None else index.gather(1, chosen)
+            token_num = self.token_num[self.layer_index.index(layer)]
+            return self.select(x, token_num, Scene(here, keep, norm, attention))
+
+        return choose
+
+    def position(self, layer: int) -> Tensor | None:
+        """The embedding [1, M, C] of the frames that are kept before `layer`, where attention recovers the others."""
+        if self.recover != "attention":
+            return None
+        pos: Any = self.pos_embed_token
+        return pos[self.layer_index.index(layer)] if len(self.token_num) > 1 else pos
 
     def recovered(self, x: Tensor) -> Tensor:
         """The tokens of all frames, where attention recovers them; else those that are left."""
@@ -190,6 +232,11 @@ class Hourglass(nn.Module):
         if self.recover is None:
             return poses, index
         return interpolate(poses, index, self.frames) if self.recover == "interpolation" else poses
+
+
+def left(index: Tensor | None, chosen: Tensor) -> Tensor:
+    """The frames that are left: the chosen of those before, None = all."""
+    return chosen if index is None else index.gather(1, chosen)
 
 
 def _ints(value: int | Sequence[int]) -> tuple[int, ...]:

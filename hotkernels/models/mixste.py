@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import Attention
-from .layers import Hourglass, Mlp, layer_norm, transformer_block
+from ..ops.gather_tokens import gather_tokens
+from .layers import Hourglass, Mlp, layer_norm, left, pruned_block, transformer_block
 from .strategies import Select
 
 
@@ -26,10 +27,13 @@ class Block(nn.Module):
         self.norm2 = layer_norm(dim)
         self.mlp = Mlp(dim, hidden_dim, drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, F, J, C] -> [B, F, J, C]."""
+    def forward(self, x: Tensor, choose: Callable[[Tensor], Tensor] | None = None) -> Any:
+        """[B, F, J, C] -> [B, F, J, C]; or, given a way to choose frames, ([B, M, J, C], their positions [B, M])."""
         drop_path = self.drop_path if self.training else 0.0
-        return transformer_block(x, self.norm1, self.attn, self.norm2, self.mlp, self.along, self.along, drop_path)
+        parts = (self.norm1, self.attn, self.norm2, self.mlp)
+        if choose is not None:
+            return pruned_block(x, *parts, drop_path, choose)
+        return transformer_block(x, *parts, self.along, self.along, drop_path)
 
 
 class HoTMixSTE(Hourglass):
@@ -124,10 +128,29 @@ class HoTMixSTE(Hourglass):
         spatial: Any
         temporal: Any
         for i, (spatial, temporal) in enumerate(zip(self.STEblocks, self.TTEblocks, strict=True)):
-            x, index = self.prune(i, x, poses, index, given, temporal.norm1, temporal.attn)
             x = self.Spatial_norm(spatial(x))
             if i == 0:
                 x = self.pos_drop(x + self.Temporal_pos_embed[:, :, None])
-            x = self.Temporal_norm(temporal(x))
+            if i + 1 in self.layer_index:
+                x, index = self._pruned(i + 1, x, poses, index, given)
+            else:
+                x = self.Temporal_norm(temporal(x))
         assert index is not None
         return self.finished(self.head(self.recovered(x)), index)
+
+    def _pruned(
+        self, layer: int, x: Tensor, poses: Tensor, index: Tensor | None, given: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The temporal block before `layer`, then pruning: the tokens and the frames that are left."""
+        blocks: Any = self.TTEblocks
+        norm, before, following = self.Temporal_norm, blocks[layer - 1], blocks[layer]
+        choose = self.chooser(layer, poses, index, given, following.norm1, following.attn)
+        pos = self.position(layer)
+        if torch.is_grad_enabled():
+            x, chosen = before(x, lambda x: choose(norm(x)))
+            x = norm(x) if pos is None else norm(x) + pos[..., None, :]
+        else:
+            x = norm(before(x))
+            chosen = choose(x)
+            x = gather_tokens(x, chosen, pos)
+        return x, left(index, chosen)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Attention
-from .layers import Hourglass, Mlp, layer_norm, transformer_block
+from ..ops.gather_tokens import gather_tokens
+from .layers import Hourglass, Mlp, layer_norm, left, transformer_block
 from .strategies import Select
 
 _ALONG = {"s": -2, "t": -3}
@@ -122,7 +123,9 @@ class HoTMotionBERT(Hourglass):
         block_ts: Any
         fuse: Any
         for i, (block_st, block_ts, fuse) in enumerate(zip(self.blocks_st, self.blocks_ts, self.ts_attn, strict=True)):
-            x, index = self.prune(i, x, poses, index, given, block_ts.norm1_t, block_ts.attn_t)
+            if i in self.layer_index:
+                chosen = self.chooser(i, poses, index, given, block_ts.norm1_t, block_ts.attn_t)(x)
+                x, index = gather_tokens(x, chosen, self.position(i)), left(index, chosen)
             x = _fuse(block_st(x), block_ts(x), fuse)
         assert index is not None
         return self.finished(self.head(self.pre_logits(self.recovered(self.norm(x)))), index)
