@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hotkernels.models import HoTMixSTE, HoTMotionBERT, strategies
 from hotkernels.models.eager import HoTMixSTEEager, HoTMotionBERTEager
-from hotkernels.nn.linear import linear
+from hotkernels.nn.linear import add_linear, linear
 
 SMALL: dict[str, Any] = {"frames": 27, "token_num": 9, "channels": 64, "depth": 4, "layer_index": 2}
 PAIRS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module], int]] = {
@@ -246,12 +246,15 @@ def test_compiles_without_graph_breaks(make: Callable[..., nn.Module]) -> None:
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_autocast() -> None:
-    model = HoTMixSTE(**SMALL).eval()
-    x = torch.randn(2, 27, 17, 2)
-    exact = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(x)
+@each_model
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+def test_autocast(name: str, grad: bool) -> None:
+    _, model, x = pair(name)
+    index = torch.stack([torch.randperm(27)[:9].sort().values for _ in range(2)])
+    exact = model(x, index)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        out = model(x, index)
+    exact, out = (t[0] if isinstance(t, tuple) else t for t in (exact, out))
     torch.testing.assert_close(out.float(), exact, rtol=0.1, atol=0.1)
 
 
@@ -349,11 +352,30 @@ def test_linear_is_the_layer(
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("mkl_is_fast", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5), (0, 5)])
+def test_linear_added(shape: tuple[int, ...], bias: bool, mkl_is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a new tensor, with gradients; without them to one that is given, which may be the residual."""
+    monkeypatch.setattr("hotkernels.nn.linear._MKL_IS_FAST", mkl_is_fast)
+    layer, x, residual = nn.Linear(5, 7, bias=bias), torch.randn(shape), torch.randn(*shape[:-1], 7)
+    expected = residual + layer(x)
+    out = add_linear(residual, layer, x)
+    torch.testing.assert_close(out, expected)
+    assert out.requires_grad
+    with torch.no_grad():
+        for into in (torch.empty_like(residual), residual):
+            assert add_linear(residual, layer, x, into) is into
+            torch.testing.assert_close(into, expected)
+
+
 def test_linear_with_hooks_runs_them() -> None:
-    layer = nn.Linear(5, 7)
+    layer, residual = nn.Linear(5, 7), torch.randn(3, 7)
     layer.register_forward_hook(lambda module, args, out: out + 1)
     x = torch.randn(3, 5)
     torch.testing.assert_close(linear(layer, x), layer(x))
+    with torch.no_grad():
+        torch.testing.assert_close(add_linear(residual, layer, x, torch.empty(3, 7)), residual + layer(x))
     normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 7))
     torch.testing.assert_close(linear(normed, x), normed(x))
 
@@ -370,10 +392,11 @@ class Doubled(Tensor):
 
 def test_linear_leaves_other_weights_to_pytorch() -> None:
     layer, x = nn.Linear(5, 7), torch.randn(3, 5)
-    expected = nn.functional.gelu(nn.functional.linear(x, 2 * layer.weight, layer.bias))
+    expected = nn.functional.linear(x, 2 * layer.weight, layer.bias)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)
     with torch.no_grad():
-        torch.testing.assert_close(linear(layer, x, gelu=True), expected)
+        torch.testing.assert_close(linear(layer, x, gelu=True), nn.functional.gelu(expected))
+        torch.testing.assert_close(add_linear(torch.ones(3, 7), layer, x, torch.empty(3, 7)), 1 + expected)
 
 
 @pytest.mark.parametrize("make", [HoTMixSTE, HoTMotionBERT, HoTMixSTEEager, HoTMotionBERTEager])

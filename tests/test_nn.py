@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hotkernels
 from hotkernels import gather_tokens
 from hotkernels.baselines import AttentionEager, CrossAttentionEager, TokenRecoveryEager
 from hotkernels.nn import Attention, CrossAttention, TokenPruning, TokenRecovery
@@ -73,6 +74,30 @@ def test_attention_along_joints_and_along_frames(options: dict[str, Any]) -> Non
     )
     assert ours(x, along=-3).is_contiguous()
     assert ours(x[:0]).shape == (0, 27, 5, 32)
+
+
+@pytest.mark.parametrize("along", [-2, -3])
+@pytest.mark.parametrize("piece", [1, 300, 10_000])
+def test_large_inputs_run_in_pieces(along: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without autograd: 7 samples of 135 tokens, one, two or all at a time. A hook sees all of them."""
+    attention, x = Attention(32), torch.randn(7, 27, 5, 32)
+    whole = attention(x, along)
+    monkeypatch.setattr("hotkernels.nn.attention._LARGE", 3 * 4 * x.numel() - 1)
+    monkeypatch.setattr("hotkernels.nn.attention._PIECE", piece)
+    attended: list[int] = []
+    original = hotkernels.nn.attention.packed_attention
+    monkeypatch.setattr(
+        "hotkernels.nn.attention.packed_attention", lambda qkv, *args: (attended.append(1), original(qkv, *args))[1]
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x, along), whole)
+    assert len(attended) == {1: 7, 300: 4, 10_000: 1}[piece]
+    seen: list[torch.Size] = []
+    attention.qkv.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    with torch.no_grad():
+        attention(x, along)
+    attention(x, along)
+    assert seen == [(7, 27, 5, 96)] * 2
 
 
 @each_option

@@ -13,7 +13,7 @@ from ..errors import check_int, check_tensor, fail
 from ..nn import Attention, CrossAttention
 from ..nn.attention import dropout_p
 from ..nn.hourglass import recover_tokens
-from ..nn.linear import linear
+from ..nn.linear import add_linear, linear
 from ..ops.gather_tokens import gather_tokens
 from .strategies import SELECT, Scene, Select, interpolate
 
@@ -21,7 +21,7 @@ _TILE = 1024  # tokens: of 256 to 2048, the fastest for MLPs 512 -> 1024 -> 512 
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x)))."""
+    """A branch fc2(gelu(fc1(x)))."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
         super().__init__()
@@ -29,9 +29,9 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., C]."""
-        return self.drop(linear(self.fc2, self.drop(linear(self.fc1, x, gelu=True))))
+    def forward(self, x: Tensor, residual: Tensor, depth: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """[..., C] -> [..., C], added to the residual as by `add_branch`."""
+        return add_branch(residual, self.fc2, self.drop(linear(self.fc1, x, gelu=True)), self.drop, depth, out)
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -51,17 +51,24 @@ def stochastic_depth(x: Tensor, along: int, drop_path: float) -> Tensor | None:
     return x.new_empty(rows).bernoulli_(1 - drop_path).div_(1 - drop_path)
 
 
-def add_residual(x: Tensor, branch: Tensor, depth: Tensor | None) -> Tensor:
-    """x + branch, the branch times `depth` if there is any."""
-    return x + branch if depth is None else torch.addcmul(x, branch, depth)
+def add_branch(
+    residual: Tensor, layer: nn.Module, x: Tensor, drop: nn.Module, depth: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """residual + drop(layer(x)), the branch times `depth` if there is any; without autograd into `out` if given."""
+    if depth is not None:
+        return torch.addcmul(residual, drop(linear(layer, x)), depth, out=out)
+    if dropout_p(drop) > 0:
+        return torch.add(residual, drop(linear(layer, x)), out=out)
+    return add_linear(residual, layer, x, out)
 
 
 def after_attention(
-    x: Tensor, attended: Tensor, attention: Attention, norm2: nn.Module, mlp: nn.Module, depths: Sequence[Tensor | None]
-) -> Tensor:
+    x: Tensor, attended: Tensor, attention: Attention, norm2: nn.Module, mlp: nn.Module,
+    depths: Sequence[Tensor | None], out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The rest of a pre-norm block, token by token: x and what its attention took, both [B, F, J, C], to the output."""
-    x = add_residual(x, attention.proj_drop(linear(attention.proj, attended)), depths[0])
-    return add_residual(x, mlp(norm2(x)), depths[1])
+    x = add_branch(x, attention.proj, attended, attention.proj_drop, depths[0], out)
+    return mlp(norm2(x), x, depths[1], out)
 
 
 def transformer_block(
@@ -70,8 +77,8 @@ def transformer_block(
 ) -> Tensor:  # fmt: skip
     """A pre-norm block on x [B, F, J, C], attending along -2, the joints, or -3, the frames.
 
-    In evaluation on a CPU, all but the attention between frames runs on some frames at a time: what lies between the
-    layers then stays in the cache (10 % of a block's time at 512 channels).
+    On a CPU, without autograd and stochastic depth, all but the attention between frames runs on some frames at a
+    time: what lies between the layers then stays in the cache (10 % of a block's time at 512 channels).
 
     Args:
         x: tokens.
@@ -82,14 +89,19 @@ def transformer_block(
     """
     depths = [stochastic_depth(x, rows, drop_path) for _ in range(2)]
     rest = functools.partial(after_attention, attention=attention, norm2=norm2, mlp=mlp, depths=depths)
-    if norm1.training or torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+    random = any(depth is not None for depth in depths)
+    if random or torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return rest(x, attention.attend(norm1(x), along))
+    x = x.contiguous()
+    out = torch.empty_like(x)
     if along == -2:
-        done = [rest(tile, attention.attend(norm1(tile))) for tile in _tiles(x)]
+        for tile, into in zip(_tiles(x), _tiles(out), strict=True):
+            rest(tile, attention.attend(norm1(tile)), out=into)
     else:
         attended = attention.attend(norm1(x), along)
-        done = [rest(*tile) for tile in zip(_tiles(x), _tiles(attended), strict=True)]
-    return torch.cat(done, 1).view(x.shape)
+        for tile, taken, into in zip(_tiles(x), _tiles(attended), _tiles(out), strict=True):
+            rest(tile, taken, out=into)
+    return out
 
 
 def pruned_block(
@@ -123,7 +135,7 @@ def pruned_block(
 def _tiles(x: Tensor) -> tuple[Tensor, ...]:
     """[B, F, J, C] as [1, some frames, J, C] each."""
     B, F, J, C = x.shape
-    return x.reshape(1, B * F, J, C).split(max(1, _TILE // J), 1)
+    return x.view(1, B * F, J, C).split(max(1, _TILE // J), 1)
 
 
 class Hourglass(nn.Module):

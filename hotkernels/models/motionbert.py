@@ -135,4 +135,4 @@ def _fuse(x_st: Tensor, x_ts: Tensor, fuse: nn.Linear) -> Tensor:
     """Mix two streams by the softmax of two logits: the sigmoid of their difference. Nothing is concatenated."""
     weight_st, weight_ts = (fuse.weight[0] - fuse.weight[1]).chunk(2)
     share = (x_st @ weight_st + x_ts @ weight_ts + (fuse.bias[0] - fuse.bias[1])).sigmoid()
-    return torch.lerp(x_ts, x_st, share[..., None])
+    return torch.lerp(x_ts, x_st, share[..., None].to(x_ts.dtype))  # under autocast the products are half

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,9 @@ from ..errors import check_int, fail
 from ..ops.gathered_attention.api import packed_attention
 from ..ops.recovery_attention import recovery_attention
 from .linear import is_bare, linear, multiply
+
+_LARGE = 32 << 20  # bytes; larger blocks glibc's malloc maps anew every time, and fresh pages take long
+_PIECE = 1536  # tokens; of 512 to 4,096 the fastest for 512 channels
 
 
 class Attention(nn.Module):
@@ -60,11 +65,8 @@ class Attention(nn.Module):
         """Everything before `proj`; arguments and the result's shape as `forward`."""
         if x.dim() < 3 or along not in (-2, -3) or (along == -3 and x.dim() != 4):
             fail("Attention", "x", "[..., N, C] with along = -2, or [B, F, J, C] with along = -3", list(x.shape))
-        qkv = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1))  # [..., N, 3, H, D], or [B, F, J, 3, H, D]
-        if along == -2:
-            qkv = qkv.flatten(0, -5)
-        out = packed_attention(qkv, self.scale, dropout_p(self.attn_drop))
-        return _merge_heads(out).reshape(x.shape)
+        done = [_attend(self, piece, along) for piece in _pieces(x, self.qkv)]
+        return done[0] if len(done) == 1 else torch.cat(done)
 
 
 class CrossAttention(nn.Module):
@@ -133,6 +135,27 @@ class CrossAttention(nn.Module):
         bias = None if self.linear_k.bias is None else torch.cat([self.linear_k.bias, self.linear_v.bias])
         key, value = multiply(x_2, weight, bias).chunk(2, -1)
         return key, value
+
+
+def _attend(module: Any, x: Tensor, along: int) -> Tensor:
+    qkv = linear(module.qkv, x).unflatten(-1, (3, module.num_heads, -1))  # [..., N, 3, H, D], or [B, F, J, 3, H, D]
+    if along == -2:
+        qkv = qkv.flatten(0, -5)
+    out = packed_attention(qkv, module.scale, dropout_p(module.attn_drop))
+    return _merge_heads(out).reshape(x.shape)
+
+
+def _pieces(x: Tensor, qkv: nn.Module) -> tuple[Tensor, ...]:
+    """Some samples of x at a time where their projection is large, without autograd, on a CPU: some 8 % faster."""
+    large = 3 * x.numel() * x.element_size() > _LARGE
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or x.device.type != "cpu"
+        or not (large and is_bare(qkv))
+    ):
+        return (x,)
+    return x.split(max(1, _PIECE // x[0, ..., 0].numel()))
 
 
 def _check_dim(module: str, dim: int, num_heads: int) -> None:

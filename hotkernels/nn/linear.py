@@ -45,6 +45,16 @@ def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
     return F.gelu(out) if gelu else out
 
 
+def add_linear(residual: Tensor, layer: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """residual + layer(x), of one shape; without autograd into a contiguous `out`, which may be the residual."""
+    if out is None or not (_MKL_IS_FAST and is_bare(layer) and layer.bias is not None and _served(x, layer.weight)):
+        return torch.add(residual, linear(layer, x), out=out)
+    # MKL adds to what is there: one pass over the result less.
+    torch.add(residual, layer.bias, out=out)
+    out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), layer.weight.t())
+    return out
+
+
 def multiply(x: Tensor, weight: Any, bias: Any, gelu: bool = False) -> Tensor:
     """x @ weight.T + bias, for x [..., C]; then gelu."""
     product: Callable[..., Tensor] = F.linear
