@@ -60,7 +60,8 @@ class HoTMixSTE(Hourglass):
         drop, attn_drop, drop_path: dropout, dropout of attention, and stochastic depth of the last block, in training.
 
     Blocks call the parts of their attention, not the module: hooks belong on `qkv`, `proj` or the block, and FSDP wraps
-    blocks.
+    blocks. With gradients and without dropout, what follows the attention in the block before a pruning runs twice: for
+    the choice without gradients, then for what is kept with them.
 
     Source: HoT, arXiv 2311.12028; H2OT, arXiv 2509.06956.
 
