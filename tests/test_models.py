@@ -271,6 +271,21 @@ def test_autocast_training() -> None:
         assert (own - expected).norm() <= 0.3 * expected.norm(), name
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+def test_dropout(grad: bool) -> None:
+    """On the output of the attention, between the layers of the MLP and after them, with the same random numbers."""
+    blocks: Any = HoTMixSTE(**SMALL, drop=0.5, drop_path=0.0).STEblocks
+    block, x = blocks[0], torch.randn(2, 27, 17, 64)
+    mlp, drop = block.mlp, functools.partial(nn.functional.dropout, p=0.5)
+    with torch.set_grad_enabled(grad):
+        torch.manual_seed(3)
+        out = block(x)
+        torch.manual_seed(3)
+        expected = x + drop(block.attn.proj(block.attn.attend(block.norm1(x))))
+        expected = expected + drop(mlp.fc2(drop(nn.functional.gelu(mlp.fc1(block.norm2(expected))))))
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 def test_frames_that_are_left_out_carry_no_gradient(drop: float) -> None:
     """Before pruning, what follows attention runs for the choice, then with gradients for what is kept.
