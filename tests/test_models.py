@@ -237,6 +237,13 @@ def test_tiles_change_nothing() -> None:
     torch.testing.assert_close(tiled, model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_a_trace_does_not_learn_the_number_of_tiles() -> None:
+    block, x = HoTMixSTE(**SMALL).STEblocks[0].eval(), torch.randn(3, 121, 17, 64)
+    torch.testing.assert_close(torch.jit.trace(block, (x,))(x[:1]), block(x[:1]))
+
+
 @pytest.mark.parametrize("make", [HoTMixSTE, HoTMotionBERT])
 def test_compiles_without_graph_breaks(make: Callable[..., nn.Module]) -> None:
     model = make(**SMALL | {"depth": 2, "layer_index": 1}).eval()

@@ -91,13 +91,22 @@ def test_large_inputs_run_in_pieces(along: int, piece: int, monkeypatch: pytest.
     )
     with torch.no_grad():
         torch.testing.assert_close(attention(x, along), whole)
-    assert len(attended) == {1: 7, 300: 4, 10_000: 1}[piece]
+        assert len(attended) == {1: 7, 300: 4, 10_000: 1}[piece]
     seen: list[torch.Size] = []
     attention.qkv.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     with torch.no_grad():
         attention(x, along)
     attention(x, along)
     assert seen == [(7, 27, 5, 96)] * 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_a_trace_does_not_learn_the_number_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotkernels.nn.attention._LARGE", 0)
+    monkeypatch.setattr("hotkernels.nn.attention._PIECE", 1)
+    attention, x = Attention(32), torch.randn(7, 5, 32)
+    torch.testing.assert_close(torch.jit.trace(attention, (x,))(x[:2]), attention(x[:2]))
 
 
 @each_option

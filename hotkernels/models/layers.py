@@ -13,7 +13,7 @@ from ..errors import check_int, check_tensor, fail
 from ..nn import Attention, CrossAttention
 from ..nn.attention import dropout_p
 from ..nn.hourglass import recover_tokens
-from ..nn.linear import add_linear, linear
+from ..nn.linear import add_linear, linear, unrecorded
 from ..ops.gather_tokens import gather_tokens
 from .strategies import SELECT, Scene, Select, interpolate
 
@@ -89,8 +89,7 @@ def transformer_block(
     """
     depths = [stochastic_depth(x, rows, drop_path) for _ in range(2)]
     rest = functools.partial(after_attention, attention=attention, norm2=norm2, mlp=mlp, depths=depths)
-    random = any(depth is not None for depth in depths)
-    if random or torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not unrecorded(x) or any(depth is not None for depth in depths):
         return rest(x, attention.attend(norm1(x), along))
     x = x.contiguous()
     out = torch.empty_like(x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import check_int, fail
 from ..ops.gathered_attention.api import packed_attention
 from ..ops.recovery_attention import recovery_attention
-from .linear import is_bare, linear, multiply
+from .linear import is_bare, linear, multiply, unrecorded
 
 _LARGE = 32 << 20  # bytes; larger blocks glibc's malloc maps anew every time, and fresh pages take long
 _PIECE = 1536  # tokens; of 512 to 4,096 the fastest for 512 channels
@@ -29,6 +29,8 @@ class Attention(nn.Module):
         qk_scale: scale of the logits; None = (C / H) ** -0.5.
         attn_drop, proj_drop: dropout on the probabilities and on the output, in training. With attn_drop > 0 training
             runs on the torch backend, which has dropout; evaluation stays fused.
+
+    Without autograd on a CPU, a projection of more than 32 MiB is made and used some samples at a time.
     """
 
     def __init__(
@@ -147,15 +149,9 @@ def _attend(module: Any, x: Tensor, along: int) -> Tensor:
 
 def _pieces(x: Tensor, qkv: nn.Module) -> tuple[Tensor, ...]:
     """Some samples of x at a time where their projection is large, without autograd, on a CPU: some 8 % faster."""
-    large = 3 * x.numel() * x.element_size() > _LARGE
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or x.device.type != "cpu"
-        or not (large and is_bare(qkv))
-    ):
-        return (x,)
-    return x.split(max(1, _PIECE // x[0, ..., 0].numel()))
+    if unrecorded(x) and 3 * x.numel() * x.element_size() > _LARGE and is_bare(qkv):
+        return x.split(max(1, _PIECE // x[0, ..., 0].numel()))
+    return (x,)
 
 
 def _check_dim(module: str, dim: int, num_heads: int) -> None:

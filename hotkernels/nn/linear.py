@@ -37,6 +37,12 @@ def is_bare(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and not hooked and "forward" not in vars(layer)
 
 
+def unrecorded(x: Tensor) -> bool:
+    """Whether a call on x just computes, on a CPU, and nobody records how: it may do so in pieces."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return x.device.type == "cpu" and not recorded
+
+
 def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
     """layer(x), or gelu(layer(x)), for an nn.Linear."""
     if is_bare(layer):
