@@ -36,6 +36,7 @@ each_model = pytest.mark.parametrize("name", PAIRS)
 
 @pytest.fixture(autouse=True)
 def _small_layers_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotkernels.models.layers._TILE", 1024 // torch.get_num_threads())
     monkeypatch.setattr("hotkernels.nn.linear._LEAST", 1)
     monkeypatch.setattr("hotkernels.nn.linear._LEAST_ROWS", 1)
 

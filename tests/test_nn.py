@@ -84,6 +84,7 @@ def test_large_inputs_run_in_pieces(along: int, piece: int, monkeypatch: pytest.
     whole = attention(x, along)
     monkeypatch.setattr("hotkernels.nn.attention._LARGE", 3 * 4 * x.numel() - 1)
     monkeypatch.setattr("hotkernels.nn.attention._PIECE", piece)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     attended: list[int] = []
     original = hotkernels.nn.attention.packed_attention
     monkeypatch.setattr(
@@ -104,7 +105,7 @@ def test_large_inputs_run_in_pieces(along: int, piece: int, monkeypatch: pytest.
 @torch.no_grad()
 def test_a_trace_does_not_learn_the_number_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hotkernels.nn.attention._LARGE", 0)
-    monkeypatch.setattr("hotkernels.nn.attention._PIECE", 1)
+    monkeypatch.setattr("hotkernels.nn.attention._PIECE", 0)
     attention, x = Attention(32), torch.randn(7, 5, 32)
     torch.testing.assert_close(torch.jit.trace(attention, (x,))(x[:2]), attention(x[:2]))
 
