@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hotkernels import gather_tokens
 from hotkernels.models import HoTMixSTE, HoTMotionBERT, strategies
 from hotkernels.models.eager import HoTMixSTEEager, HoTMotionBERTEager
 from hotkernels.nn.linear import add_linear, linear
@@ -292,6 +293,34 @@ def test_dropout(grad: bool) -> None:
         expected = x + drop(block.attn.proj(block.attn.attend(block.norm1(x))))
         expected = expected + drop(mlp.fc2(drop(nn.functional.gelu(mlp.fc1(block.norm2(expected))))))
     torch.testing.assert_close(out, expected)
+
+
+class Halved(nn.Module):
+    """What a user may put in a Dropout's place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+def test_what_stands_in_the_place_of_dropout_runs(grad: bool) -> None:
+    """A module of the user's, or a hook; before a pruning, too. A hook on the MLP sees its branch alone."""
+    blocks: Any = HoTMixSTE(**SMALL).eval().TTEblocks
+    block, x, index = blocks[0], torch.randn(2, 27, 17, 64), torch.tensor([[1, 5, 20], [0, 2, 3]])
+    attention, mlp = block.attn, block.mlp
+    attention.proj_drop = Halved()
+    mlp.drop.register_forward_hook(lambda module, args, out: out / 2)
+    with torch.set_grad_enabled(grad):
+        expected = x + attention.proj(attention.attend(block.norm1(x), -3)) / 2
+        expected = expected + mlp.fc2(nn.functional.gelu(mlp.fc1(block.norm2(expected))) / 2) / 2
+        torch.testing.assert_close(block(x), expected)
+        out, _ = block(x, lambda whole: index)
+        torch.testing.assert_close(out, gather_tokens(expected, index))
+        seen: list[Tensor] = []
+        mlp.register_forward_hook(lambda module, args, out: seen.append(out))
+        torch.testing.assert_close(block(x, lambda whole: index)[0], out)
+        attended = x + attention.proj(attention.attend(block.norm1(x), -3)) / 2
+        torch.testing.assert_close(seen, [expected - attended])
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.5])

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import check_int, check_tensor, fail
 from ..nn import Attention, CrossAttention
-from ..nn.attention import dropout_p
 from ..nn.hourglass import recover_tokens
-from ..nn.linear import add_linear, linear, unrecorded
+from ..nn.linear import add_linear, is_idle, linear, unrecorded, untouched
 from ..ops.gather_tokens import gather_tokens
 from .strategies import SELECT, Scene, Select, interpolate
 
@@ -21,7 +20,7 @@ _TILE = 1024  # tokens of a thread: of 256 to 2048, the fastest for MLPs 512 -> 
 
 
 class Mlp(nn.Module):
-    """A branch fc2(gelu(fc1(x)))."""
+    """fc2(gelu(fc1(x)))."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
         super().__init__()
@@ -29,9 +28,18 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor, residual: Tensor, depth: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """[..., C] -> [..., C], added to the residual as by `add_branch`."""
-        return add_branch(residual, self.fc2, self.drop(linear(self.fc1, x, gelu=True)), self.drop, depth, out)
+    def hidden(self, x: Tensor) -> Tensor:
+        """[..., C] -> what goes into fc2."""
+        return self.drop(linear(self.fc1, x, gelu=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return self.drop(linear(self.fc2, self.hidden(x)))
+
+
+def is_plain(mlp: nn.Module) -> TypeGuard[Mlp]:
+    """Whether nobody has replaced or hooked an Mlp."""
+    return type(mlp) is Mlp and untouched(mlp)
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -51,15 +59,20 @@ def stochastic_depth(x: Tensor, along: int, drop_path: float) -> Tensor | None:
     return x.new_empty(rows).bernoulli_(1 - drop_path).div_(1 - drop_path)
 
 
-def add_branch(
+def add_branch(residual: Tensor, branch: Tensor, depth: Tensor | None, out: Tensor | None) -> Tensor:
+    """residual + branch, the branch times `depth` if there is any; without autograd into `out` if given."""
+    if depth is None:
+        return torch.add(residual, branch, out=out)
+    return torch.addcmul(residual, branch, depth, out=out)
+
+
+def add_layer(
     residual: Tensor, layer: nn.Module, x: Tensor, drop: nn.Module, depth: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """residual + drop(layer(x)), the branch times `depth` if there is any; without autograd into `out` if given."""
-    if depth is not None:
-        return torch.addcmul(residual, drop(linear(layer, x)), depth, out=out)
-    if dropout_p(drop) > 0:
-        return torch.add(residual, drop(linear(layer, x)), out=out)
-    return add_linear(residual, layer, x, out)
+    """`add_branch` of drop(layer(x)), at once where it can be."""
+    if depth is None and is_idle(drop):
+        return add_linear(residual, layer, x, out)
+    return add_branch(residual, drop(linear(layer, x)), depth, out)
 
 
 def after_attention(
@@ -67,8 +80,10 @@ def after_attention(
     depths: Sequence[Tensor | None], out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The rest of a pre-norm block, token by token: x and what its attention took, both [B, F, J, C], to the output."""
-    x = add_branch(x, attention.proj, attended, attention.proj_drop, depths[0], out)
-    return mlp(norm2(x), x, depths[1], out)
+    x = add_layer(x, attention.proj, attended, attention.proj_drop, depths[0], out)
+    if is_plain(mlp):
+        return add_layer(x, mlp.fc2, mlp.hidden(norm2(x)), mlp.drop, depths[1], out)
+    return add_branch(x, mlp(norm2(x)), depths[1], out)
 
 
 def transformer_block(
@@ -104,7 +119,7 @@ def transformer_block(
 
 
 def pruned_block(
-    x: Tensor, norm1: nn.Module, attention: Attention, norm2: nn.Module, mlp: Mlp,
+    x: Tensor, norm1: nn.Module, attention: Attention, norm2: nn.Module, mlp: nn.Module,
     drop_path: float, choose: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A block between frames, only some of which go on: the same output and gradients, with less to store and compute.
@@ -122,7 +137,7 @@ def pruned_block(
     depths = [stochastic_depth(x, -3, drop_path) for _ in range(2)]
     rest = functools.partial(after_attention, attention=attention, norm2=norm2, mlp=mlp, depths=depths)
     attended = attention.attend(norm1(x), -3)
-    if dropout_p(attention.proj_drop) or dropout_p(mlp.drop):  # would not drop the same twice
+    if not (is_plain(mlp) and is_idle(mlp.drop) and is_idle(attention.proj_drop)):  # may not do the same twice
         out = rest(x, attended)
         index = choose(out)
         return gather_tokens(out, index), index

@@ -31,10 +31,20 @@ def has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
 
 
+def untouched(layer: nn.Module) -> bool:
+    """Whether calling a layer is calling its class's forward: no hook (as weight_norm is), no other forward."""
+    return not (has_hooks(layer) or _has_any_global_hook() or "forward" in vars(layer))
+
+
 def is_bare(layer: nn.Module) -> bool:
-    """Whether a layer is its weight and bias alone: no derived class, no hook (as weight_norm is), no other forward."""
-    hooked = has_hooks(layer) or _has_any_global_hook()
-    return type(layer) is nn.Linear and not hooked and "forward" not in vars(layer)
+    """Whether a layer is its weight and bias alone: an nn.Linear, no class derived from it, and untouched."""
+    return type(layer) is nn.Linear and untouched(layer)
+
+
+def is_idle(drop: nn.Module) -> bool:
+    """Whether what stands in a Dropout's place lets everything through, in its present mode, and does nothing else."""
+    drops = isinstance(drop, nn.Dropout) and drop.training and drop.p > 0
+    return type(drop) in (nn.Dropout, nn.Identity) and not drops and untouched(drop)
 
 
 def unrecorded(x: Tensor) -> bool:
