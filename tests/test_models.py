@@ -323,14 +323,16 @@ def test_what_stands_in_the_place_of_dropout_runs(grad: bool) -> None:
         torch.testing.assert_close(seen, [expected - attended])
 
 
-@pytest.mark.parametrize("drop", [0.0, 0.5])
-def test_frames_that_are_left_out_carry_no_gradient(drop: float) -> None:
+@pytest.mark.parametrize("drops", [None, "attn.proj_drop", "mlp.drop"])
+def test_frames_that_are_left_out_carry_no_gradient(drops: str | None) -> None:
     """Before pruning, what follows attention runs for the choice, then with gradients for what is kept.
 
     With dropout it runs once, as it would drop something else the second time.
     """
-    model = HoTMixSTE(**SMALL, drop=drop)
+    model = HoTMixSTE(**SMALL)
     blocks: Any = model.TTEblocks
+    if drops:
+        blocks[1].get_submodule(drops).p = 0.5
     calls: list[tuple[bool, int]] = []
     whole: list[Any] = []
     blocks[1].attn.proj.register_forward_pre_hook(
@@ -340,7 +342,7 @@ def test_frames_that_are_left_out_carry_no_gradient(drop: float) -> None:
     x = torch.randn(2, 27, 17, 2)
     kept, every = 2 * 9 * 17 * 64, 2 * 27 * 17 * 64
     model(x)
-    assert calls == ([(True, every)] if drop else [(False, every), (True, kept)])
+    assert calls == ([(True, every)] if drops else [(False, every), (True, kept)])
     with torch.no_grad():
         model(x)
     assert calls[-1] == (False, every)
