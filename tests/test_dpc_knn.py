@@ -475,7 +475,7 @@ def test_both_forms_at_every_edge(backend: str, gpu: Callable[..., None], N: int
 
 @on_cuda
 @pytest.mark.parametrize("capability", [90, 80])
-@pytest.mark.parametrize(("N", "C"), [(67, 130), (161, 17), (35, 1001), (18, 1536)])
+@pytest.mark.parametrize(("N", "C"), [(67, 130), (161, 17), (35, 1001), (18, 1536), (40, 4500)])
 def test_any_order_of_threads_gives_the_same_bits(
     backend: str, gpu: Callable[..., None], N: int, C: int, capability: int
 ) -> None:
@@ -523,10 +523,20 @@ def test_positions_out_of_range_count_as_absent(backend: str, N: int) -> None:
 @pytest.mark.parametrize("factor", [1e-15, 1e-3, 1.0, 1e5, 1e12])
 @pytest.mark.parametrize("first", [0.0, 1e-6, 1.0, 1e4])
 def test_channels_of_any_magnitude(backend: str, factor: float, first: float) -> None:
-    """Whatever the first channels, from which the CUDA kernel takes a scale, say about the others."""
     x = factor * torch.randn(1, 100, 150)
     x[..., :16] *= first
     check_dpc_knn({"x": x, "num_clusters": 33, "k": 2}, dpc_knn(x, 33, 2, backend=backend))
+
+
+@pytest.mark.parametrize("factor", [1e-15, 1.0, 1e12])
+@pytest.mark.parametrize("those", [0.0, 1e-6, 1e4, 2e6])
+@pytest.mark.parametrize("tokens", [[16], [16, 49, 82]], ids=["one", "all"])
+def test_tokens_of_any_magnitude(backend: str, factor: float, those: float, tokens: list[int]) -> None:
+    """Whatever the three tokens, from which the CUDA kernel takes a pivot and a scale, say about the others."""
+    for C in (20, 150):
+        x = factor * torch.randn(1, 100, C)
+        x[:, tokens] *= those
+        check_dpc_knn({"x": x, "num_clusters": 33, "k": 2}, dpc_knn(x, 33, 2, backend=backend))
 
 
 # ---- real data, memory -----------------------------------------------------------------------------------------------

@@ -4,18 +4,20 @@
 // shared memory. Elsewhere the same device functions run in three launches, with global memory between them.
 //
 //   products   Tiles of 32 x 32 dot products, on and above the diagonal only, stay in registers. Two groups of blocks
-//              share the tiles, the four blocks of a group the channels: each block reads a quarter of x, in chunks
-//              that hold every token. Subtract the pivot (dpc_knn_order.h), scale by a power of two, round to float16,
-//              which has the 11 bits of TF32 at half the bytes and twice the rate, multiply.
+//              share the tiles, the four blocks of a group the channels, in chunks that hold every token. Subtract the
+//              pivot (dpc_knn_order.h), scale by a power of two, round to float16, which has the 11 bits of TF32 at
+//              half the bytes and twice the rate, multiply. In a cluster the two blocks of the same channels each do
+//              this for half of the tokens, and hand them to each other.
 //   distances  The four partial sums of a tile are added in order and sent to the blocks that own its rows, and its
 //              columns. Norms are the diagonal: d2 = (n_i + n_j) - 2 <i, j> is exactly 0 for copies, exactly symmetric.
 //   rows       A warp per token: density, then delta, then its place by counting, then its nearest kept token. Between
 //              these steps each token's number goes to every block.
 //
 // Which tokens count (no NaN, no norm over 1e14) and how large their coordinates are would take a pass over x. So the
-// cluster first takes all tokens of the mask, and the scale from the first chunk: if then the pivot and all norms are
-// small, every token counts and nothing overflowed, and if most norms are not too small, no bits were lost. If not, it
-// looks, and starts again. Tokens that do not count are left out from the start: nothing depends on where they stood.
+// cluster first takes all tokens of the mask, and the scale from the three tokens that the pivot is taken from: if then
+// the pivot and all norms are small, every token counts and nothing overflowed, and if most norms are not too small, no
+// bits were lost. If not, it looks, and starts again. Tokens that do not count are left out from the start: nothing
+// depends on where they stood.
 #pragma once
 #include <atomic>
 #include <climits>
@@ -28,13 +30,10 @@ namespace hotkernels::dpc::small {
 constexpr int kTile = 32, kMaxAcross = 11, kMaxTokens = kTile * kMaxAcross;
 constexpr int kThreads = 384, kWarps = kThreads / kWarp;
 constexpr int kGroups = 2, kSplits = 4, kTeam = kGroups * kSplits;
-constexpr int kChunk = 16, kQuads = kChunk / 4;  // channels in a chunk; a thread holds four of one token
-constexpr int kRowsAtOnce = kThreads / kQuads, kPasses = (kMaxTokens + kRowsAtOnce - 1) / kRowsAtOnce;
 constexpr int kTilesPerWarp = 3;  // 96 accumulators per thread
 constexpr int kTileFloats = kTile * kTile;
-constexpr int kReadyBytes = kChunk * 2;             // of a token in a centred chunk: two parts of 16 bytes, float16
-constexpr int kClusterSlots = 8, kStagedSlots = 3;  // chunks, one in use: the latter leave room on 99 KB chips
-constexpr int64_t kStagedSamples = 64;              // per round of launches, which bounds the scratch
+constexpr int kPivots = 1024;           // channels whose pivot is known at a time
+constexpr int64_t kStagedSamples = 64;  // per round of launches, which bounds the scratch
 constexpr int kNever = INT_MAX;
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -42,16 +41,18 @@ __host__ __device__ constexpr int tiles_of(int across) { return across * (across
 __host__ __device__ constexpr int tiles_of_group(int across) { return ceil_div(tiles_of(across), kGroups); }
 // Floats from one row of distances to the next: 8 banks further.
 __host__ __device__ constexpr int row_stride(int across) { return across * kTile + 8; }
-static_assert(tiles_of_group(kMaxAcross) <= kWarps * kTilesPerWarp && kMaxTokens <= kThreads && kGroups == 2);
+static_assert(tiles_of_group(kMaxAcross) <= kWarps * kTilesPerWarp && kMaxAcross < kWarps && kGroups == 2);
 
 // The tokens that count, numbered 0 .. n-1 in ascending position, and what `products` needs.
 struct alignas(16) Tokens {
-  int position[kMaxTokens];
-  int token[kMaxTokens];  // of a position, -1 if it does not count
+  int position[kMaxTokens];  // from n on: of one that counts
+  int token[kMaxTokens];     // of a position, -1 if it does not count
   unsigned words[kWarps];
-  float peak[kWarps];  // of each warp: the largest coordinate
-  float pivot2;        // squared norm of the pivot, of this block's channels
-  float floor2;        // squared norm in them below which a token's coordinates may have lost bits to underflow
+  float pivot_part[kWarps], peak[kWarps];  // what each warp saw of pivot2, and how far tokens are from the pivot
+  float pivot2;  // squared norm of the pivot, of this block's channels
+  float floor2;  // squared norm in them below which a token's coordinates may have lost bits to underflow
+  uint64_t arrived[4];      // barriers of Pair
+  uint64_t unread[kWarps];  // what idle warps of the other block write
 };
 
 struct Shared : Tokens {
@@ -69,13 +70,65 @@ struct Shared : Tokens {
   float bound[kMaxTokens];       // twice the largest coordinate of a token that counts, -1 of others
 };
 
+// Which tokens a block centres, and how warps know that a chunk is there: an Exchange. Warp t centres kTokens of tile
+// t, from `first` on, kChunk channels at a time, in one of kSlots places in turn.
+
+// A block centres all tokens itself.
+struct Single {
+  static constexpr int kChunk = 16, kSlots = 2, kTokens = kTile, first = 0;
+  unsigned before = 0;  // chunks of earlier calls of `products`
+  __device__ unsigned slot(unsigned chunk) const { return chunk % kSlots; }
+  // The chunk before is centred, and nobody reads the one before that any more.
+  __device__ void begin() const { __syncthreads(); }
+  __device__ void put(unsigned char* to, uint2 four, int) const { *reinterpret_cast<uint2*>(to) = four; }
+  __device__ void end(int, int) const {}
+  __device__ void wait(int) const {}
+};
+
+// Two blocks of a cluster each centre half of the tokens, for both. No warp asks whether a place is free: before it
+// puts chunk i it has waited for chunk i - 2, of which every warp of both blocks put a share, after it had multiplied
+// chunk i - 4, the last in this place. Hence four places, and hence warps without tokens put something, too.
+struct Pair {
+  static constexpr int kChunk = 32, kSlots = 4, kTokens = kTile / 2;
+  Tokens& s;
+  const int first;
+  const uint32_t other;  // the block's rank
+  unsigned before = 0;
+
+  __device__ unsigned slot(int chunk) const { return (before + chunk) % kSlots; }
+  __device__ uint64_t* arrived(int chunk) const { return s.arrived + slot(chunk); }
+  __device__ void begin() const {}
+  __device__ void put(unsigned char* to, uint2 four, int chunk) const {
+    *reinterpret_cast<uint2*>(to) = four;
+    ptx::store_async(to, four, arrived(chunk), other);
+  }
+  __device__ void end(int chunk, int across) const {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    __syncwarp();
+    if (threadIdx.x % kWarp != 0) return;
+    if (warp >= across) ptx::store_async(s.unread + warp, make_uint2(0, 0), arrived(chunk), other);
+    if (warp == 0) {
+      ptx::barrier_arrive(arrived(chunk), across * kTokens * kChunk * 2 + (kWarps - across) * 8);
+    } else {
+      ptx::barrier_arrive(arrived(chunk));
+    }
+  }
+  __device__ void wait(int chunk) const { ptx::barrier_wait(arrived(chunk), (before + chunk) / kSlots % 2); }
+};
+static_assert(sizeof(Tokens::arrived) == Pair::kSlots * sizeof(uint64_t));
+
+template <class Exchange>
+constexpr int64_t centred_bytes(int across) {  // what `products` needs beside Tokens
+  return 4 * kPivots + int64_t{Exchange::kSlots} * Exchange::kChunk * 2 * across * kTile;
+}
 constexpr int64_t shared_bytes(int across) {  // of a block of a cluster
-  const int ring = (kReadyBytes / 4 * 2 + kClusterSlots * kChunk) * across * kTile;
-  const int rest = tiles_of_group(across) * kTileFloats + ceil_div(across * kTile, kTeam) * row_stride(across);
-  return static_cast<int64_t>(sizeof(Shared)) + 4 * (ring > rest ? ring : rest);
+  const int64_t centred = centred_bytes<Pair>(across);
+  const int64_t rest =
+      4 * (tiles_of_group(across) * kTileFloats + ceil_div(across * kTile, kTeam) * row_stride(across));
+  return static_cast<int64_t>(sizeof(Shared)) + (centred > rest ? centred : rest);
 }
 constexpr int64_t staged_shared_bytes(int across) {  // of a block of dpc_knn_products_kernel
-  return static_cast<int64_t>(sizeof(Tokens)) + 4 * (kReadyBytes / 4 * 2 + kStagedSlots * kChunk) * across * kTile;
+  return static_cast<int64_t>(sizeof(Tokens)) + centred_bytes<Single>(across);
 }
 static_assert(sizeof(Shared) % 16 == 0 && sizeof(Tokens) % 16 == 0);
 static_assert(shared_bytes(kMaxAcross) <= 227 * 1024 && staged_shared_bytes(kMaxAcross) <= 99 * 1024);
@@ -89,13 +142,17 @@ __device__ inline int number_tokens(Tokens& s, bool counts) {
   const unsigned word = __ballot_sync(kAllLanes, counts);
   if (lane == 0) s.words[warp] = word;
   __syncthreads();
-  int before = 0, n = 0;
+  int before = 0, n = 0, some = 0;
   for (int w = 0; w < kWarps; ++w) {
     if (w == warp) before = n;
     n += __popc(s.words[w]);
+    if (s.words[w] != 0) some = w * kWarp + __ffs(static_cast<int>(s.words[w])) - 1;
   }
   before += __popc(word & ((1u << lane) - 1));
-  if (threadIdx.x < kMaxTokens) s.token[threadIdx.x] = counts ? before : -1;
+  if (threadIdx.x < kMaxTokens) {
+    s.token[threadIdx.x] = counts ? before : -1;
+    if (static_cast<int>(threadIdx.x) >= n) s.position[threadIdx.x] = some;
+  }
   if (counts) s.position[before] = static_cast<int>(threadIdx.x);
   __syncthreads();
   return n;
@@ -127,62 +184,21 @@ __device__ inline float largest_bound(const float* bound, int n) {
 template <class T>
 using Quad = Pack<T, 4>;
 
-// Starts to copy four channels of a token, of which the first `valid` exist, to shared memory; the others become 0. At
-// `any` address something can be read.
-template <class T, bool kWide>
-__device__ inline void copy_quad_part(Quad<T>* to, const T* from, int64_t stride, int valid, const T* any) {
-  if constexpr (kWide) {
-    ptx::async_copy_part<sizeof(*to)>(to, valid > 0 ? from : any, max(valid, 0) * static_cast<int>(sizeof(T)));
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if constexpr (sizeof(T) == 4) {
-        ptx::async_copy_part<4>(&to->value[e], e < valid ? from + e * stride : any, e < valid ? 4 : 0);
-      } else {
-        to->value[e] = e < valid ? from[e * stride] : T{};
-      }
-    }
-  }
-}
-// All four exist.
-template <class T, bool kWide>
-__device__ inline void copy_quad(Quad<T>* to, const T* from, int64_t stride) {
-  if constexpr (kWide) {
-    ptx::async_copy<sizeof(*to)>(to, from);
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if constexpr (sizeof(T) == 4) {
-        ptx::async_copy<4>(&to->value[e], from + e * stride);
-      } else {
-        to->value[e] = from[e * stride];
-      }
-    }
-  }
-}
-
+// Four channels of a token, of which the first `valid` exist; the others are 0.
 template <class T>
-__device__ inline float4 read_quad(const Quad<T>* from) {
-  const Quad<T> quad = *from;
-  const T(&v)[4] = quad.value;
-  return make_float4(get(v[0]), get(v[1]), get(v[2]), get(v[3]));
+__device__ inline Quad<T> first_of(const T* from, int64_t stride, int valid) {
+  Quad<T> quad{};
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    if (e < valid) quad.value[e] = from[e * stride];
+  }
+  return quad;
 }
 
 __device__ inline float4 operator+(float4 a, float4 b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
-__device__ inline float4 operator-(float4 a, float4 b) {
-  return make_float4(a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w);
-}
 __device__ inline float4 operator*(float4 a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
-using dpc::median;
-__device__ inline float4 median(float4 a, float4 b, float4 c) {
-  return make_float4(median(a.x, b.x, c.x), median(a.y, b.y, c.y), median(a.z, b.z, c.z), median(a.w, b.w, c.w));
-}
-__device__ inline float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
-__device__ inline float largest(float4 a) {
-  return fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(a.z), fabsf(a.w)));
-}
 
 // Tile number `tile` of the upper triangle, row by row.
 struct TileAt {
@@ -195,15 +211,23 @@ struct TileAt {
   }
 };
 
-// Where part `part` of a token lies in a centred chunk: turned, so that one part of eight tokens meets no bank twice.
-__device__ inline int offset_of(int token, int part) { return token * kReadyBytes + (part ^ (token / 4 & 1)) * 16; }
+// Where part `part`, eight channels, of a token lies in a centred chunk: turned, so that one part of eight tokens meets
+// no bank twice. Bits of the part are bits of the place, or their opposite: offset_of(token, part ^ 2) is
+// offset_of(token, part) ^ 32.
+template <int kChunk>
+__device__ inline int offset_of(int token, int part) {
+  constexpr int kParts = kChunk / 8, kTurn = 8 / kParts;
+  return (token * kParts + (part ^ (token / kTurn % kParts))) * 16;
+}
 
-// acc += the products of two times 32 tokens of a centred chunk; `columns` points at what this lane reads of them.
-__device__ inline void multiply(float (&acc)[8][4], const uint32_t (&rows)[2][4], const unsigned char* columns) {
+// acc += the products of two times 32 tokens of 16 channels; `columns` points at what this lane reads of them, `step`
+// bytes are between eight tokens.
+__device__ inline void multiply(float (&acc)[8][4], const uint32_t (&rows)[2][4], const unsigned char* columns,
+                                int step) {
 #pragma unroll
   for (int c = 0; c < 4; c += 2) {
     uint32_t column[4];
-    ptx::load_matrices(column, columns + c * 8 * kReadyBytes);
+    ptx::load_matrices(column, columns + c * step);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       ptx::mma_m16n8k16(acc[4 * r + c], rows[r], {column[0], column[1]});
@@ -221,91 +245,98 @@ __device__ inline float power_of_two(int exponent) {
 }
 
 // The dot products of the tiles of `group`, summed over the channels of `split`, in the order of the registers:
-// `partial` is [tile of the group, 8, lane, 4]. It may lie where `ring` does: two centred chunks and those on their
-// way. No coordinate exceeds `bound`; if that is negative, the first chunk that is not constant tells how large they
-// are. Others may be 1000 times as large before they overflow, or 2^19 times smaller before they lose a bit.
-template <class T, bool kWide, int kSlots>
-__device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bound, int group, int split, float* ring,
-                         float* partial) {
+// `partial` is [tile of the group, 8, lane, 4]. It may lie where `memory` does, centred_bytes. No coordinate exceeds
+// `bound`; if that is negative, the three tokens of the pivot tell how large they are. Others may be 1000 times as
+// large before they overflow, or 2^19 times smaller before they lose a bit.
+template <class T, bool kWide, class Exchange>
+__device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bound, int group, int split,
+                         Exchange& exchange, unsigned char* memory, float* partial) {
+  constexpr int kChunk = Exchange::kChunk, kBytes = kChunk * 2, kQuads = kChunk / 4, kAtOnce = kWarp / kQuads;
+  constexpr int kPasses = Exchange::kTokens / kAtOnce;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
-  const int quad = thread % kQuads, row0 = thread / kQuads;
   const int across = ceil_div(n, kTile), padded = across * kTile;
   const int all_chunks = static_cast<int>((p.C + kChunk - 1) / kChunk), most = ceil_div(all_chunks, kSplits);
   const int chunks = n == 0 ? 0 : max(0, min(most, all_chunks - split * most));
   const int64_t first_channel = int64_t{split} * most * kChunk;
-  const int channels = static_cast<int>(min(p.C - first_channel, int64_t{chunks} * kChunk));
-
-  // A thread copies and centres the same four channels of the same tokens. What completes the last tile stays as it is:
-  // it ends in products that nobody looks at.
-  unsigned char* const centred = reinterpret_cast<unsigned char*>(ring);
-  const auto ready = [&](int chunk) { return centred + chunk % 2 * padded * kReadyBytes; };
-  Quad<T>* const slots = reinterpret_cast<Quad<T>*>(centred + 2 * padded * kReadyBytes);
-  const auto arriving = [&](int chunk) { return slots + chunk % kSlots * padded * kQuads; };
-  const auto exists = [&](int pass) { return row0 + pass * kRowsAtOnce < n; };
-  const T* const any = static_cast<const T*>(p.x);
-  const T* next = any + b * p.x_stride_b + (first_channel + quad * 4) * p.x_stride_c;  // to be copied, of position 0
-  const auto offset = [&](int pass) { return s.position[row0 + pass * kRowsAtOnce] * p.x_stride_n; };
-  int64_t kept[kPasses];  // those offsets, where there are registers for them
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) kept[pass] = kWide && exists(pass) ? offset(pass) : 0;
-  const auto from = [&](int pass) { return next + (kWide ? kept[pass] : offset(pass)); };
-  const auto copy = [&](int chunk) {
-    if (chunk < chunks) {
-      Quad<T>* to = arriving(chunk) + thread;
-      const int valid = channels - chunk * kChunk - quad * 4;
-      if (valid >= 4) {
-#pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-          if (exists(pass)) copy_quad<T, kWide>(to + pass * kThreads, from(pass), p.x_stride_c);
-        }
-        next += kChunk * (kWide ? 1 : p.x_stride_c);
-      } else {  // in the last chunk only
-#pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-          if (exists(pass)) copy_quad_part<T, kWide>(to + pass * kThreads, from(pass), p.x_stride_c, valid, any);
-        }
-      }
-    }
-    ptx::async_commit();
+  const int channels = chunks == 0 ? 0 : static_cast<int>(min(p.C - first_channel, int64_t{chunks} * kChunk));
+  float* const pivots = reinterpret_cast<float*>(memory);
+  const auto ready = [&](int chunk) { return memory + 4 * kPivots + exchange.slot(chunk) * padded * kBytes; };
+  const int64_t stride = kWide ? 1 : p.x_stride_c;
+  const T* const x = static_cast<const T*>(p.x) + b * p.x_stride_b + first_channel * stride;
+  const auto row_bytes = static_cast<uint32_t>(p.x_stride_n * sizeof(T));  // where kWide: with_layout saw that it fits
+  const auto of_token = [&](const T* first, int token) {  // what `first` points at in position 0
+    const auto position = static_cast<uint32_t>(s.position[token]);
+    if constexpr (!kWide) return first + position * p.x_stride_n;
+    const auto* bytes = reinterpret_cast<const unsigned char*>(first);
+    return reinterpret_cast<const T*>(bytes + uint64_t{position} * row_bytes);
   };
 
-  bool scaled = bound >= 0;
-  int exponent = scaled ? exponent_for(bound, 14) : 0;
-  float pivot2 = 0;
-  const auto centre = [&](int chunk) {
-    const Quad<T>* here = arriving(chunk) + quad;
-    const float4 pivot = median(read_quad(here + pivot_token(n, 0) * kQuads),
-                                read_quad(here + pivot_token(n, 1) * kQuads),
-                                read_quad(here + pivot_token(n, 2) * kQuads));
-    pivot2 += dot(pivot, pivot);
-    here += row0 * kQuads;
-    if (!scaled) {
-      float peak = 0;
+  // A thread reads and centres the same four channels of the same tokens, a chunk ahead. What completes the last tile
+  // is another token once more: it ends in products that nobody looks at.
+  const bool centres = warp < across;
+  const int quad = lane % kQuads, token0 = (centres ? warp * kTile : 0) + exchange.first + lane / kQuads;
+  Quad<T> raw[kPasses];
+  const T* next = x + quad * 4 * stride;
+  // Further ahead, the second-level cache reads it: a line of each token, where tokens are in lines.
+  constexpr int kLine = 128 / (kChunk * static_cast<int>(sizeof(T))), kAhead = 4 * kLine;  // in chunks
+  const auto prefetch = [&](int chunk) {
+    if (kWide && centres && lane < Exchange::kTokens && chunk < chunks) {
+      ptx::prefetch(of_token(x + chunk * kChunk, token0 - lane / kQuads + lane));
+    }
+  };
+  const auto read = [&](int chunk) {
+    if (!centres || chunk >= chunks) return;
+    if (chunk % kLine == 0) prefetch(chunk + kAhead);
+    const int valid = channels - chunk * kChunk - quad * 4;
+    if (kWide && valid >= 4) {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        if (exists(pass)) peak = fmaxf(peak, largest(read_quad(here + pass * kThreads) - pivot));
+        raw[pass] = *reinterpret_cast<const Quad<T>*>(of_token(next, token0 + pass * kAtOnce));
       }
-      peak = warp_max_of_nonnegative(peak);
-      if (lane == 0) s.peak[warp] = peak;
-      __syncthreads();
-      for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, s.peak[w]);
-      scaled = peak > 0;
-      if (scaled) exponent = exponent_for(peak, 5);
-    }
-    const float scale = power_of_two(exponent);
-    const float4 shift = pivot * -scale;
-    unsigned char* to = ready(chunk) + offset_of(row0, quad / 2) + quad % 2 * 8;
+    } else {
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      if (exists(pass)) {
-        const float4 v = read_quad(here + pass * kThreads);  // (v - pivot) * scale, rounded once
-        *reinterpret_cast<uint2*>(to + pass * kRowsAtOnce * kReadyBytes) =
-            make_uint2(ptx::pack_half(fmaf(v.x, scale, shift.x), fmaf(v.y, scale, shift.y)),
-                       ptx::pack_half(fmaf(v.z, scale, shift.z), fmaf(v.w, scale, shift.w)));
+      for (int pass = 0; pass < kPasses; ++pass) {
+        raw[pass] = first_of<T>(of_token(next, token0 + pass * kAtOnce), stride, valid);
       }
+    }
+    next += kChunk * stride;
+  };
+
+  float pivot2 = 0, peak = 0;
+  const auto find_pivots = [&](int chunk) {  // of the channels from this chunk on
+    const int begin = chunk * kChunk, count = min(kPivots, chunks * kChunk - begin);
+#pragma unroll 1
+    for (int c = thread; c < count; c += kThreads) {
+      float v[3] = {};
+      if (begin + c < channels) {
+#pragma unroll
+        for (int e = 0; e < 3; ++e) v[e] = get(*of_token(x + (begin + c) * stride, pivot_token(n, e)));
+      }
+      const float pivot = median(v[0], v[1], v[2]);
+      pivots[c] = pivot;
+      pivot2 += pivot * pivot;
+      peak = fmaxf(peak, fmaxf(v[0], fmaxf(v[1], v[2])) - fminf(v[0], fminf(v[1], v[2])));
     }
   };
-  static_assert(kRowsAtOnce % 8 == 0, "all tokens of a thread have their parts turned alike");
+  int exponent = bound >= 0 ? exponent_for(bound, 14) : 0;
+  float scale = power_of_two(exponent);
+  const auto centre = [&](int chunk) {  // (x - pivot) * scale, rounded once
+    if (centres) {
+      const float4 pivot = *reinterpret_cast<const float4*>(pivots + chunk * kChunk % kPivots + quad * 4);
+      const float4 shift = pivot * -scale;
+      unsigned char* const to = ready(chunk);
+      const int at = offset_of<kChunk>(token0, quad / 2) + quad % 2 * 8;
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const T(&v)[4] = raw[pass].value;
+        const uint2 four = make_uint2(
+            ptx::pack_half(fmaf(get(v[0]), scale, shift.x), fmaf(get(v[1]), scale, shift.y)),
+            ptx::pack_half(fmaf(get(v[2]), scale, shift.z), fmaf(get(v[3]), scale, shift.w)));
+        exchange.put(to + (at ^ offset_of<kChunk>(pass * kAtOnce, 0)), four, chunk);
+      }
+    }
+    exchange.end(chunk, across);
+  };
 
   // Warps w, w + 4, .. share a scheduler: they get neighbouring shares, so that all schedulers have as much to do.
   const int all_tiles = tiles_of(across), first_tile = group * (all_tiles / kGroups);
@@ -318,37 +349,58 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
   for (int u = 0; u < kTilesPerWarp; ++u) {
     if (u < my_tiles) {
       const TileAt at(first_tile + my_tile + u, across);
-      row_at[u] = at.row * kTile * kReadyBytes, column_at[u] = at.column * kTile * kReadyBytes;
+      row_at[u] = at.row * kTile * kBytes, column_at[u] = at.column * kTile * kBytes;
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) acc[u][e][0] = acc[u][e][1] = acc[u][e][2] = acc[u][e][3] = 0;
   }
-  const int row_lane = offset_of(lane % 16, lane / 16), column_lane = offset_of(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  const int row_lane = offset_of<kChunk>(lane % 16, lane / 16);
+  const int column_lane = offset_of<kChunk>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
-  for (int chunk = 0; chunk < kSlots - 1; ++chunk) copy(chunk);
+  for (int chunk = kLine; chunk < kAhead; chunk += kLine) prefetch(chunk);
+  read(0);
   for (int chunk = 0; chunk <= chunks; ++chunk) {
-    ptx::async_wait<kSlots - 2>();
-    __syncthreads();  // the chunk is there, the one before is centred, nobody reads the one before that any more
+    exchange.begin();
     if (chunk < chunks) {
-      copy(chunk + kSlots - 1);
+      if (chunk % (kPivots / kChunk) == 0) {
+        __syncthreads();  // nobody needs those before any more
+        find_pivots(chunk);
+        if (chunk == 0) {
+          peak = warp_max_of_nonnegative(peak);
+          if (lane == 0) s.peak[warp] = peak;
+        }
+        __syncthreads();
+        if (chunk == 0 && bound < 0) {
+          for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, s.peak[w]);
+          exponent = peak > 0 ? exponent_for(peak, 5) : 0;
+          scale = power_of_two(exponent);
+        }
+      }
       centre(chunk);
+      read(chunk + 1);
     }
     if (chunk == 0) continue;
+    exchange.wait(chunk - 1);
     const unsigned char* here = ready(chunk - 1);
-    uint32_t rows[2][4];
 #pragma unroll
-    for (int u = 0; u < kTilesPerWarp; ++u) {
-      if (u < my_tiles) {
-        if (u == 0 || row_at[u] != row_at[u - 1]) {
+    for (int step = 0; step < kChunk / 16; ++step) {
+      uint32_t rows[2][4];
 #pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            ptx::load_matrices(rows[r], here + row_at[u] + row_lane + r * 16 * kReadyBytes);
+      for (int u = 0; u < kTilesPerWarp; ++u) {
+        if (u < my_tiles) {
+          if (u == 0 || row_at[u] != row_at[u - 1]) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              ptx::load_matrices(rows[r], here + row_at[u] + (row_lane ^ step * 32) + r * 16 * kBytes);
+            }
           }
+          multiply(acc[u], rows, here + column_at[u] + (column_lane ^ step * 32), 8 * kBytes);
         }
-        multiply(acc[u], rows, here + column_at[u] + column_lane);
       }
     }
   }
+  pivot2 = warp_sum(pivot2);
+  if (lane == 0) s.pivot_part[warp] = pivot2;
   __syncthreads();
   const float inverse2 = power_of_two(-2 * exponent);
 #pragma unroll
@@ -361,15 +413,13 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
       }
     }
   }
-  if (warp == 0) {  // lanes 0 .. 3 hold the four quads
-    pivot2 += __shfl_xor_sync(kAllLanes, pivot2, 1);
-    pivot2 += __shfl_xor_sync(kAllLanes, pivot2, 2);
-    if (lane == 0) {
-      s.pivot2 = pivot2;
-      // Underflow moves a coordinate by up to 2^-25, rounding by 2^-12 of it.
-      s.floor2 = scaled ? static_cast<float>(channels) * 0x1p-26f * inverse2 : 0;
-    }
+  if (thread == 0) {
+    for (int w = 1; w < kWarps; ++w) pivot2 += s.pivot_part[w];
+    s.pivot2 = pivot2;
+    // Underflow moves a coordinate by up to 2^-25, rounding by 2^-12 of it.
+    s.floor2 = static_cast<float>(channels) * 0x1p-26f * inverse2;
   }
+  exchange.before += chunks;
 }
 
 // ---- teams --------------------------------------------------------------------------------------------------------
@@ -610,7 +660,7 @@ struct Choice {
     for (int i = mine.first + warp; i < mine.last; i += kWarps) {
       const uint64_t score = s.score[i];
       const int keep = s.keep[i];
-      int before = 0;
+      unsigned before = 0;
 #pragma unroll
       for (int e = 0; e < kMaxAcross; ++e) {
         const int j = token_or(e, i);
@@ -687,14 +737,19 @@ template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, int64_t first_sample) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   Shared& s = *reinterpret_cast<Shared*>(ptx::shared_memory());
-  float* ring = reinterpret_cast<float*>(ptx::shared_memory() + sizeof(Shared));
+  unsigned char* const memory = ptx::shared_memory() + sizeof(Shared);
+  float* const partial = reinterpret_cast<float*>(memory);
   const int64_t b = first_sample + blockIdx.x / kTeam;
-  const int rank = static_cast<int>(ptx::cluster_rank());
+  const int rank = static_cast<int>(ptx::cluster_rank()), group = rank / kSplits, split = rank % kSplits;
   const int partial_floats = tiles_of_group(ceil_div(static_cast<int>(p.N), kTile)) * kTileFloats;
-  const Cluster team{rank, ring + partial_floats, ring};
+  const Cluster team{rank, partial + partial_floats, partial};
+  Pair pair{s, group * Pair::kTokens, static_cast<uint32_t>(rank ^ kSplits)};
+  if (threadIdx.x < Pair::kSlots) ptx::barrier_init(s.arrived + threadIdx.x, kWarps);
+  ptx::cluster_arrive();
   int n = number_tokens(s, threadIdx.x < p.N && in_mask(p, b * p.N + threadIdx.x));
+  ptx::cluster_wait();
   for (float bound = -1;;) {
-    products<T, kWide, kClusterSlots>(p, b, s, n, bound, rank / kSplits, rank % kSplits, ring, ring);
+    products<T, kWide>(p, b, s, n, bound, group, split, pair, memory, partial);
     team.sync();
     collect(team, s, n);
     team.sync();
@@ -745,13 +800,14 @@ template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads, 1)
 dpc_knn_products_kernel(DpcKnn p, int64_t first_sample, const float* bound, float* partial, int64_t partial_floats) {
   Tokens& s = *reinterpret_cast<Tokens*>(ptx::shared_memory());
-  float* ring = reinterpret_cast<float*>(ptx::shared_memory() + sizeof(Tokens));
   const int64_t sample = blockIdx.x / kTeam;
   const int rank = static_cast<int>(blockIdx.x % kTeam);
   bound += sample * p.N;
   const int n = number_tokens(s, threadIdx.x < p.N && bound[threadIdx.x] >= 0);
-  products<T, kWide, kStagedSlots>(p, first_sample + sample, s, n, largest_bound(bound, static_cast<int>(p.N)),
-                                   rank / kSplits, rank % kSplits, ring, partial + blockIdx.x * partial_floats);
+  Single alone;
+  products<T, kWide>(p, first_sample + sample, s, n, largest_bound(bound, static_cast<int>(p.N)), rank / kSplits,
+                     rank % kSplits, alone, ptx::shared_memory() + sizeof(Tokens),
+                     partial + blockIdx.x * partial_floats);
 }
 
 static __global__ void __launch_bounds__(kThreads)
@@ -807,7 +863,7 @@ auto with_layout(const DpcKnn& p, const Body& body) {
   return with_element<false>(p.dtype, [&](auto element) {
     constexpr int kBytes = 4 * sizeof(element);
     const bool wide = reinterpret_cast<uintptr_t>(p.x) % kBytes == 0 && (p.x_stride_c == 1 || p.C == 1) &&
-                      p.x_stride_n % 4 == 0 && p.x_stride_b % 4 == 0;
+                      p.x_stride_n % 4 == 0 && p.x_stride_b % 4 == 0 && p.x_stride_n < INT_MAX / kMaxTokens;
     return wide ? body(element, std::true_type{}) : body(element, std::false_type{});
   });
 }

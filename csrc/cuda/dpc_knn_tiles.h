@@ -122,14 +122,14 @@ __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side co
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int at = (thread + i * kThreads) * 8;
-      ptx::async_copy<16>(to + at * 2, block + int64_t{chunk} * kPanel + at);
+      ptx::async_copy(to + at * 2, block + int64_t{chunk} * kPanel + at);
     }
   };
   const auto copy_found = [&](unsigned char* to, const uint16_t* const(&from)[kCopies], int chunk) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const uint16_t* token = from[i] ? from[i] + int64_t{chunk} * kPanel : s.value;
-      ptx::async_copy_part<16>(to + (thread + i * kThreads) * 16, token, from[i] ? 16 : 0);
+      ptx::async_copy_part(to + (thread + i * kThreads) * 16, token, from[i] ? 16 : 0);
     }
   };
   const uint16_t *row_from[kCopies], *column_from[kCopies];
@@ -163,7 +163,7 @@ __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side co
         copy_found(to + kPanelBytes, column_from, next_chunk);
       } else {
         if (next_chunk == 0 && thread < kTile / 4) {
-          ptx::async_copy<16>(norms + thread * 4, s.norm + tile * kTile + thread * 4);
+          ptx::async_copy(norms + thread * 4, s.norm + tile * kTile + thread * 4);
         }
         copy(to + kPanelBytes, s.value + tile * stride, next_chunk);
       }

@@ -44,36 +44,24 @@ __device__ inline void load_matrices(uint32_t (&registers)[4], const void* row) 
                : "memory");
 }
 
-// Asynchronous copies from global to shared memory of 4, 8 or 16 aligned bytes. A thread's copies form groups: after
+// Asynchronous copies from global to shared memory of 16 aligned bytes. A thread's copies form groups: after
 // async_wait<n> at most its n last groups are still under way. Other threads see the copies after a barrier.
-template <int kBytes>
 __device__ inline void async_copy(void* shared, const void* global) {
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)), "l"(global), "n"(kBytes)
-                 : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 // Reads the first `valid` bytes only, which may be none, and fills the rest with 0.
-template <int kBytes>
 __device__ inline void async_copy_part(void* shared, const void* global, int valid) {
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global),
-                 "n"(kBytes), "r"(valid)
-                 : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
+               : "memory");
 }
 __device__ inline void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ inline void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+
+// Has the second-level cache read the line of this address.
+__device__ inline void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // Thread-block clusters: sm_90 and later. Elsewhere a kernel must not come here.
 __device__ inline uint32_t cluster_rank() {
@@ -96,6 +84,23 @@ __device__ inline void cluster_sync() {
 #endif
 }
 
+// The same in two halves, for barriers that are initialised before `cluster_arrive` and used after `cluster_wait`;
+// other writes before it may not be seen.
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
 // Where block `rank` of the cluster holds what this block holds at `shared`.
 template <class T>
 __device__ inline T* in_block(T* shared, uint32_t rank) {
@@ -106,6 +111,63 @@ __device__ inline T* in_block(T* shared, uint32_t rank) {
 #else
   __trap();
   return shared;
+#endif
+}
+
+// A barrier in shared memory. A phase of it ends when `count` threads have arrived and as many bytes as they said they
+// expect have been stored by store_async; then the next begins. A thread sees what those that arrived, of its block,
+// wrote before, and what was stored.
+__device__ inline void barrier_init(uint64_t* barrier, uint32_t count) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;" ::
+               "r"(shared_address(barrier)), "r"(count) : "memory");
+#else
+  __trap();
+#endif
+}
+__device__ inline void barrier_arrive(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#else
+  __trap();
+#endif
+}
+__device__ inline void barrier_arrive(uint64_t* barrier, int expected_bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(expected_bytes)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+// Waits until the phase of this parity has ended: 0 for the first, third, ..., 1 for the others.
+__device__ inline void barrier_wait(uint64_t* barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t ended;
+  do {
+    asm volatile("{\n\t.reg .pred ended;\n\t"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n\t"
+                 "selp.u32 %0, 1, 0, ended;\n\t}"
+                 : "=r"(ended)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+  } while (!ended);
+#else
+  __trap();
+#endif
+}
+// Stores eight aligned bytes where block `rank` of the cluster holds what this block holds at `shared`, and counts them
+// at its barrier.
+__device__ inline void store_async(void* shared, uint2 value, uint64_t* barrier, uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n\t.reg .u32 to, at;\n\t"
+               "mapa.shared::cluster.u32 to, %0, %4;\n\tmapa.shared::cluster.u32 at, %3, %4;\n\t"
+               "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [to], {%1, %2}, [at];\n\t}" ::
+               "r"(shared_address(shared)), "r"(value.x), "r"(value.y), "r"(shared_address(barrier)), "r"(rank)
+               : "memory");
+#else
+  __trap();
 #endif
 }
 

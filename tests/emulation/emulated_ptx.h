@@ -56,26 +56,39 @@ inline void load_matrices(uint32_t (&registers)[4], const void* row) {
   });
 }
 
-template <int kBytes>
 inline void async_copy_part(void* shared, const void* global, int valid) {
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  hk_emulation::copy_later(shared, global, kBytes, valid);
+  hk_emulation::copy_later(shared, global, 16, valid);
 }
-template <int kBytes>
-inline void async_copy(void* shared, const void* global) {
-  async_copy_part<kBytes>(shared, global, kBytes);
-}
+inline void async_copy(void* shared, const void* global) { async_copy_part(shared, global, 16); }
 inline void async_commit() { hk_emulation::commit_copies(); }
 template <int kPending>
 inline void async_wait() {
   hk_emulation::wait_for_copies(kPending);
 }
 
+inline void prefetch(const void*) {}
+
 inline uint32_t cluster_rank() { return hk_emulation::cluster_rank(); }
 inline void cluster_sync() { hk_emulation::cluster_barrier(); }
+inline void cluster_arrive() {}
+inline void cluster_wait() { hk_emulation::cluster_barrier(); }
 template <class T>
 inline T* in_block(T* shared, uint32_t rank) {
   return reinterpret_cast<T*>(hk_emulation::shared_memory_of(shared, rank));
+}
+
+inline hk_emulation::Barrier* as_barrier(uint64_t* barrier) {
+  static_assert(sizeof(hk_emulation::Barrier) == sizeof(uint64_t));
+  return reinterpret_cast<hk_emulation::Barrier*>(barrier);
+}
+inline void barrier_init(uint64_t* barrier, uint32_t count) { hk_emulation::barrier_init(as_barrier(barrier), count); }
+inline void barrier_arrive(uint64_t* barrier, int expected_bytes = 0) {
+  hk_emulation::barrier_arrive(as_barrier(barrier), expected_bytes);
+}
+inline void barrier_wait(uint64_t* barrier, int parity) { hk_emulation::barrier_wait(as_barrier(barrier), parity); }
+inline void store_async(void* shared, uint2 value, uint64_t* barrier, uint32_t rank) {
+  hk_emulation::store_later(hk_emulation::shared_memory_of(shared, rank), uint64_t{value.y} << 32 | value.x,
+                            as_barrier(in_block(barrier, rank)));
 }
 
 }  // namespace hotkernels::ptx

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -24,12 +25,18 @@ namespace {
 constexpr int64_t kStack = 128 << 10, kGuard = 256, kAlignment = 128;
 constexpr unsigned char kGarbage[] = {0xcd, 0x00}, kGuardByte = 0xa5;  // what happens to be there may look like numbers
 
-enum class State { runs, at_warp, at_block, at_cluster, done };
+enum class State { runs, at_warp, at_barrier, at_block, at_cluster, done };
 
 struct Copy {
   void* to;
   const void* from;
   int bytes, valid;
+};
+
+struct Store {
+  void* to;
+  uint64_t value;
+  Barrier* barrier;
 };
 
 struct Block {
@@ -52,6 +59,8 @@ struct Fiber {
   Combine combine;
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
+  const Barrier* barrier;  // waited for, until `parity` is not that of its phase
+  int parity;
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
@@ -61,6 +70,7 @@ const std::function<void()>* kernel;
 unsigned blocks_in_cluster, threads_per_block, order;
 bool changing = true;
 std::vector<Block> cluster;
+std::deque<Store> stores;
 int64_t shared_size;
 const char* failure;
 
@@ -95,6 +105,18 @@ void do_copy(const Copy& c) {
   std::memcpy(c.to, c.from, c.valid);
 }
 
+bool ends_phase(Barrier& barrier) {
+  const bool complete = barrier.missing == 0 && barrier.bytes == 0;
+  if (complete) barrier.phase ^= 1, barrier.missing = barrier.count;
+  return complete;
+}
+
+bool do_store(const Store& s) {
+  std::memcpy(s.to, &s.value, sizeof(s.value));
+  s.barrier->bytes -= sizeof(s.value);
+  return ends_phase(*s.barrier);
+}
+
 Fiber& fiber_of(unsigned block, unsigned thread) { return *fibers[block * threads_per_block + thread]; }
 
 unsigned in_order(unsigned i, unsigned n, unsigned reversed) { return order & reversed ? n - 1 - i : i; }
@@ -106,6 +128,7 @@ void run_warp(unsigned block, unsigned first) {
     moved = false;
     for (unsigned i = 0; i < lanes && !failure; ++i) {
       Fiber& fiber = fiber_of(block, first + in_order(i, lanes, lanes_reversed));
+      if (fiber.state == State::at_barrier && fiber.barrier->phase != fiber.parity) fiber.state = State::runs;
       if (fiber.state != State::runs) continue;
       resume(fiber);
       moved = true;
@@ -113,7 +136,7 @@ void run_warp(unsigned block, unsigned first) {
   }
 }
 
-// Runs one block until each of its threads is done or at the cluster's barrier.
+// Runs one block until each of its threads is done or waits for another block.
 void run_block(unsigned block) {
   const unsigned warps = (threads_per_block + 31) / 32;
   while (!failure) {
@@ -135,12 +158,20 @@ void run_cluster() {
   while (!failure) {
     for (unsigned b = 0; b < blocks_in_cluster; ++b) run_block(in_order(b, blocks_in_cluster, blocks_reversed));
     unsigned done = 0, waiting = 0;
+    bool passed = false;
     const unsigned all = blocks_in_cluster * threads_per_block;
     for (unsigned f = 0; f < all; ++f) {
-      done += fibers[f]->state == State::done;
-      waiting += fibers[f]->state == State::at_cluster;
+      const Fiber& fiber = *fibers[f];
+      done += fiber.state == State::done;
+      waiting += fiber.state == State::at_cluster;
+      passed = passed || (fiber.state == State::at_barrier && fiber.barrier->phase != fiber.parity);
     }
-    if (done == all || failure) return;
+    if ((done == all && stores.empty()) || failure) return;
+    if (passed) continue;
+    if (!stores.empty()) {
+      for (bool ended = false; !ended && !stores.empty(); stores.pop_front()) ended = do_store(stores.front());
+      continue;
+    }
     if (done > 0 && waiting > 0) {
       failure = "a thread ended while others of its cluster wait at a cluster barrier";
     } else if (waiting < all) {
@@ -198,6 +229,31 @@ void warp_instruction(unsigned mask, void* payload, Combine combine) {
 void block_barrier() { suspend(State::at_block); }
 void cluster_barrier() { suspend(State::at_cluster); }
 
+void barrier_init(Barrier* barrier, unsigned count) {
+  if (barrier == nullptr || count == 0) fail("a barrier waits for at least one thread");
+  *barrier = {static_cast<uint16_t>(count), static_cast<uint16_t>(count), 0, 0};
+}
+
+void barrier_arrive(Barrier* barrier, int expected_bytes) {
+  if (barrier->missing == 0) fail("more threads arrive at a barrier than it was told");
+  --barrier->missing, barrier->bytes += expected_bytes;
+  ends_phase(*barrier);
+}
+
+void barrier_wait(const Barrier* barrier, int parity) {
+  if (barrier->phase != parity) return;
+  current->barrier = barrier, current->parity = parity;
+  suspend(State::at_barrier);
+}
+
+void store_later(void* to, uint64_t value, Barrier* barrier) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(value) != 0) fail("an asynchronous store is not aligned to its size");
+  stores.push_back({to, value, barrier});
+  if (order & copies_late) return;
+  do_store(stores.back());
+  stores.pop_back();
+}
+
 void copy_later(void* to, const void* from, int bytes, int valid) {
   if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || (valid > 0 && reinterpret_cast<uintptr_t>(from) % bytes != 0)) {
     fail("an asynchronous copy is not aligned to its size");
@@ -228,6 +284,7 @@ bool launch(Index grid, Index block, unsigned cluster_blocks, int64_t shared_byt
   threads_per_block = block.x * block.y * block.z;
   if (changing) order = (order + 1) % 16;
   kernel = &body, failure = nullptr, shared_size = shared_bytes;
+  stores.clear();
   cluster.resize(cluster_blocks);
   while (fibers.size() < size_t{cluster_blocks} * threads_per_block) fibers.push_back(std::make_unique<Fiber>());
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, clusters = blocks / cluster_blocks;

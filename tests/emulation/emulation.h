@@ -36,6 +36,17 @@ void copy_later(void* to, const void* from, int bytes, int valid);
 void commit_copies();
 void wait_for_copies(int pending);
 
+// Barriers in shared memory. A store to another block's memory, counted at its barrier, is done at once or when nobody
+// can go on without it.
+struct Barrier {
+  uint16_t count, missing : 15, phase : 1;
+  int32_t bytes;  // expected and not yet stored
+};
+void barrier_init(Barrier* barrier, unsigned count);
+void barrier_arrive(Barrier* barrier, int expected_bytes);
+void barrier_wait(const Barrier* barrier, int parity);
+void store_later(void* to, uint64_t value, Barrier* barrier);
+
 [[noreturn]] void fail(const char* what);  // ends the launch with an error
 
 // Runs all blocks; false if a barrier could never be passed or something else went wrong, which stderr then names.

@@ -62,13 +62,35 @@ __global__ void cluster_sum(const float* x, float* out, bool bug) {
   if (rank == 0) out[threadIdx.x] = sum;
 }
 
+// Each block of a cluster of two stores its half for both. bug: does not wait for what the other stores.
+__global__ void handed_sum(const float* x, float* out, bool bug) {
+  auto* shared = reinterpret_cast<float*>(ptx::shared_memory());
+  auto* barrier = reinterpret_cast<uint64_t*>(shared + kThreads);
+  const unsigned rank = ptx::cluster_rank();
+  if (threadIdx.x == 0) ptx::barrier_init(barrier, 1);
+  ptx::cluster_sync();
+  if (threadIdx.x < kThreads / 4) {
+    const int i = rank * (kThreads / 2) + 2 * threadIdx.x;
+    shared[i] = x[i], shared[i + 1] = x[i + 1];
+    ptx::store_async(shared + i, make_uint2(std::bit_cast<uint32_t>(x[i]), std::bit_cast<uint32_t>(x[i + 1])), barrier,
+                     rank ^ 1);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) ptx::barrier_arrive(barrier, kThreads / 2 * 4);
+  if (!bug) ptx::barrier_wait(barrier, 0);
+  float sum = 0;
+  for (int t = 0; t < kThreads; ++t) sum += shared[t];
+  if (rank == 0) out[threadIdx.x] = sum;
+  ptx::cluster_sync();
+}
+
 // Brings the values in asynchronously. bug: does not wait for the second half.
 __global__ void copied_sum(const float* x, float* out, bool bug) {
   auto* shared = reinterpret_cast<float*>(ptx::shared_memory());
   for (int half = 0; half < 2; ++half) {
     if (threadIdx.x < kThreads / 8) {
       const int i = half * kThreads / 2 + 4 * threadIdx.x;
-      ptx::async_copy<16>(shared + i, x + i);
+      ptx::async_copy(shared + i, x + i);
     }
     ptx::async_commit();
   }
@@ -135,7 +157,7 @@ __global__ void wide_sum(const float* x, float* out, bool bug) {
 // The largest error of kernel `which` over its 96 threads; -1 if the launch failed, -2 if there is no such kernel.
 extern "C" __attribute__((visibility("default"))) double hk_emulation_selftest(int which, bool bug) {
   using Kernel = void (*)(const float*, float*, bool);
-  constexpr Kernel kernels[] = {block_sum,  used_again, warp_sum,  cluster_sum,
+  constexpr Kernel kernels[] = {block_sum,  used_again, warp_sum,  cluster_sum,     handed_sum,
                                 copied_sum, outside,    divergent, tensor_core_sum, wide_sum};
   if (which >= static_cast<int>(std::size(kernels))) return -2;
   std::vector<float> x(kThreads), out(kThreads, NAN);
@@ -145,9 +167,9 @@ extern "C" __attribute__((visibility("default"))) double hk_emulation_selftest(i
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config{};
-  const bool pair = kernels[which] == cluster_sum;
+  const bool pair = kernels[which] == cluster_sum || kernels[which] == handed_sum;
   config.gridDim = dim3(pair ? 2 : 1), config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kThreads * sizeof(float);
+  config.dynamicSmemBytes = kThreads * sizeof(float) + (kernels[which] == handed_sum) * sizeof(uint64_t);
   config.attrs = &cluster, config.numAttrs = pair;
   const float* given = x.data();
   if (cudaLaunchKernelEx(&config, kernels[which], given, out.data(), bug) != cudaSuccess) return -1;
