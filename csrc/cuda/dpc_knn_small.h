@@ -52,6 +52,7 @@ struct alignas(16) Tokens {
   float pivot2;  // squared norm of the pivot, of this block's channels
   float floor2;  // squared norm in them below which a token's coordinates may have lost bits to underflow
   uint64_t arrived[4];      // barriers of Pair
+  uint64_t told[4];         // barriers of Cluster, one for each step
   uint64_t unread[kWarps];  // what idle warps of the other block write
 };
 
@@ -100,13 +101,13 @@ struct Pair {
   __device__ void begin() const {}
   __device__ void put(unsigned char* to, uint2 four, int chunk) const {
     *reinterpret_cast<uint2*>(to) = four;
-    ptx::store_async(to, four, arrived(chunk), other);
+    ptx::store_async(reinterpret_cast<uint2*>(to), four, arrived(chunk), other);
   }
   __device__ void end(int chunk, int across) const {
     const int warp = static_cast<int>(threadIdx.x) / kWarp;
     __syncwarp();
     if (threadIdx.x % kWarp != 0) return;
-    if (warp >= across) ptx::store_async(s.unread + warp, make_uint2(0, 0), arrived(chunk), other);
+    if (warp >= across) ptx::store_async(s.unread + warp, uint64_t{0}, arrived(chunk), other);
     if (warp == 0) {
       ptx::barrier_arrive(arrived(chunk), across * kTokens * kChunk * 2 + (kWarps - across) * 8);
     } else {
@@ -424,11 +425,15 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
 
 // ---- teams --------------------------------------------------------------------------------------------------------
 
+// The steps after which every block knows something of every token.
+enum Step { kDistances, kScores, kSlots };
+
 // The blocks of a cluster, each with a part of the rows and of the partial products in its shared memory.
 struct Cluster {
   static constexpr int kSize = kTeam;
   int rank;
   float *rows, *partial;
+  uint64_t* told;
 
   __device__ void sync() const {
     __syncwarp();  // the barrier is for whole warps
@@ -437,6 +442,17 @@ struct Cluster {
   template <class E>
   __device__ E* in(int block, E* shared) const { return ptx::in_block(shared, static_cast<uint32_t>(block)); }
   __device__ const float* partial_of(int block) const { return in(block, partial); }
+
+  // Tells a block something of a token, without waiting; `hear` waits for what is told of all n, and for nothing else.
+  template <class E>
+  __device__ void tell(Step step, int block, E* shared, E value) const {
+    ptx::store_async(shared, value, told + step, static_cast<uint32_t>(block));
+  }
+  template <class E>
+  __device__ void hear(Step step, const E*, int n) const {
+    if (threadIdx.x == 0) ptx::barrier_arrive(told + step, n * static_cast<int>(sizeof(E)));
+    ptx::barrier_wait(told + step, 0);
+  }
 };
 
 // One block that has them all, in global memory.
@@ -449,6 +465,10 @@ struct Alone {
   template <class E>
   __device__ E* in(int, E* shared) const { return shared; }
   __device__ const float* partial_of(int block) const { return partial + int64_t{block} * partial_floats; }
+  template <class E>
+  __device__ void tell(Step, int, E* shared, E value) const { *shared = value; }
+  template <class E>
+  __device__ void hear(Step, const E*, int) const { __syncthreads(); }
 };
 
 // Which rows a block owns: [first, last).
@@ -569,15 +589,15 @@ struct Choice {
 
   __device__ void choose() const {
     mean_distances();
-    team.sync();
+    team.hear(kDistances, s.r_far, n);
     order();
     __syncthreads();
     deltas();
     __syncthreads();
     scores();
-    team.sync();
+    team.hear(kScores, s.score, n);
     slots();
-    team.sync();
+    team.hear(kSlots, s.slot, n);
     const int kept = places();
     __syncthreads();
     write(kept);
@@ -601,7 +621,7 @@ struct Choice {
       }
       const float r = sum_of_smallest(d2, k) / denominator;
       far = warp_max_of_nonnegative(far);
-      if (lane < Team::kSize) team.in(lane, s.r_far)[i] = make_float2(r, far);
+      if (lane < Team::kSize) team.tell(kDistances, lane, s.r_far + i, make_float2(r, far));
     }
   }
 
@@ -649,7 +669,7 @@ struct Choice {
     if (i >= mine.last) return;
     const bool candidate = s.keep[i] == kNever;
     const uint64_t score = candidate ? score_key(s.r_far[i].x, s.density[i], noisy, s.delta2[i], p.C) : kNotACandidate;
-    team.in(thread % Team::kSize, s.score)[i] = score;
+    team.tell(kScores, thread % Team::kSize, s.score + i, score);
   }
 
   // A token's place is the number of better ones; tokens of `keep` come after the best.
@@ -670,7 +690,7 @@ struct Choice {
       }
       before = __reduce_add_sync(kAllLanes, before);
       const int slot = keep != kNever ? best + before : before < best ? before : -1;
-      if (lane < Team::kSize) team.in(lane, s.slot)[i] = slot;
+      if (lane < Team::kSize) team.tell(kSlots, lane, s.slot + i, slot);
     }
   }
 
@@ -742,9 +762,10 @@ __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, in
   const int64_t b = first_sample + blockIdx.x / kTeam;
   const int rank = static_cast<int>(ptx::cluster_rank()), group = rank / kSplits, split = rank % kSplits;
   const int partial_floats = tiles_of_group(ceil_div(static_cast<int>(p.N), kTile)) * kTileFloats;
-  const Cluster team{rank, partial + partial_floats, partial};
+  const Cluster team{rank, partial + partial_floats, partial, s.told};
   Pair pair{s, group * Pair::kTokens, static_cast<uint32_t>(rank ^ kSplits)};
   if (threadIdx.x < Pair::kSlots) ptx::barrier_init(s.arrived + threadIdx.x, kWarps);
+  if (threadIdx.x <= kSlots) ptx::barrier_init(s.told + threadIdx.x, 1);
   ptx::cluster_arrive();
   int n = number_tokens(s, threadIdx.x < p.N && in_mask(p, b * p.N + threadIdx.x));
   ptx::cluster_wait();

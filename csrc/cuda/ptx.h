@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace hotkernels::ptx {
 
@@ -17,6 +18,14 @@ __device__ inline unsigned char* shared_memory() {
 }
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+template <class Bits, class T>
+__device__ inline Bits bits_of(T value) {
+  static_assert(sizeof(Bits) == sizeof(T));
+  Bits bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
 
 // Two floats rounded to float16, `low` in the lower half.
 __device__ inline uint32_t pack_half(float low, float high) {
@@ -157,15 +166,22 @@ __device__ inline void barrier_wait(uint64_t* barrier, int parity) {
   __trap();
 #endif
 }
-// Stores eight aligned bytes where block `rank` of the cluster holds what this block holds at `shared`, and counts them
-// at its barrier.
-__device__ inline void store_async(void* shared, uint2 value, uint64_t* barrier, uint32_t rank) {
+// Stores a value of four or eight bytes where block `rank` of the cluster holds what this block holds at `shared`, and
+// counts its bytes at that block's barrier.
+template <class T>
+__device__ inline void store_async(T* shared, T value, uint64_t* barrier, uint32_t rank) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
 #if __CUDA_ARCH__ >= 900
-  asm volatile("{\n\t.reg .u32 to, at;\n\t"
-               "mapa.shared::cluster.u32 to, %0, %4;\n\tmapa.shared::cluster.u32 at, %3, %4;\n\t"
-               "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [to], {%1, %2}, [at];\n\t}" ::
-               "r"(shared_address(shared)), "r"(value.x), "r"(value.y), "r"(shared_address(barrier)), "r"(rank)
-               : "memory");
+  uint32_t to, at;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(shared)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(barrier)), "r"(rank));
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::
+                 "r"(to), "r"(bits_of<uint32_t>(value)), "r"(at) : "memory");
+  } else {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::
+                 "r"(to), "l"(bits_of<uint64_t>(value)), "r"(at) : "memory");
+  }
 #else
   __trap();
 #endif

@@ -86,8 +86,10 @@ inline void barrier_arrive(uint64_t* barrier, int expected_bytes = 0) {
   hk_emulation::barrier_arrive(as_barrier(barrier), expected_bytes);
 }
 inline void barrier_wait(uint64_t* barrier, int parity) { hk_emulation::barrier_wait(as_barrier(barrier), parity); }
-inline void store_async(void* shared, uint2 value, uint64_t* barrier, uint32_t rank) {
-  hk_emulation::store_later(hk_emulation::shared_memory_of(shared, rank), uint64_t{value.y} << 32 | value.x,
+template <class T>
+void store_async(T* shared, T value, uint64_t* barrier, uint32_t rank) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  hk_emulation::store_later(hk_emulation::shared_memory_of(shared, rank), &value, sizeof(T),
                             as_barrier(in_block(barrier, rank)));
 }
 

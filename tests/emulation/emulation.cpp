@@ -35,7 +35,8 @@ struct Copy {
 
 struct Store {
   void* to;
-  uint64_t value;
+  unsigned char value[8];
+  int bytes;
   Barrier* barrier;
 };
 
@@ -112,8 +113,8 @@ bool ends_phase(Barrier& barrier) {
 }
 
 bool do_store(const Store& s) {
-  std::memcpy(s.to, &s.value, sizeof(s.value));
-  s.barrier->bytes -= sizeof(s.value);
+  std::memcpy(s.to, s.value, s.bytes);
+  s.barrier->bytes -= s.bytes;
   return ends_phase(*s.barrier);
 }
 
@@ -246,9 +247,10 @@ void barrier_wait(const Barrier* barrier, int parity) {
   suspend(State::at_barrier);
 }
 
-void store_later(void* to, uint64_t value, Barrier* barrier) {
-  if (reinterpret_cast<uintptr_t>(to) % sizeof(value) != 0) fail("an asynchronous store is not aligned to its size");
-  stores.push_back({to, value, barrier});
+void store_later(void* to, const void* value, int bytes, Barrier* barrier) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0) fail("an asynchronous store is not aligned to its size");
+  stores.push_back({to, {}, bytes, barrier});
+  std::memcpy(stores.back().value, value, bytes);
   if (order & copies_late) return;
   do_store(stores.back());
   stores.pop_back();

@@ -45,7 +45,7 @@ struct Barrier {
 void barrier_init(Barrier* barrier, unsigned count);
 void barrier_arrive(Barrier* barrier, int expected_bytes);
 void barrier_wait(const Barrier* barrier, int parity);
-void store_later(void* to, uint64_t value, Barrier* barrier);
+void store_later(void* to, const void* value, int bytes, Barrier* barrier);
 
 [[noreturn]] void fail(const char* what);  // ends the launch with an error
 

@@ -72,8 +72,7 @@ __global__ void handed_sum(const float* x, float* out, bool bug) {
   if (threadIdx.x < kThreads / 4) {
     const int i = rank * (kThreads / 2) + 2 * threadIdx.x;
     shared[i] = x[i], shared[i + 1] = x[i + 1];
-    ptx::store_async(shared + i, make_uint2(std::bit_cast<uint32_t>(x[i]), std::bit_cast<uint32_t>(x[i + 1])), barrier,
-                     rank ^ 1);
+    for (int t = i; t < i + 2; ++t) ptx::store_async(shared + t, shared[t], barrier, rank ^ 1);
   }
   __syncthreads();
   if (threadIdx.x == 0) ptx::barrier_arrive(barrier, kThreads / 2 * 4);
