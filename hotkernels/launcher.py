@@ -13,12 +13,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from .backends import TRITON_DEVICE
 
@@ -78,48 +81,60 @@ def _compiled(variant: Variant, device: int) -> Any:
         return triton.compile(source, options=options)
 
 
-class Launch(NamedTuple):
-    """A kernel and all that it is given; its parameters are its tensors, then its numbers, then its constants."""
+@dataclass(eq=False, slots=True)
+class Launch:
+    """A kernel and all that it is given after its tensors, which have the same dtypes and strides in every launch."""
 
     kernel: Any
     programs: int
-    tensors: tuple[Tensor | None, ...]
     numbers: tuple[int | float, ...]
     constants: tuple[Any, ...]
     num_warps: int
     num_stages: int
-    aligned: bool  # see Variant
+    aligned: bool  # what Variant.aligned says of its strides
+    compiled: dict[tuple[int, bool], Any] = field(default_factory=dict)  # for which device, and whether aligned
 
-    @property
-    def variant(self) -> Variant:
+    def aligned_on(self, tensors: Sequence[Tensor | None]) -> bool:
+        """What Variant.aligned says."""
+        addresses = [t.data_ptr() for t in tensors if t is not None]
+        return self.aligned and math.gcd(VECTOR_BYTES, *addresses) == VECTOR_BYTES
+
+    def variant(self, tensors: Sequence[Tensor | None]) -> Variant:
         """What is compiled for it."""
-        dtypes = tuple([None if t is None else t.dtype for t in self.tensors])
-        return Variant(self.kernel, dtypes, self.constants, self.num_warps, self.num_stages, self.aligned)
-
-    def on(self, *tensors: Tensor | None) -> Launch:
-        """The same on other tensors of the same dtypes, shapes and strides."""
-        kernel, programs, _, numbers, constants, num_warps, num_stages, aligned = self
-        aligned = aligned and _are_aligned([t for t in tensors if t is not None])
-        return Launch(kernel, programs, tensors, numbers, constants, num_warps, num_stages, aligned)
+        dtypes = tuple([None if t is None else t.dtype for t in tensors])
+        aligned = self.aligned_on(tensors)
+        return Variant(self.kernel, dtypes, self.constants, self.num_warps, self.num_stages, aligned)
 
 
-def launch(job: Launch) -> None:
-    """Run a kernel on the current stream of its first tensor's device."""
+def launch(job: Launch, *tensors: Tensor | None) -> None:
+    """Run a kernel on these tensors, on the current stream of the first one's device."""
     if job.programs == 0:
         return
     if job.programs > MAX_PROGRAMS:
         raise ValueError(f"{job.kernel.__name__}: at most {MAX_PROGRAMS} programs can be launched, got {job.programs}")
     if INTERPRETED:
-        _interpret(job)
+        _interpret(job, tensors)
         return
-    assert job.tensors[0] is not None
-    device = job.tensors[0].get_device()
-    compiled = _compiled(job.variant, device)
+    assert tensors[0] is not None
+    device, aligned = tensors[0].get_device(), job.aligned_on(tensors)
+    compiled = job.compiled.get((device, aligned))
+    if compiled is None:
+        compiled = job.compiled[device, aligned] = _compiled(job.variant(tensors), device)
     if device == torch.cuda.current_device():
-        compiled[(job.programs, 1, 1)](*job.tensors, *job.numbers, *job.constants)
+        _run(compiled, device, job, tensors)
     else:
         with torch.cuda.device(device):
-            compiled[(job.programs, 1, 1)](*job.tensors, *job.numbers, *job.constants)
+            _run(compiled, device, job, tensors)
+
+
+def _run(compiled: Any, device: int, job: Launch, tensors: Sequence[Tensor | None]) -> None:
+    arguments = (*tensors, *job.numbers, *job.constants)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
+        compiled[(job.programs, 1, 1)](*arguments)
+    else:  # the same without hooks takes half the time
+        run, stream = compiled.run, driver.active.get_current_stream(device)
+        run(job.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -132,24 +147,20 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def is_aligned(strides: Sequence[int], *tensors: Tensor) -> bool:
-    """What Variant.aligned says; the strides are those named stride_*, the tensors all that the kernel gets."""
-    elements = VECTOR_BYTES // tensors[0].element_size()
-    return math.gcd(elements, *strides) == elements and _are_aligned(tensors)
+def is_aligned(strides: Sequence[int], dtype: torch.dtype) -> bool:
+    """What Variant.aligned says of the strides named stride_*; dtype is that of the first tensor."""
+    elements = VECTOR_BYTES // dtype.itemsize
+    return math.gcd(elements, *strides) == elements
 
 
-def _are_aligned(tensors: Sequence[Tensor]) -> bool:
-    return math.gcd(VECTOR_BYTES, *[t.data_ptr() for t in tensors]) == VECTOR_BYTES
-
-
-def _interpret(job: Launch) -> None:
+def _interpret(job: Launch, tensors: Sequence[Tensor | None]) -> None:
     """Triton's interpreter takes a bfloat16 for the integer of its bits: it gets float32 copies of the same strides.
 
     What kernels round to a half type on the way is therefore rounded in tests with float16 only.
     """
-    given = [None if t is None else _in_float32(t) if t.dtype == torch.bfloat16 else t for t in job.tensors]
+    given = [None if t is None else _in_float32(t) if t.dtype == torch.bfloat16 else t for t in tensors]
     job.kernel[(job.programs,)](*given, *job.numbers, *job.constants)
-    for t, copy in zip(job.tensors, given, strict=True):
+    for t, copy in zip(tensors, given, strict=True):
         if t is not None and copy is not None and copy is not t and not _repeats(t):
             t.data.copy_(copy)  # rounds to the nearest; autograd must not take a given tensor for changed
 

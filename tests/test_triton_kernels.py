@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import cuda_resources
 import pytest
@@ -16,6 +20,9 @@ if EMULATED:
 
 import triton_resources  # noqa: E402  # imports triton
 from emulation.driver import STREAM, StubDriver, meant, on_a_gpu, stub_driver  # noqa: E402
+
+from hotkernels import launcher  # noqa: E402
+from hotkernels.launcher import Launch  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +57,21 @@ def test_launches_fit_every_generation(resources: triton_resources.Resources) ->
 def test_one_tf32_product_takes_rounded_operands() -> None:
     """What is multiplied is rounded to TF32 by an instruction: tensor cores cut it off."""
     target = triton_resources.GENERATIONS["sm_90"]
-    with triton_resources.recorded(target) as jobs:  # what was planned for "highest" must not serve "high"
+    with triton_resources.recorded(target) as launches:  # what was planned for "highest" must not serve "high"
         triton_resources.attend((4,), 2, 243, 243, 64, torch.float32, added=True)
-    assert all("tf32x3" in job.constants for job in jobs)
+    assert all("tf32x3" in launch.job.constants for launch in launches)
     torch.set_float32_matmul_precision("high")
     try:
-        with triton_resources.recorded(target) as jobs:
+        with triton_resources.recorded(target) as launches:
             triton_resources.attend((4,), 2, 243, 243, 64, torch.float32, added=True)
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert len(jobs) == 4
-    for job in jobs:
-        assert "tf32" in job.constants
-        source, options = job.variant.source()
+    assert len(launches) == 4
+    for launch in launches:
+        assert "tf32" in launch.job.constants
+        source, options = launch.variant.source()
         ptx = triton.compile(source, target=target, options=options).asm["ptx"]
-        assert "cvt.rna.tf32.f32" in ptx, job.kernel.__name__
+        assert "cvt.rna.tf32.f32" in ptx, launch.job.kernel.__name__
 
 
 def test_lengths_and_batches_compile_nothing_new() -> None:
@@ -73,9 +80,9 @@ def test_lengths_and_batches_compile_nothing_new() -> None:
     for sizes in (((7, 17), (64, 18), (3888, 31)), ((2, 241), (3, 242), (7, 243), (16, 244))):
         variants = set()
         for B, N in sizes:
-            with triton_resources.recorded(target) as jobs:
+            with triton_resources.recorded(target) as launches:
                 triton_resources.self_attend(B, N, 8, 64, triton_resources.HALF)
-            variants.add(tuple(job.variant for job in jobs))
+            variants.add(tuple(launch.variant for launch in launches))
         assert len(variants) == 1
 
 
@@ -88,30 +95,73 @@ def driver(resources: triton_resources.Resources) -> Iterator[StubDriver]:
         yield driver
 
 
+def launches_on_sm_90() -> Iterator[tuple[str, Launch, Sequence[torch.Tensor | None]]]:
+    """Names, launches that remember nothing compiled for another driver, and their tensors."""
+    for name, (job, tensors) in triton_resources.jobs_on(triton_resources.GENERATIONS["sm_90"]).items():
+        yield name, replace(job, compiled={}), tensors
+
+
 def test_what_is_launched_reaches_the_driver(driver: StubDriver, resources: triton_resources.Resources) -> None:
     """Through Triton's own launcher: every parameter in its place, programs, threads and the stream; each time anew."""
-    for name, job in triton_resources.jobs_on(triton_resources.GENERATIONS["sm_90"]).items():
-        job = on_a_gpu(job)
-        (seen,) = driver.seen(job)
-        assert seen.parameters == meant(job), name
+    for name, job, tensors in launches_on_sm_90():
+        addresses = on_a_gpu(tensors)
+        (seen,) = driver.seen(job, addresses)
+        assert seen.parameters == meant(job, addresses), name
         assert (seen.grid, seen.threads) == ((job.programs, 1, 1), (32 * job.num_warps, 1, 1)), name
         assert (seen.stream, seen.shared_bytes) == (STREAM, resources[name]["sm_90"]["shared_bytes"]), name
-        again = job._replace(programs=7, numbers=tuple(n + 1 for n in job.numbers))
-        (seen,) = driver.seen(again)
-        assert (seen.parameters, seen.grid) == (meant(again), (7, 1, 1)), name
+        again = replace(job, programs=7, numbers=tuple(n + 1 for n in job.numbers))
+        (seen,) = driver.seen(again, addresses)
+        assert (seen.parameters, seen.grid) == (meant(again, addresses), (7, 1, 1)), name
 
 
 def test_a_refused_launch_is_an_error(driver: StubDriver) -> None:
-    job = next(iter(triton_resources.jobs_on(triton_resources.GENERATIONS["sm_90"]).values()))
+    _, job, tensors = next(launches_on_sm_90())
     with driver.refusing(), pytest.raises(RuntimeError, match="too many resources requested for launch"):
-        driver.seen(on_a_gpu(job))
+        driver.seen(job, on_a_gpu(tensors))
+
+
+def test_each_device_and_alignment_has_machine_code_of_its_own(driver: StubDriver) -> None:
+    """Compiled once, loaded and launched where the tensors are, on that device's stream."""
+    _, job, tensors = next(launches_on_sm_90())
+    with (
+        mock.patch.object(launcher, "_compiled", wraps=launcher._compiled) as compiled,
+        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()) as entered,
+    ):
+        for device, offset in ((0, 0), (0, 0), (0, 8), (1, 0), (0, 8), (1, 0), (0, 0)):
+            addresses = on_a_gpu(tensors, device, offset)
+            entered.reset_mock()
+            (seen,) = driver.seen(job, addresses)
+            assert (seen.parameters, seen.stream) == (meant(job, addresses), STREAM + device)
+            assert entered.called or device == 0  # the current one
+    made = [(variant.aligned, device) for (variant, device), _ in compiled.call_args_list]
+    assert made == [(True, 0), (False, 0), (True, 1)]
+
+
+@pytest.mark.parametrize("which", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_of_profilers_are_called(driver: StubDriver, which: str) -> None:
+    _, job, tensors = next(launches_on_sm_90())
+    addresses, names = on_a_gpu(tensors), []
+    chain = getattr(triton.knobs.runtime, which)
+
+    def hook(metadata: Any) -> None:
+        names.append(None if metadata is None else metadata.get()["name"])
+
+    driver.seen(job, addresses)
+    chain.add(hook)
+    try:
+        (seen,) = driver.seen(job, addresses)
+    finally:
+        chain.remove(hook)
+    driver.seen(job, addresses)
+    assert names == [job.kernel.__name__]
+    assert seen.parameters == meant(job, addresses)
 
 
 def test_alignment_is_looked_at_in_every_call() -> None:
     """What runs is worked out once for tensors of the same layout, which may start anywhere."""
     memory = torch.empty(2 * 17 * 3 * 2 * 64 + 8, dtype=torch.bfloat16)
-    with triton_resources.recorded(triton_resources.GENERATIONS["sm_90"]) as jobs:
+    with triton_resources.recorded(triton_resources.GENERATIONS["sm_90"]) as launches:
         for start in (0, 1, 8, 2):
             query, key, value = memory[start:][: 2 * 17 * 3 * 2 * 64].view(2, 17, 3, 2, 64).permute(2, 0, 3, 1, 4)
             triton_resources.forward.gathered_attention_fwd(query, key, value, None, None, None, 1.0)
-    assert [job.aligned for job in jobs] == [True, False, True, False]
+    assert [launch.variant.aligned for launch in launches] == [True, False, True, False]

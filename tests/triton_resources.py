@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -119,28 +120,43 @@ WORKLOADS: dict[str, Callable[[], None]] = {
 }
 
 
+class Recorded(NamedTuple):
+    """A launch and its tensors."""
+
+    job: Launch
+    tensors: tuple[torch.Tensor | None, ...]
+
+    @property
+    def variant(self) -> launcher.Variant:
+        return self.job.variant(self.tensors)
+
+
 @contextmanager
-def recorded(target: GPUTarget) -> Iterator[list[Launch]]:
+def recorded(target: GPUTarget) -> Iterator[list[Recorded]]:
     """What the launchers would launch on a target, instead of launching it."""
-    jobs: list[Launch] = []
+    found: list[Recorded] = []
+
+    def record(job: Launch, *tensors: torch.Tensor | None) -> None:
+        found.append(Recorded(job, tensors))
+
     version = "recorded" if target.backend == "hip" else None
     with (
-        mock.patch.object(forward, "launch", jobs.append),
-        mock.patch.object(backward, "launch", jobs.append),
+        mock.patch.object(forward, "launch", record),
+        mock.patch.object(backward, "launch", record),
         mock.patch.object(torch.version, "hip", version),
     ):
-        yield jobs
+        yield found
 
 
 @functools.cache
-def jobs_on(target: GPUTarget) -> dict[str, Launch]:
+def jobs_on(target: GPUTarget) -> dict[str, Recorded]:
     """`kernel: workload` -> the first workload's launch of each distinct machine code."""
-    found: dict[launcher.Variant, tuple[str, Launch]] = {}
+    found: dict[launcher.Variant, tuple[str, Recorded]] = {}
     for workload, call in WORKLOADS.items():
-        with recorded(target) as jobs:
+        with recorded(target) as launches:
             call()
-        for job in jobs:
-            found.setdefault(job.variant, (f"{job.kernel.__name__}: {workload}", job))
+        for launch in launches:
+            found.setdefault(launch.variant, (f"{launch.job.kernel.__name__}: {workload}", launch))
     return dict(found.values())
 
 

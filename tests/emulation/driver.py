@@ -15,7 +15,7 @@ import os
 import statistics
 import subprocess
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,7 +28,7 @@ from triton.runtime import driver as triton_driver
 import hotkernels
 from hotkernels import backends, launcher
 from hotkernels.launcher import Launch
-from hotkernels.ops.gathered_attention import launches
+from hotkernels.ops.gathered_attention import launches, launches_backward
 
 HERE = Path(__file__).parent
 LIBRARY = cuda_resources.ROOT / "build/emulated_driver/libcuda.so.1"
@@ -42,12 +42,13 @@ class Address(NamedTuple):
 
     address: int
     dtype: torch.dtype
+    device: int
 
     def data_ptr(self) -> int:
         return self.address
 
     def get_device(self) -> int:
-        return 0
+        return self.device
 
 
 class Seen(NamedTuple):
@@ -67,21 +68,22 @@ class StubDriver:
         self._on_launch = ctypes.c_void_p.in_dll(library, "hk_on_launch")
         self._refuse = ctypes.c_int.in_dll(library, "hk_refuse")
 
-    def seen(self, job: Launch) -> list[Seen]:
+    def seen(self, job: Launch, tensors: Sequence[Any]) -> list[Seen]:
         """Launch, and what reached the driver."""
         found: list[Seen] = []
 
         def on_launch(config: Any, params: Any) -> None:
             stream = ctypes.c_uint64.from_address(ctypes.addressof(config.contents) + 32).value
             values = [
-                (name, kind.from_address(params[place]).value) for place, (name, kind, _) in enumerate(_parameters(job))
+                (name, kind.from_address(params[place]).value)
+                for place, (name, kind, _) in enumerate(_parameters(job, tensors))
             ]
             found.append(Seen(tuple(config[0:3]), tuple(config[3:6]), config[6], stream, values))
 
         callback = _ON_LAUNCH(on_launch)
         self._on_launch.value = ctypes.cast(callback, ctypes.c_void_p).value
         try:
-            launcher.launch(job)
+            launcher.launch(job, *tensors)
         finally:
             self._on_launch.value = None
         return found
@@ -96,27 +98,26 @@ class StubDriver:
             self._refuse.value = 0
 
 
-def _parameters(job: Launch) -> Iterator[tuple[str, Any, Any]]:
+def _parameters(job: Launch, tensors: Sequence[Any]) -> Iterator[tuple[str, Any, Any]]:
     """Name, C type and value of what machine code is given, in order: no constants, no tensors that are None."""
-    tensors, numbers = iter(job.tensors), iter(job.numbers)
+    given, numbers = iter(tensors), iter(job.numbers)
     for parameter in job.kernel.params:
         if parameter.is_constexpr:
             continue
         if parameter.annotation:
             yield parameter.name, _PARAMETERS[parameter.annotation], next(numbers)
-        elif (tensor := next(tensors)) is not None:
+        elif (tensor := next(given)) is not None:
             yield parameter.name, ctypes.c_uint64, tensor.data_ptr()
 
 
-def meant(job: Launch) -> list[tuple[str, Any]]:
+def meant(job: Launch, tensors: Sequence[Any]) -> list[tuple[str, Any]]:
     """What the machine code should be given."""
-    return [(name, kind(value).value) for name, kind, value in _parameters(job)]
+    return [(name, kind(value).value) for name, kind, value in _parameters(job, tensors)]
 
 
-def on_a_gpu(job: Launch) -> Launch:
-    """The job with an address of its own for each of its tensors."""
-    addresses = [t if t is None else Address((1 << 46) + 4096 * i, t.dtype) for i, t in enumerate(job.tensors)]
-    return job._replace(tensors=tuple(addresses))  # type: ignore[arg-type]
+def on_a_gpu(tensors: Sequence[Any], device: int = 0, offset: int = 0) -> list[Address | None]:
+    """An address of its own for each tensor, `offset` bytes beyond a multiple of 4096."""
+    return [t if t is None else Address((1 << 46) + 4096 * i + offset, t.dtype, device) for i, t in enumerate(tensors)]
 
 
 def _current_device() -> int:  # these two are functions, not mocks, so that a launch can be timed
@@ -124,7 +125,12 @@ def _current_device() -> int:  # these two are functions, not mocks, so that a l
 
 
 def _current_stream(device: int) -> int:
-    return STREAM
+    return STREAM + device
+
+
+def _forget() -> None:
+    for planned in (launches._planned, launches_backward._planned, launcher._compiled):
+        planned.cache_clear()
 
 
 @contextlib.contextmanager
@@ -148,12 +154,12 @@ def stub_driver() -> Iterator[StubDriver]:
             stack.enter_context(patch)
         nvidia.libcuda_dirs.cache_clear()
         nvidia.library_dirs.cache_clear()
-        launcher._compiled.cache_clear()
+        _forget()
         triton_driver.set_active(nvidia.CudaDriver())
         try:
             yield StubDriver(library)
         finally:
-            launcher._compiled.cache_clear()
+            _forget()
             gc.collect()  # compiled kernels go while their driver is there
             triton_driver._active = None
 
@@ -171,6 +177,11 @@ def main() -> None:
             backends.implement_in_triton(
                 *(f"{op}_{name}" for name in names), module=f"hotkernels.ops.gathered_attention.{module}"
             )
+    with stub_driver(), mock.patch.object(torch.cuda, "current_device", _cpu):
+        _time()
+
+
+def _time() -> None:
     shape = (2, 8, 17, 64)
     inputs = [torch.randn(shape, dtype=torch.bfloat16) for _ in range(3)]
     leaves = [t.clone().requires_grad_() for t in inputs]
@@ -180,23 +191,21 @@ def main() -> None:
         "forward": lambda: attend(*inputs),
         "forward and backward": lambda: torch.autograd.grad(attend(*leaves), leaves, grad_out),
     }
-    with stub_driver(), mock.patch.object(torch.cuda, "current_device", _cpu):
-        calls["a launch alone"] = functools.partial(launcher.launch, _launch_of(inputs))
-        for name, call in calls.items():
-            timeit.timeit(call, number=500)
-            times = [timeit.timeit(call, number=1000) * 1e3 for _ in range(5)]
-            print(f"{name}: {statistics.median(times):.1f} us")
+    calls["a launch alone"] = functools.partial(launcher.launch, *_launch_of(inputs))
+    for name, call in calls.items():
+        timeit.timeit(call, number=500)
+        times = [timeit.timeit(call, number=1000) * 1e3 for _ in range(5)]
+        print(f"{name}: {statistics.median(times):.1f} us")
 
 
 def _cpu() -> int:  # the device of CPU tensors, as they say it
     return -1
 
 
-def _launch_of(inputs: list[torch.Tensor]) -> Launch:
-    jobs: list[Launch] = []
-    with mock.patch.object(launches, "launch", jobs.append):
+def _launch_of(inputs: list[torch.Tensor]) -> tuple[Any, ...]:
+    with mock.patch.object(launches, "launch") as launch:
         launches.gathered_attention_fwd(*inputs, None, None, None, 1.0)
-    return jobs[0]
+    return launch.call_args.args
 
 
 if __name__ == "__main__":

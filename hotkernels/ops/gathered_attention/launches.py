@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -182,26 +183,34 @@ def is_short(p: Problem) -> bool:
     return p.Nq <= SHORT and p.S <= SHORT and widest >= p.BLOCK_D
 
 
-def attention_forward(op: str, scale: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out [*batch, H, Nq, D], stored [B, Nq, (J,) H, D], and lse [*batch, H, Nq], of Problem's six tensors."""
-    query, key, value = (with_contiguous_last(t) for t in tensors[:3] if t is not None)
-    plan = _planned(op, scale, layouts(query, key, value, *tensors[3:]), *settings())
-    like_out, like_lse = plan.tensors[3:5]
-    assert like_out is not None
-    assert like_lse is not None
-    out = query.new_empty_strided(like_out.shape, like_out.stride())
-    lse = query.new_empty(like_lse.shape, dtype=torch.float32)
-    launch(plan.on(query, key, value, out, lse, *tensors[3:]))
-    return out, lse
+class Forward:
+    """A forward pass worked out on tensors without data: arguments checked, its launch prepared."""
+
+    def __init__(self, op: str, scale: float, given: Sequence[Any]) -> None:
+        p = Problem(op, *given)
+        out = p.token_major(p.query, p.Nq)
+        self._launch = forward_launch(p, out, scale)
+        self._made = layouts(out, p.query.new_empty((*p.batch, p.H, p.Nq), dtype=torch.float32))
+        self._copies = any(a is not b for a, b in zip(given, (p.query, p.key, p.value), strict=False))
+
+    def on(self, query: Tensor, key: Any, value: Any, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Launch it on these tensors; out and lse."""
+        if self._copies:
+            query, key, value = (with_contiguous_last(t) for t in (query, key, value))
+        out, lse = empty(query, self._made)
+        launch(self._launch, query, key, value, out, lse, *others)
+        return out, lse
 
 
 @functools.lru_cache(maxsize=PLANS)
-def _planned(op: str, scale: float, of: Layouts, *_settings: object) -> Launch:
-    """What runs for tensors of these layouts: a launch on tensors without data."""
-    p = Problem(op, *without_data(of))
-    out = p.token_major(p.query, p.Nq)
-    lse = p.query.new_empty((*p.batch, p.H, p.Nq), dtype=torch.float32)
-    return forward_launch(p, out, lse, scale)
+def _planned(op: str, scale: float, of: Layouts, _precision: str) -> Forward:
+    return Forward(op, scale, without_data(of))
+
+
+def attention_forward(op: str, scale: float, query: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out [*batch, H, Nq, D], stored [B, Nq, (J,) H, D], and lse [*batch, H, Nq], of Problem's six tensors."""
+    plan = _planned(op, scale, layouts(query, *tensors), dot_precision(query.dtype))
+    return plan.on(query, *tensors)
 
 
 def layouts(*tensors: Tensor | None) -> Layouts:
@@ -214,16 +223,15 @@ def without_data(of: Layouts) -> tuple[Any, ...]:
     return tuple(None if t is None else torch.empty_strided(*t[:2], dtype=t[2], device="meta") for t in of)
 
 
-def settings() -> tuple[object, ...]:
-    """What it looks at besides."""
-    return torch.backends.cuda.matmul.fp32_precision, torch.version.hip
+def empty(like: Tensor, of: Layouts) -> list[Tensor]:
+    """New tensors of these layouts on the device of another."""
+    return [like.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in of]
 
 
-def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch:
+def forward_launch(p: Problem, out: Tensor, scale: float) -> Launch:
     """Which kernel runs for a problem, and with what."""
-    tensors = (p.query, p.key, p.value, out, lse, p.index, p.bias, p.key_bias)
     rows = (*p.heads(p.query), *p.heads(p.key), *p.heads(p.value), *p.heads(out))
-    aligned = is_aligned(rows, *[t for t in tensors if t is not None])
+    aligned = is_aligned(rows, p.query.dtype)
     scale *= math.log2(math.e)
     precision = dot_precision(p.query.dtype)
     half = p.query.element_size() == 2
@@ -235,7 +243,6 @@ def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch
         return Launch(
             gathered_attention_per_query_fwd_kernel,
             p.sequences * p.Nq * cdiv(p.H, BLOCK_H),
-            tensors,
             (*rows, *added, p.J, p.H, p.Nq, p.Nk, p.S, scale),
             (p.D, p.BLOCK_D, BLOCK_H, BLOCK_S),
             num_warps,
@@ -252,7 +259,6 @@ def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch
         return Launch(
             gathered_attention_short_fwd_kernel,
             cdiv(p.sequences * p.H, pairs),
-            tensors,
             numbers,
             (p.D, p.BLOCK_D, BLOCK_M, BLOCK_N, precision, pairs),
             min(4, pairs),
@@ -263,7 +269,6 @@ def forward_launch(p: Problem, out: Tensor, lse: Tensor, scale: float) -> Launch
     return Launch(
         gathered_attention_long_fwd_kernel,
         p.sequences * p.H * cdiv(p.Nq, blocks.M),
-        tensors,
         numbers,
         (p.D, p.BLOCK_D, blocks.M, blocks.N, precision),
         blocks.num_warps,

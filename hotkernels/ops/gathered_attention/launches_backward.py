@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ from .launches import (
     Layouts,
     Problem,
     dot_precision,
+    empty,
     layouts,
-    settings,
     strides,
     with_contiguous_last,
     without_data,
@@ -102,6 +103,16 @@ def per_query_blocks(p: Problem, count: int, elements: int) -> tuple[int, int]:
 # The tensors of a backward pass, in Backward's order, by the names that kernels have for them: q_ptr and so on.
 GIVEN = ("grad_out", "grad_lse", "q", "k", "v", "out", "lse", "index", "start", "slots", "bias", "key_bias")
 PARTS = ("grad_q", "grad_k", "grad_v")
+RESULTS = (*PARTS, "grad_bias", "grad_key_bias", "grad_qkv")
+LSE = GIVEN.index("lse")
+
+
+def as_read(given: Sequence[Any]) -> tuple[Any, ...]:
+    """The tensors given to a backward pass with strides that kernels read."""
+    grad_out, grad_lse, query, key, value, out, *others = given
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    query, key, value, out = (with_contiguous_last(t) for t in (query, key, value, out))
+    return with_contiguous_last(grad_out), grad_lse, query, key, value, out, *others
 
 
 class Backward:
@@ -116,7 +127,9 @@ class Backward:
         need_key_bias: bool,
         packed: bool = False,  # grad_query, grad_key and grad_value in one [B, N, (J,) 3, H, D]
     ) -> None:
-        t: dict[str, Any] = dict(zip(GIVEN, given, strict=True))
+        read = as_read(given)
+        self._copies = any(a is not b for a, b in zip(given, read, strict=True))
+        t: dict[str, Any] = dict(zip(GIVEN, read, strict=True))
         self.tensors = t
         p = self.problem = Problem(op, t["q"], t["k"], t["v"], t["index"], t["bias"], t["key_bias"])
         self.lse, self.scale, self.packed = t["lse"], scale, packed
@@ -126,7 +139,7 @@ class Backward:
             fail(op, "query", f"of as many tokens as key, {p.Nk}", p.Nq)
         need_bias = need_bias and p.bias is not None
         self.precision = dot_precision(p.query.dtype)
-        self.launches: list[tuple[Launch, list[str]]] = []  # each with its tensors' names
+        self.jobs: list[tuple[Launch, list[str]]] = []  # each with its tensors' names
 
         if packed:
             t["grad_qkv"] = p.query.new_empty(p.B, p.Nq, *p.batch[1:], 3, p.H, p.D)
@@ -147,29 +160,35 @@ class Backward:
                 self._split()
             if need_bias:
                 self._bias()
-        made = [name for name in t if name not in (*GIVEN, *(PARTS if packed else ()))]
-        self._made = dict(zip(made, layouts(*[t[name] for name in made]), strict=True))
+        parts = PARTS if packed else ()
+        made = [name for name in t if name not in (*GIVEN, *parts)]
+        self._made = layouts(*[t[name] for name in made])
+        place = {name: i for i, name in enumerate((*GIVEN, *made, *parts))}  # in `on`, where None is the last
+
+        def taking(names: Sequence[str]) -> Callable[[list[Any]], tuple[Any, ...]]:
+            return operator.itemgetter(*[place.get(name, -1) for name in names])
+
+        self._launches = [(job, taking(names)) for job, names in self.jobs]
+        self._results = taking(RESULTS)
 
     def on(self, *given: Tensor | None) -> tuple[Any, ...]:
         """Launch it all on these tensors; the gradients, and last grad_qkv, where they are its parts."""
-        t: dict[str, Any] = dict(zip(GIVEN, given, strict=True))
-        query = t["q"]
-        assert query is not None
-        for name, (shape, stride, dtype) in self._made.items():
-            t[name] = query.new_empty_strided(shape, stride, dtype=dtype)
+        if self._copies:
+            given = as_read(given)
+        lse: Any = given[LSE]
+        tensors: list[Any] = [*given, *empty(lse, self._made)]
         if self.packed:
-            t.update(zip(PARTS, unpack(t["grad_qkv"]), strict=True))
-        for job, names in self.launches:
-            launch(job.on(*[t.get(name) for name in names]))
-        grads = [
-            t[name] if name in t else query.new_empty(0, dtype=torch.float32)
-            for name in (*PARTS, "grad_bias", "grad_key_bias")
-        ]
+            tensors += unpack(tensors[len(GIVEN)])
+        tensors.append(None)
+        for job, its in self._launches:
+            launch(job, *its(tensors))
+        *grads, grad_qkv = self._results(tensors)
+        grads = [lse.new_empty(0) if grad is None else grad for grad in grads]
         if self.shared_query:
             grads[0] = grads[0].sum(0)
         if grads[3].dim() > len(self.problem.batch) + 3:
             grads[3] = grads[3].sum(0)
-        return *grads, t.get("grad_qkv")
+        return *grads, grad_qkv
 
     def _check(self, op: str) -> None:
         p = self.problem
@@ -209,7 +228,6 @@ class Backward:
     ) -> None:
         p, t = self.problem, self.tensors
         names = [name.removesuffix("_ptr") for name in kernel.arg_names if name.endswith("_ptr")]
-        tensors = tuple(t.get(name) for name in names)
         rows = [
             stride for name in ("q", "k", "v", "grad_out", "out", "grad_q", "grad_k") for stride in p.heads(t[name])
         ]
@@ -217,14 +235,13 @@ class Backward:
         job = Launch(
             kernel,
             programs,
-            tensors,
             (*rows, *p.bias_strides, *p.key_bias_strides, *index_strides, *sizes, self.scale, logit_scale),
             (p.D, channels, blocks.M, blocks.N, *constants),
             blocks.num_warps,
             blocks.num_stages,
-            is_aligned(rows, *[t for t in tensors if t is not None]),
+            is_aligned(rows, p.query.dtype),
         )
-        self.launches.append((job, names))
+        self.jobs.append((job, names))
 
     def _dense(
         self,
@@ -313,14 +330,10 @@ def _planned(op: str, options: tuple[Any, ...], of: Layouts, *_settings: object)
     return Backward(op, without_data(of), *options)
 
 
-def attention_backward(
-    op: str, options: tuple[Any, ...], grad_out: Tensor, grad_lse: Tensor | None, *tensors: Tensor | None
-) -> tuple[Any, ...]:
+def attention_backward(op: str, options: tuple[Any, ...], grad_out: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """All gradients of a call; the tensors and the options are those of Backward, in its order."""
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    heads = [with_contiguous_last(t) for t in (grad_out, *tensors[:4]) if t is not None]
-    given = (heads[0], grad_lse, *heads[1:], *tensors[4:])
-    return _planned(op, options, layouts(*given), PROGRAMS, *settings()).on(*given)
+    plan = _planned(op, options, layouts(grad_out, *tensors), PROGRAMS, dot_precision(grad_out.dtype))
+    return plan.on(grad_out, *tensors)
 
 
 def gathered_attention_bwd(
