@@ -146,24 +146,26 @@ def checked_heads(
         query, key, value = (
             t.to(dtype) if isinstance(t, Tensor) and t.dtype in narrow else t for t in (query, key, value)
         )
-    check_tensor(op, "key", key, layout, (query.dtype,), device=query.device)
-    check_tensor(op, "value", value, layout, (query.dtype,), device=query.device)
-    if key.dim() not in (4, 5):
-        fail(op, "key", layout, list(key.shape))
-    if value.dim() != key.dim():
-        fail(op, "value", f"{layout}, as key has {key.dim() - 3}", list(value.shape))
-    if query.dim() not in (key.dim(), *query_dims):
-        fail(op, "query", f"{layout}, as key has {key.dim() - 3}", list(query.shape))
-    H, Nk, D = key.shape[-3:]
-    if value.shape[-3:] != key.shape[-3:]:
-        fail(op, "value", f"[*batch, H = {H}, Nk = {Nk}, D = {D}] as key", list(value.shape))
-    if query.shape[-3] != H or query.shape[-1] != D:
-        fail(op, "query", f"[*batch, H = {H}, Nq, D = {D}] as key", list(query.shape))
+    dtypes = (query.dtype,)
+    check_tensor(op, "key", key, layout, dtypes, device=query.device)
+    check_tensor(op, "value", value, layout, dtypes, device=query.device)
+    q, k, v = query.shape, key.shape, value.shape
+    if len(k) not in (4, 5):
+        fail(op, "key", layout, list(k))
+    if len(v) != len(k):
+        fail(op, "value", f"{layout}, as key has {len(k) - 3}", list(v))
+    if len(q) not in (len(k), *query_dims):
+        fail(op, "query", f"{layout}, as key has {len(k) - 3}", list(q))
+    *_, H, Nk, D = k
+    if v != k and v[-3:] != k[-3:]:
+        fail(op, "value", f"[*batch, H = {H}, Nk = {Nk}, D = {D}] as key", list(v))
+    if q[-3] != H or q[-1] != D:
+        fail(op, "query", f"[*batch, H = {H}, Nq, D = {D}] as key", list(q))
     if not 1 <= D <= MAX_HEAD_DIM:
         fail(op, "query", f"of a head dim in [1, {MAX_HEAD_DIM}]", D)
-    for arg, t in (("query", query), ("key", key)):
-        if t.shape[-2] < 1:
-            fail(op, arg, "of at least one token", list(t.shape))
+    if q[-2] < 1 or Nk < 1:
+        arg, shape = ("query", q) if q[-2] < 1 else ("key", k)
+        fail(op, arg, "of at least one token", list(shape))
     return query, key, value
 
 
@@ -280,12 +282,14 @@ def gathered_attention(
         torch.Size([2, 8, 243, 64])
     """
     query, key, value = checked_heads(_OP, query, key, value, ())
-    scale = check_scale(_OP, scale, query.shape[-1])
-    batch = tuple(query.shape[:-3])
-    if not batch == key.shape[:-3] == value.shape[:-3]:  # or they broadcast, which takes PyTorch 12 us and more to say
+    *_, H, Nq, D = query.shape
+    scale = check_scale(_OP, scale, D)
+    shape = key.shape
+    Nk = shape[-2]
+    batch: tuple[int, ...] = shape[:-3]
+    if value.shape != shape or query.shape[:-3] != batch:  # they broadcast, which takes PyTorch 12 us and more to say
         batch = _common_batch(query, key, value)
         query, key, value = (t.expand(*batch, *t.shape[-3:]) for t in (query, key, value))
-    H, Nq, Nk = query.shape[-3], query.shape[-2], key.shape[-2]
     start = slots = None
     if isinstance(index, InvertedIndex):
         index, start, slots = index
@@ -293,16 +297,15 @@ def gathered_attention(
     if index is not None:
         index = _checked_index(index, batch, H, Nq, query.device)
         num_slots = index.shape[-1]
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     if bias is not None:
-        bias = _checked_bias(bias, (*batch, H, Nq, num_slots), query.device).to(compute)
+        bias = _checked_bias(bias, (*batch, H, Nq, num_slots), query.device).to(_computed(query.dtype))
     if key_bias is not None:
         check_tensor(_OP, "key_bias", key_bias, "[*batch, Nk]", FLOATING, device=query.device)
         if key_bias.dim() != len(batch) + 1 or not _broadcastable(key_bias.shape, (*batch, Nk)):
             fail(_OP, "key_bias", f"[*batch, Nk] = {[*batch, Nk]}", list(key_bias.shape))
         if key_bias.shape[-1] != Nk:
             key_bias = key_bias.expand(*key_bias.shape[:-1], Nk)
-        key_bias = key_bias.to(compute)
+        key_bias = key_bias.to(_computed(query.dtype))
     check_bool(_OP, "return_lse", return_lse)
     chosen = choose_attention(_OP, query, dropout_p, backend)
     if index is not None and chosen != "cpp":  # which looks for itself
@@ -314,6 +317,11 @@ def gathered_attention(
     else:
         out, lse = GatheredAttention.apply(query, key, value, index, start, slots, bias, key_bias, scale)
     return (out, lse) if return_lse else out
+
+
+def _computed(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _common_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
@@ -382,9 +390,8 @@ def _gathered_attention_fwd_fake(
     key_bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     shape = (*key.shape[:-2], query.shape[-2])
-    return token_major(query, (*shape, key.shape[-1])), query.new_empty(shape, dtype=compute)
+    return token_major(query, (*shape, key.shape[-1])), query.new_empty(shape, dtype=_computed(query.dtype))
 
 
 @fake("gathered_attention_bwd")
