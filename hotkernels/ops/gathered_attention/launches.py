@@ -190,10 +190,10 @@ class Forward:
         p = Problem(op, *given)
         out = p.token_major(p.query, p.Nq)
         self._launch = forward_launch(p, out, scale)
-        self._made = layouts(out, p.query.new_empty((*p.batch, p.H, p.Nq), dtype=torch.float32))
+        self._made = layouts((out, p.query.new_empty((*p.batch, p.H, p.Nq), dtype=torch.float32)))
         self._copies = any(a is not b for a, b in zip(given, (p.query, p.key, p.value), strict=False))
 
-    def on(self, query: Tensor, key: Any, value: Any, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    def on(self, query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
         """Launch it on these tensors; out and lse."""
         if self._copies:
             query, key, value = (with_contiguous_last(t) for t in (query, key, value))
@@ -207,13 +207,12 @@ def _planned(op: str, scale: float, of: Layouts, _precision: str) -> Forward:
     return Forward(op, scale, without_data(of))
 
 
-def attention_forward(op: str, scale: float, query: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+def attention_forward(op: str, scale: float, given: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """out [*batch, H, Nq, D], stored [B, Nq, (J,) H, D], and lse [*batch, H, Nq], of Problem's six tensors."""
-    plan = _planned(op, scale, layouts(query, *tensors), dot_precision(query.dtype))
-    return plan.on(query, *tensors)
+    return _planned(op, scale, layouts(given), dot_precision(given[0].dtype)).on(*given)
 
 
-def layouts(*tensors: Tensor | None) -> Layouts:
+def layouts(tensors: Sequence[Tensor | None]) -> Layouts:
     """All that a choice of kernels looks at."""
     return tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
 
@@ -287,11 +286,11 @@ def gathered_attention_fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The raw operator."""
-    return attention_forward("gathered_attention", scale, query, key, value, index, bias, key_bias)
+    return attention_forward("gathered_attention", scale, (query, key, value, index, bias, key_bias))
 
 
 def recovery_attention_fwd(
     query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The raw operator."""
-    return attention_forward("recovery_attention", scale, query, key, value, None, None, key_bias)
+    return attention_forward("recovery_attention", scale, (query, key, value, None, None, key_bias))

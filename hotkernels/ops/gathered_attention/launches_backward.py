@@ -139,6 +139,7 @@ class Backward:
             fail(op, "query", f"of as many tokens as key, {p.Nk}", p.Nq)
         need_bias = need_bias and p.bias is not None
         self.precision = dot_precision(p.query.dtype)
+        self._parted = [0] if self.shared_query else []  # which results are sums of parts
         self.jobs: list[tuple[Launch, list[str]]] = []  # each with its tensors' names
 
         if packed:
@@ -162,7 +163,7 @@ class Backward:
                 self._bias()
         parts = PARTS if packed else ()
         made = [name for name in t if name not in (*GIVEN, *parts)]
-        self._made = layouts(*[t[name] for name in made])
+        self._made = layouts([t[name] for name in made])
         place = {name: i for i, name in enumerate((*GIVEN, *made, *parts))}  # in `on`, where None is the last
 
         def taking(names: Sequence[str]) -> Callable[[list[Any]], tuple[Any, ...]]:
@@ -171,7 +172,7 @@ class Backward:
         self._launches = [(job, taking(names)) for job, names in self.jobs]
         self._results = taking(RESULTS)
 
-    def on(self, *given: Tensor | None) -> tuple[Any, ...]:
+    def on(self, given: Sequence[Tensor | None]) -> tuple[Any, ...]:
         """Launch it all on these tensors; the gradients, and last grad_qkv, where they are its parts."""
         if self._copies:
             given = as_read(given)
@@ -184,10 +185,8 @@ class Backward:
             launch(job, *its(tensors))
         *grads, grad_qkv = self._results(tensors)
         grads = [lse.new_empty(0) if grad is None else grad for grad in grads]
-        if self.shared_query:
-            grads[0] = grads[0].sum(0)
-        if grads[3].dim() > len(self.problem.batch) + 3:
-            grads[3] = grads[3].sum(0)
+        for i in self._parted:
+            grads[i] = grads[i].sum(0)
         return *grads, grad_qkv
 
     def _check(self, op: str) -> None:
@@ -298,6 +297,7 @@ class Backward:
         shape: tuple[int, ...] = (*p.batch, p.H, p.Nq, p.S)
         if all(size == 1 for size in p.bias.shape[:-3]):
             parts, turns = self._parts(p.H * tiles)
+            self._parted.append(3)
             shape = (parts, *[1] * len(p.batch), p.H, p.Nq, p.S)
         self.tensors["grad_bias"] = self.lse.new_empty(shape)
         self._dense(gathered_attention_bias_bwd_kernel, parts * tiles, turns, channels, (), blocks)
@@ -330,10 +330,9 @@ def _planned(op: str, options: tuple[Any, ...], of: Layouts, *_settings: object)
     return Backward(op, without_data(of), *options)
 
 
-def attention_backward(op: str, options: tuple[Any, ...], grad_out: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """All gradients of a call; the tensors and the options are those of Backward, in its order."""
-    plan = _planned(op, options, layouts(grad_out, *tensors), PROGRAMS, dot_precision(grad_out.dtype))
-    return plan.on(grad_out, *tensors)
+def attention_backward(op: str, options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All gradients of a call; what is given and the options are those of Backward, in its order."""
+    return _planned(op, options, layouts(given), PROGRAMS, dot_precision(given[2].dtype)).on(given)
 
 
 def gathered_attention_bwd(
@@ -356,7 +355,7 @@ def gathered_attention_bwd(
     """(grad_query, grad_key, grad_value, grad_bias, grad_key_bias)."""
     options = (scale, need_bias, need_key_bias)
     tensors = (grad_out, grad_lse, query, key, value, out, lse, index, start, slots, bias, key_bias)
-    return attention_backward("gathered_attention", options, *tensors)[:5]
+    return attention_backward("gathered_attention", options, tensors)[:5]
 
 
 def gathered_attention_packed_bwd(
@@ -364,7 +363,7 @@ def gathered_attention_packed_bwd(
 ) -> Tensor:
     """grad_qkv [B, N, (J,) 3, H, D] of a projection whose views query, key and value are."""
     tensors = (grad_out, None, query, key, value, out, lse, None, None, None, None, None)
-    return attention_backward("gathered_attention", (scale, False, False, True), *tensors)[5]
+    return attention_backward("gathered_attention", (scale, False, False, True), tensors)[5]
 
 
 def recovery_attention_bwd(
@@ -379,4 +378,4 @@ def recovery_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_query, grad_key, grad_value); grad_query of a query without batch is float32, the sum over the batch."""
     tensors = (grad_out, None, query, key, value, out, lse, None, None, None, None, key_bias)
-    return attention_backward("recovery_attention", (scale, False, False), *tensors)[:3]
+    return attention_backward("recovery_attention", (scale, False, False), tensors)[:3]
