@@ -139,16 +139,17 @@ def checked_heads(
     """query, key and value, checked but for the batch dims; under autocast in its dtype, as SDPA takes them."""
     layout = "[*batch, H, N, D] with one or two batch dims"
     check_tensor(op, "query", query, layout, FLOATING)
-    device = query.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    device = query.device
+    kind = device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         narrow = (torch.float32, torch.float16, torch.bfloat16)  # not float64
         query, key, value = (
             t.to(dtype) if isinstance(t, Tensor) and t.dtype in narrow else t for t in (query, key, value)
         )
     dtypes = (query.dtype,)
-    check_tensor(op, "key", key, layout, dtypes, device=query.device)
-    check_tensor(op, "value", value, layout, dtypes, device=query.device)
+    check_tensor(op, "key", key, layout, dtypes, device=device)
+    check_tensor(op, "value", value, layout, dtypes, device=device)
     q, k, v = query.shape, key.shape, value.shape
     if len(k) not in (4, 5):
         fail(op, "key", layout, list(k))
