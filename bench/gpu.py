@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build/gpu_cache"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 # Stages of a group run at the same time. The benchmark has the GPU to itself.
-GROUPS = (("build",), ("doctor",), ("tests", "warm", *SANITIZERS), ("bench",))
-STAGES = tuple(stage for group in GROUPS for stage in group)
+GROUPS = (("build",), ("doctor",), ("tests", "warm", *SANITIZERS), ("bench",), ("tune",))
+STAGES = tuple(stage for group in GROUPS[:-1] for stage in group)  # if nobody asks for others
 # Where pip cannot install: the libraries alone, each on its own, so that one that fails does not take the other along.
 BUILD = """
 import pathlib, setup
@@ -270,8 +270,8 @@ def warm(session: Session) -> Outcome:
     return Outcome("warm", "passed", ", ".join([f"{done['passed']} rows, {done['failed']} failed", *stopped]))
 
 
-def _rows(session: Session) -> list[str]:
-    command = [sys.executable, "-m", "bench.gpu_rows", "--device", session.device, "--rows", session.rows]
+def _rows(session: Session, program: str = "bench.gpu_rows") -> list[str]:
+    command = [sys.executable, "-m", program, "--device", session.device, "--rows", session.rows]
     return [*command, "--quick", "--seconds", "0.01"] if session.quick else command
 
 
@@ -290,10 +290,22 @@ def bench(session: Session) -> Outcome:
     return Outcome("bench", "passed" if good and not late else "failed", ", ".join([*told, *late]))
 
 
+def tune(session: Session) -> Outcome:
+    """Other blocks for attention's kernels: compiled by all processes, then timed by one."""
+    command, count = _rows(session, "bench.gpu_tune"), max(1, session.cpus * 3 // 4)
+    session.shards("prepare", count, *command, "--warm", share=0.6, hang=300.0)
+    stopped = session.shards("tune", 1, *command, share=0.98, hang=300.0)
+    done = Counter(entry["state"] for entry in session.tasks("tune"))
+    told = [f"{done['passed']} rows, {done['failed']} failed", *stopped]
+    return Outcome(
+        "tune", "passed" if done["passed"] and not done["failed"] and not stopped else "failed", ", ".join(told)
+    )
+
+
 def stage(session: Session, name: str) -> Outcome:
     """Run a stage, whatever happens in it, and write down what became of it."""
     functions: dict[str, Callable[[Session], Outcome]] = {
-        "build": build, "doctor": doctor, "tests": tests, "warm": warm, "bench": bench,
+        "build": build, "doctor": doctor, "tests": tests, "warm": warm, "bench": bench, "tune": tune,
     }  # fmt: skip
     begin = time.monotonic()
     try:
@@ -394,6 +406,22 @@ def model_table(told: dict[str, dict[str, Any]]) -> list[str]:
     return ["### HoT-MixSTE", "", *table(head, body), *(f"- {line}" for line in refused), ""]
 
 
+def tune_table(entries: list[dict[str, Any]]) -> list[str]:
+    """Of each choice, what it is, the fastest, and how much faster that is."""
+    body = []
+    for entry in entries:
+        for name, found in entry.get("result", {}).get("choices", {}).items():
+            times = {blocks: timing["median"] * 1e6 for blocks, timing in found["times"].items()}
+            mine, best = times.get(found["chosen"]), min(times, key=times.__getitem__, default=None)
+            if mine is None or best is None:
+                continue
+            tried = f"{len(times)}, {len(found['refused'])} refused"
+            gain = f"{mine / times[best]:.2f}x"
+            body.append([entry["id"], name, found["chosen"], f"{mine:.1f}", best, f"{times[best]:.1f}", gain, tried])
+    head = ["row", "choice", "chosen", "us", "fastest", "us", "faster", "tried"]
+    return table(head, body) if body else []
+
+
 def summary(session: Session) -> str:
     """Everything for a reader, in markdown."""
     name = session.about.get("gpu", session.about["cpu"])
@@ -414,7 +442,7 @@ def summary(session: Session) -> str:
         if session.gpu and proved and not session.not_done("tests"):
             lines += ["For `GPU_RUNS` in hotkernels/doctor.py:", "", *(f'    {key!r}: "{run_on}",' for key in proved)]
             lines.append("")
-    for title, stage_name in (("Failed tests", "tests"), ("Failed rows", "bench")):
+    for title, stage_name in (("Failed tests", "tests"), ("Failed rows", "bench"), ("Failed to tune", "tune")):
         failed = failures(session.tasks(stage_name))
         lines += [f"## {title}", "", *failed, ""] if failed else []
     rows = bench_tables(session.tasks("bench"))
@@ -424,12 +452,14 @@ def summary(session: Session) -> str:
             "call: CUDA events around a call, L2 flushed; graph: the same around a replay; in a row: one of 20 calls"
         ]
         lines += ["within a graph. of copy: bytes read and written once, over ours, relative to a copy.", "", *rows]
+    blocks = tune_table(session.tasks("tune"))
+    lines += ["## Blocks", "", *blocks] if blocks else []
     return "\n".join(lines).rstrip() + "\n"
 
 
 def write(session: Session) -> None:
     """The summary and the figures, as far as there are any."""
-    rows, proved = session.tasks("bench"), session.tasks("tests")
+    rows, proved = session.tasks("bench") + session.tasks("tune"), session.tasks("tests")
     for entry in [entry for entry in proved if entry["state"] == "failed"][200:]:
         entry.pop("text", None)  # a file of tens of MB helps nobody
     (session.out / "summary.md").write_text(summary(session))
@@ -442,8 +472,8 @@ def save(session: Session) -> list[Path]:
     name = session.about.get("gpu", session.about["cpu"])
     counts = [{"op": op, "backend": backend, **count} for (op, backend), count in kernels(session).items()]
     more = {"stages": [asdict(o) for o in session.outcomes], "tests": counts}
-    rows = session.tasks("bench")
-    folders = [session.results, session.out] if {"tests", "bench"} & set(session.stages) else [session.out]
+    rows = session.tasks("bench") + session.tasks("tune")
+    folders = [session.results, session.out] if {"tests", "bench", "tune"} & set(session.stages) else [session.out]
     part = ["quick"] * session.quick + [session.rows] * bool(session.rows)
     part += session.stages if set(session.stages) != set(STAGES) else []
     return [harness.save(f, name, session.about, summary(session), rows, part, **more) for f in folders]
@@ -461,9 +491,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="little of everything: does it work?")
     args = parser.parse_args(argv)
     stages = tuple(args.stages.split(","))
-    unknown = set(stages) - set(STAGES)
+    every = [name for group in GROUPS for name in group]
+    unknown = set(stages) - set(every)
     if unknown:
-        parser.error(f"--stages must be some of {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"--stages must be some of {', '.join(every)}, got {', '.join(sorted(unknown))}")
     if args.device != "cpu" and not torch.cuda.is_available():
         why = "torch has no CUDA" if torch.version.cuda is None else "torch sees no GPU"
         print(f"bench.gpu: needs a machine with a GPU, got none ({why})", file=sys.stderr)

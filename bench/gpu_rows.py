@@ -283,9 +283,9 @@ def tasks(bench: Bench, quick: bool, warm: bool, rows: str) -> dict[str, Callabl
     return {task: function for task, function in work.items() if rows in task}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run what the journal does not have yet; 1 if an answer was wrong or a row failed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_rows", description=(__doc__ or "").split("\n")[0])
+def arguments(program: str, about: str) -> argparse.ArgumentParser:
+    """What this program and bench.gpu_tune are told."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=about.split("\n")[0])
     parser.add_argument(
         "--journal", type=Path, required=True, help="JSON lines, added to; what is there is not repeated"
     )
@@ -294,12 +294,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", default="", metavar="TEXT", help="only rows with this in '<op> <row>-<pass>'")
     parser.add_argument("--seconds", type=float, default=0.2, help="per contender (default %(default)s)")
     parser.add_argument("--warm", action="store_true", help="only compile, to fill the compilers' caches")
-    parser.add_argument("--shard", default="0/1", help="i/n: the i-th of n shares of the rows")
-    args = parser.parse_args(argv)
-    bench, journal = Bench(args.device, args.seconds), Journal(args.journal)
-    part, parts = map(int, args.shard.split("/"))
-    work = tasks(bench, args.quick, args.warm, args.rows)
-    work = {task: function for task, function in work.items() if zlib.crc32(task.encode()) % parts == part}
+    parser.add_argument("--shard", default="0/1", help="i/n: the i-th of n shares of the work")
+    return parser
+
+
+def run_tasks(work: dict[str, Callable[[], dict[str, Any]]], bench: Bench, journal: Journal) -> int:
+    """Do what the journal does not have yet; 1 if an answer was wrong or a task failed."""
     if not journal.known:
         journal.write(tasks=len(work))
     failed = False
@@ -323,6 +323,16 @@ def main(argv: list[str] | None = None) -> int:
         except RuntimeError:
             os._exit(LOST)
     return int(failed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the journal does not have yet; 1 if an answer was wrong or a row failed."""
+    args = arguments("bench.gpu_rows", __doc__ or "").parse_args(argv)
+    bench, journal = Bench(args.device, args.seconds), Journal(args.journal)
+    part, parts = map(int, args.shard.split("/"))
+    work = tasks(bench, args.quick, args.warm, args.rows)
+    work = {task: function for task, function in work.items() if zlib.crc32(task.encode()) % parts == part}
+    return run_tasks(work, bench, journal)
 
 
 if __name__ == "__main__":

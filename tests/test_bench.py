@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -362,6 +363,16 @@ def test_a_stage_that_breaks_is_a_failed_stage(tmp_path: Path, monkeypatch: pyte
     assert "ZeroDivisionError" in (tmp_path / "summary.md").read_text()
 
 
+def test_the_fastest_blocks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"64 x 32": {"median": 30e-6}, "128 x 32": {"median": 20e-6}}
+    found = {"chosen": "64 x 32", "times": times, "refused": {"256 x 32": "out of memory"}}
+    gone = {"chosen": "1", "times": {}, "refused": {"1": "another answer"}}
+    entry = {"id": "a row", "state": "passed", "result": {"choices": {"long_blocks": found, "short_pairs": gone}}}
+    made = session(tmp_path, monkeypatch, **{"tune-0": [entry]})
+    assert "| a row | long_blocks | 64 x 32 | 30.0 | 128 x 32 | 20.0 | 1.50x | 2, 1 refused |" in gpu.summary(made)
+    assert "short_pairs" not in gpu.summary(made)
+
+
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
@@ -438,6 +449,55 @@ def test_a_contender_that_cannot_take_part_says_why() -> None:
     bench.graph = lambda thunk, calls: fails()
     assert gpu_rows.graphs({"good": list, "compile graphs": list}, bench, refused) == {}
     assert refused["good in a graph"] == "no kernel for this"
+
+
+TUNE = """
+import json
+import os
+from bench import gpu_tune
+from bench.gpu_rows import Bench
+from bench.harness import import_rows
+def two(name, choice):
+    return [choice, choice._replace(M=16)]  # of 17 queries
+gpu_tune.neighbours = two
+row = next(row for row in import_rows() if row.gpu and row.op == "gathered_attention" and str(row) == "tiny-fwd+bwd")
+print(json.dumps(gpu_tune.tune(row, Bench("cpu", 0.001))))
+print(json.dumps(gpu_tune.tune(row, Bench("cpu", 0.001), share=(1, 2))))
+"""
+
+
+def test_blocks_are_timed_beside_those_chosen() -> None:
+    """Every choice that a row makes, by its name; blocks that give another answer are not."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", TUNE], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    timed, compiled = map(json.loads, run.stdout.splitlines())
+    choices = timed["choices"]
+    assert {name: found["chosen"] for name, found in choices.items()} == {
+        "long_blocks": "32 x 32, 2 warps, 1 stages",
+        "fused_blocks": "32 x 32, 4 warps, 1 stages",
+    }
+    assert set(choices["long_blocks"]["times"]) == {"32 x 32, 2 warps, 1 stages", "16 x 32, 2 warps, 1 stages"}
+    assert choices["fused_blocks"]["refused"] == {"16 x 32, 4 warps, 1 stages": "another answer"}
+    assert list(choices["fused_blocks"]["times"]) == ["32 x 32, 4 warps, 1 stages"]
+    assert "wrong" not in timed
+    assert compiled["choices"] == {}
+
+
+def test_neighbours_are_half_and_twice() -> None:
+    pytest.importorskip("triton")
+    from bench import gpu_tune
+    from hotkernels.ops.gathered_attention.launches import Blocks
+
+    assert gpu_tune.neighbours("short_pairs", 2) == [2, 1, 4, 8]
+    near = gpu_tune.neighbours("long_blocks", Blocks(128, 16, 8, 2))
+    assert near[0] == Blocks(128, 16, 8, 2)
+    assert len(near) == len(set(near)) == 20
+    assert {b.M for b in near} == {64, 128, 256}
+    assert {b.N for b in near} == {16, 32}
+    assert {b.num_warps for b in near} == {4, 8, 16}
+    assert {b.M for b in gpu_tune.neighbours("fused_blocks", Blocks(256, 64, 8, 1))} == {256}
 
 
 def test_make_gpu_calls_it() -> None:

@@ -157,6 +157,8 @@ _LONG = {
 }
 SHORT = 32  # the most queries, and slots, of the short kernel
 
+# What follows chooses, one function for each kernel, how it is cut: bench/gpu_tune.py tries what else they could say.
+
 
 def long_blocks(p: Problem) -> Blocks:
     """Blocks for a problem: smaller where they would be mostly padding. They depend on no batch, and so do the bits."""
@@ -181,6 +183,19 @@ def is_short(p: Problem) -> bool:
     """Whether the short kernel serves a problem."""
     widest = 32 if p.query.dtype == torch.float32 else 64
     return p.Nq <= SHORT and p.S <= SHORT and widest >= p.BLOCK_D
+
+
+def short_pairs(p: Problem) -> int:
+    """How many pairs of a sequence and a head a program of the short kernel takes."""
+    longest = max(16, next_power_of_2(max(p.Nq, p.S)))
+    return max(1, (4096 if p.query.element_size() == 2 else 2048) // (longest * p.BLOCK_D))
+
+
+def per_query_blocks(p: Problem) -> Blocks:
+    """Heads and slots at once under an index per query."""
+    M = 1 if p.per_head else min(next_power_of_2(p.H), max(1, 512 // p.BLOCK_D))
+    N = min(next_power_of_2(p.S), max(1, 4096 // (M * p.BLOCK_D)))
+    return Blocks(M, N, max(1, M * N * p.BLOCK_D // 2048), 2)
 
 
 class Forward:
@@ -233,19 +248,16 @@ def forward_launch(p: Problem, out: Tensor, scale: float) -> Launch:
     aligned = is_aligned(rows, p.query.dtype)
     scale *= math.log2(math.e)
     precision = dot_precision(p.query.dtype)
-    half = p.query.element_size() == 2
     if p.per_query:
         added = (*p.index_strides, *p.bias_strides, *p.key_bias_strides)
-        BLOCK_H = 1 if p.per_head else min(next_power_of_2(p.H), max(1, 512 // p.BLOCK_D))
-        BLOCK_S = min(next_power_of_2(p.S), max(1, 4096 // (BLOCK_H * p.BLOCK_D)))
-        num_warps = max(1, BLOCK_S * BLOCK_H * p.BLOCK_D // 2048)
+        blocks = per_query_blocks(p)
         return Launch(
             gathered_attention_per_query_fwd_kernel,
-            p.sequences * p.Nq * cdiv(p.H, BLOCK_H),
+            p.sequences * p.Nq * cdiv(p.H, blocks.M),
             (*rows, *added, p.J, p.H, p.Nq, p.Nk, p.S, scale),
-            (p.D, p.BLOCK_D, BLOCK_H, BLOCK_S),
-            num_warps,
-            2,
+            (p.D, p.BLOCK_D, blocks.M, blocks.N),
+            blocks.num_warps,
+            blocks.num_stages,
             aligned,
         )
     numbers = (
@@ -254,7 +266,7 @@ def forward_launch(p: Problem, out: Tensor, scale: float) -> Launch:
     )  # fmt: skip
     if is_short(p):
         BLOCK_M, BLOCK_N = (max(16, next_power_of_2(n)) for n in (p.Nq, p.S))
-        pairs = max(1, (4096 if half else 2048) // (max(BLOCK_M, BLOCK_N) * p.BLOCK_D))
+        pairs = short_pairs(p)
         return Launch(
             gathered_attention_short_fwd_kernel,
             cdiv(p.sequences * p.H, pairs),

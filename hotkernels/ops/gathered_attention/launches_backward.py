@@ -67,6 +67,18 @@ _WITH_BIAS = {
 _BIAS = {False: (Blocks(64, 32, 8, 1), 64), True: (Blocks(16, 32, 4, 1), 16)}
 
 
+def queries_blocks(p: Problem) -> Blocks:
+    """Blocks of the kernel that takes the gradient of the queries."""
+    float32, size = p.query.dtype == torch.float32, max(64, p.BLOCK_D)
+    return _WITH_BIAS[float32][0] if p.bias is not None and size == 64 else _QUERIES[float32, size]
+
+
+def keys_blocks(p: Problem) -> Blocks:
+    """Blocks of the kernel that takes those of keys and values."""
+    float32, size = p.query.dtype == torch.float32, max(64, p.BLOCK_D)
+    return _WITH_BIAS[float32][1] if p.bias is not None and size == 64 else _KEYS[float32, size]
+
+
 def fused_blocks(p: Problem) -> Blocks | None:
     """Blocks in which all queries of a sequence fit; None if none do."""
     M, N = (max(16, next_power_of_2(n)) for n in (p.Nq, p.S))
@@ -93,8 +105,20 @@ def sequences_at_once(p: Problem, blocks: Blocks) -> int:
     return max(1, elements // (max(blocks[:2]) * max(p.BLOCK_D, *blocks[:2])))
 
 
-def per_query_blocks(p: Problem, count: int, elements: int) -> tuple[int, int]:
-    """(rows, entries) at once in the kernels of an index per query, whose rows have about `count` entries."""
+def per_query_queries_blocks(p: Problem) -> Blocks:
+    """Queries and slots at once under an index per query."""
+    queries, slots = _rows_and_entries(p, p.S, 2048 if p.bias is None else 1024)
+    return Blocks(queries, slots, 1, 1)
+
+
+def per_query_keys_blocks(p: Problem) -> Blocks:
+    """Slots that name a key, and keys, at once."""
+    keys, slots = _rows_and_entries(p, cdiv(p.Nq * p.S, p.Nk), 1024)
+    return Blocks(slots, keys, 1, 1)
+
+
+def _rows_and_entries(p: Problem, count: int, elements: int) -> tuple[int, int]:
+    """Of rows that have about `count` entries."""
     most = max(1, elements // p.BLOCK_D)
     entries = min(next_power_of_2(count), most, 32)
     return most // entries, entries
@@ -273,10 +297,7 @@ class Backward:
 
     def _split(self) -> None:
         p = self.problem
-        float32, size = p.query.dtype == torch.float32, max(64, p.BLOCK_D)
-        blocks, of_keys = _QUERIES[float32, size], _KEYS[float32, size]
-        if p.bias is not None and size == 64:
-            blocks, of_keys = _WITH_BIAS[float32]
+        blocks, of_keys = queries_blocks(p), keys_blocks(p)
         row_blocks, groups, turns = cdiv(p.Nq, blocks.M), p.sequences, 1
         if self.shared_query:
             groups, turns = self._parts(p.H * row_blocks)
@@ -310,13 +331,13 @@ class Backward:
         wide = p.sequences * max(p.Nq, p.Nk) >= 2**31 - 2048 or p.Nq * p.S >= 2**31
         constants = (tl.int64 if wide else tl.int32,)
         sizes = (p.sequences, p.J, p.H, p.Nq, p.Nk, p.S)
-        queries, entries = per_query_blocks(p, p.S, 2048 if p.bias is None else 1024)
-        kernel, programs = gathered_attention_per_query_queries_bwd_kernel, cdiv(p.sequences * p.Nq, queries) * p.H
-        self._add(kernel, programs, p.index_strides, sizes, p.BLOCK_D, constants, Blocks(queries, entries, 1, 1))
-        keys, entries = per_query_blocks(p, cdiv(p.Nq * p.S, p.Nk), 1024)
+        blocks = per_query_queries_blocks(p)
+        kernel, programs = gathered_attention_per_query_queries_bwd_kernel, cdiv(p.sequences * p.Nq, blocks.M) * p.H
+        self._add(kernel, programs, p.index_strides, sizes, p.BLOCK_D, constants, blocks)
+        blocks = per_query_keys_blocks(p)
         strides = (*self._per_row(t["start"]), *self._per_row(t["slots"]))
-        kernel, programs = gathered_attention_per_query_keys_bwd_kernel, cdiv(p.sequences * p.Nk, keys) * p.H
-        self._add(kernel, programs, strides, sizes, p.BLOCK_D, constants, Blocks(entries, keys, 1, 1))
+        kernel, programs = gathered_attention_per_query_keys_bwd_kernel, cdiv(p.sequences * p.Nk, blocks.N) * p.H
+        self._add(kernel, programs, strides, sizes, p.BLOCK_D, constants, blocks)
 
     def _per_row(self, t: Tensor) -> tuple[int, int, int]:
         """(b, j, h) strides of start or slots under an index per query."""
