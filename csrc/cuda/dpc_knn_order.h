@@ -52,11 +52,11 @@ __device__ inline uint32_t ascending_bits(float x) {  // unsigned integers in th
   return u >> 31 ? ~u : u | 0x80000000u;
 }
 
-// A token's place in the strict total order: larger density (if there is noise), smaller r, hash, position.
+// A token's place in the strict total order: larger density (if there is noise), smaller r, smaller hash, which no two
+// positions share: they differ in 32 bits, and mix32 maps these one to one.
 struct alignas(16) DensityKey {
   uint64_t key;
   uint32_t hash;
-  uint32_t position;
 };
 constexpr uint64_t kLeastDense = ~uint64_t{0};  // of tokens that do not count: after all that do
 
@@ -65,12 +65,11 @@ __device__ inline float density_of(float r, const float* noise) { return noise ?
 // `noise`: whether there is any; density is read only then.
 __device__ inline DensityKey density_key(float r, float density, bool noise, int64_t seed, int64_t position) {
   const uint64_t first = noise ? ascending_bits(-density) : 0;
-  return {first << 32 | ascending_bits(r), position_hash(seed, position), static_cast<uint32_t>(position)};
+  return {first << 32 | ascending_bits(r), position_hash(seed, position)};
 }
 
 __device__ inline bool denser(const DensityKey& a, const DensityKey& b) {  // without branches
-  const bool by_hash = (a.hash < b.hash) | ((a.hash == b.hash) & (a.position < b.position));
-  return (a.key < b.key) | ((a.key == b.key) & by_hash);
+  return (a.key < b.key) | ((a.key == b.key) & (a.hash < b.hash));
 }
 
 // ---- best first ---------------------------------------------------------------------------------------------------

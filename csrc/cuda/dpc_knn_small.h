@@ -143,12 +143,13 @@ __device__ inline int number_tokens(Tokens& s, bool counts) {
   const unsigned word = __ballot_sync(kAllLanes, counts);
   if (lane == 0) s.words[warp] = word;
   __syncthreads();
-  int before = 0, n = 0, some = 0;
+  int before = 0, n = 0, last = 0;
   for (int w = 0; w < kWarps; ++w) {
     if (w == warp) before = n;
     n += __popc(s.words[w]);
-    if (s.words[w] != 0) some = w * kWarp + __ffs(static_cast<int>(s.words[w])) - 1;
+    if (s.words[w] != 0) last = w;
   }
+  const int some = n == 0 ? 0 : last * kWarp + __ffs(static_cast<int>(s.words[last])) - 1;
   before += __popc(word & ((1u << lane) - 1));
   if (threadIdx.x < kMaxTokens) {
     s.token[threadIdx.x] = counts ? before : -1;
@@ -616,10 +617,10 @@ struct Choice {
         const int j = token_or(e, i);
         const float apart = j == i ? 0 : fmaxf((norm + s.norm[j]) - 2 * row(i)[j], 0);
         far = fmaxf(far, apart);
-        d2[e] = is_token(e) ? apart : kInf;
+        d2[e] = is_token(e) && j != i ? apart : kInf;
         if (is_token(e)) row(i)[j] = apart;
       }
-      const float r = sum_of_smallest(d2, k) / denominator;
+      const float r = sum_of_smallest(d2, k - 1) / denominator;  // the token itself adds 0
       far = warp_max_of_nonnegative(far);
       if (lane < Team::kSize) team.tell(kDistances, lane, s.r_far + i, make_float2(r, far));
     }
@@ -681,12 +682,15 @@ struct Choice {
       const uint64_t score = s.score[i];
       const int keep = s.keep[i];
       unsigned before = 0;
+      if (keep == kNever) {
 #pragma unroll
-      for (int e = 0; e < kMaxAcross; ++e) {
-        const int j = token_or(e, i);
-        const uint64_t other = s.score[j];
-        const bool better = (other < score) | ((other == score) & (j < i)), earlier = s.keep[j] < keep;
-        before += keep == kNever ? better : earlier;
+        for (int e = 0; e < kMaxAcross; ++e) {
+          const int j = token_or(e, i);
+          before += s.score[j] < score + (j < i);
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < kMaxAcross; ++e) before += s.keep[token_or(e, i)] < keep;
       }
       before = __reduce_add_sync(kAllLanes, before);
       const int slot = keep != kNever ? best + before : before < best ? before : -1;
