@@ -35,6 +35,12 @@ def within(x, N):
 
 
 @triton.jit
+def steps(row, stride):
+    """row * stride in int64, for rows in [0, 2^31): two instructions where one says that it has no sign, else five."""
+    return row.to(tl.uint32).to(tl.int64) * stride
+
+
+@triton.jit
 def rows_of_slots(index_at, slot, valid, Nk):
     """The row that each slot names, and whether it names one; out of [0, Nk) is absent.
 
@@ -57,7 +63,7 @@ def added_to_logits(key_bias_ptr, row, valid, key_bias_stride_n):
     if key_bias_ptr is None:
         added = tl.where(valid, 0.0, float("-inf"))
     else:
-        added = tl.load(key_bias_ptr + row * key_bias_stride_n, mask=valid, other=float("-inf")) * LOG2E
+        added = tl.load(key_bias_ptr + steps(row, key_bias_stride_n), mask=valid, other=float("-inf")) * LOG2E
         valid = valid & (added != float("-inf"))
     return added, valid
 
@@ -69,7 +75,7 @@ def load_rows(ptr, row, valid, stride_n, HEAD_DIM: tl.constexpr, BLOCK_D: tl.con
     mask = tl.expand_dims(valid, -1)
     if HEAD_DIM != BLOCK_D:
         mask = mask & (d < HEAD_DIM)
-    return tl.load(ptr + tl.expand_dims(row * stride_n, -1) + d, mask=mask, other=0.0)
+    return tl.load(ptr + tl.expand_dims(steps(row, stride_n), -1) + d, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -79,14 +85,14 @@ def store_rows(ptr, row, valid, stride_n, values, HEAD_DIM: tl.constexpr, BLOCK_
     mask = tl.expand_dims(valid, -1)
     if HEAD_DIM != BLOCK_D:
         mask = mask & (d < HEAD_DIM)
-    at = ptr + tl.expand_dims(row * stride_n, -1) + d
+    at = ptr + tl.expand_dims(steps(row, stride_n), -1) + d
     tl.store(at, values.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_bias(bias_ptr, m, slot, valid, bias_stride_q, bias_stride_s):
     """The bias of queries m and slots in powers of two, zeros where not valid; m and slot broadcast."""
-    at = bias_ptr + m.to(tl.int64) * bias_stride_q + slot.to(tl.int64) * bias_stride_s
+    at = bias_ptr + steps(m, bias_stride_q) + steps(slot, bias_stride_s)
     return tl.load(at, mask=valid, other=0.0) * LOG2E
 
 
@@ -284,8 +290,8 @@ def gathered_attention_per_query_fwd_kernel(
         row, valid = rows_of_slots(index_base + slot, slot, slot < S, Nk)
         added, valid = added_to_logits(key_bias_base, row, valid, key_bias_stride_n)
         mask = valid[:, None] & column_valid[None, :]
-        k = tl.load(k_at[None, :] + (row * stride_kn)[:, None], mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_at[None, :] + (row * stride_vn)[:, None], mask=mask, other=0.0).to(tl.float32)
+        k = tl.load(k_at[None, :] + steps(row, stride_kn)[:, None], mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_at[None, :] + steps(row, stride_vn)[:, None], mask=mask, other=0.0).to(tl.float32)
         products = tl.reshape(q[None, :] * k, [BLOCK_S, BLOCK_H, BLOCK_D])
         logits = tl.sum(products, 2) * scale + added[:, None]
         if bias_ptr is not None:

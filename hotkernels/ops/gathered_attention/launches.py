@@ -144,9 +144,9 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# (float32, BLOCK_D up to) -> the largest blocks of the long kernel. With triton 3.6 and 3.9 none spills registers on
-# sm_90 but float32 of at most 32 queries, by 24 bytes, in three quarters of the instructions that twice the warps take:
-# tests/data/triton_resources.json.
+# (float32, BLOCK_D up to) -> the largest blocks of the long kernel. With triton 3.6 and 3.9 none spills more than 8
+# bytes on sm_90 (tests/data/triton_resources.json): float32 of at most 32 queries, in three quarters of the
+# instructions that twice the warps take.
 _LONG = {
     (False, 64): Blocks(128, 64, 8, 2),
     (False, 128): Blocks(64, 32, 4, 2),
