@@ -35,6 +35,7 @@ constexpr int kTileFloats = kTile * kTile;
 constexpr int kPivots = 1024;           // channels whose pivot is known at a time
 constexpr int64_t kStagedSamples = 64;  // per round of launches, which bounds the scratch
 constexpr int kNever = INT_MAX;
+enum Step { kDistancesTold, kScoresTold, kSlotsTold, kSteps };  // when every block knows something of every token
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int tiles_of(int across) { return across * (across + 1) / 2; }
@@ -52,7 +53,7 @@ struct alignas(16) Tokens {
   float pivot2;  // squared norm of the pivot, of this block's channels
   float floor2;  // squared norm in them below which a token's coordinates may have lost bits to underflow
   uint64_t arrived[4];      // barriers of Pair
-  uint64_t told[4];         // barriers of Cluster, one for each step
+  uint64_t told[kSteps];    // barriers of Cluster
   uint64_t unread[kWarps];  // what idle warps of the other block write
 };
 
@@ -426,9 +427,6 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
 
 // ---- teams --------------------------------------------------------------------------------------------------------
 
-// The steps after which every block knows something of every token.
-enum Step { kDistances, kScores, kSlots };
-
 // The blocks of a cluster, each with a part of the rows and of the partial products in its shared memory.
 struct Cluster {
   static constexpr int kSize = kTeam;
@@ -590,15 +588,15 @@ struct Choice {
 
   __device__ void choose() const {
     mean_distances();
-    team.hear(kDistances, s.r_far, n);
+    team.hear(kDistancesTold, s.r_far, n);
     order();
     __syncthreads();
     deltas();
     __syncthreads();
     scores();
-    team.hear(kScores, s.score, n);
+    team.hear(kScoresTold, s.score, n);
     slots();
-    team.hear(kSlots, s.slot, n);
+    team.hear(kSlotsTold, s.slot, n);
     const int kept = places();
     __syncthreads();
     write(kept);
@@ -622,7 +620,7 @@ struct Choice {
       }
       const float r = sum_of_smallest(d2, k - 1) / denominator;  // the token itself adds 0
       far = warp_max_of_nonnegative(far);
-      if (lane < Team::kSize) team.tell(kDistances, lane, s.r_far + i, make_float2(r, far));
+      if (lane < Team::kSize) team.tell(kDistancesTold, lane, s.r_far + i, make_float2(r, far));
     }
   }
 
@@ -670,7 +668,7 @@ struct Choice {
     if (i >= mine.last) return;
     const bool candidate = s.keep[i] == kNever;
     const uint64_t score = candidate ? score_key(s.r_far[i].x, s.density[i], noisy, s.delta2[i], p.C) : kNotACandidate;
-    team.tell(kScores, thread % Team::kSize, s.score + i, score);
+    team.tell(kScoresTold, thread % Team::kSize, s.score + i, score);
   }
 
   // A token's place is the number of better ones; tokens of `keep` come after the best.
@@ -694,7 +692,7 @@ struct Choice {
       }
       before = __reduce_add_sync(kAllLanes, before);
       const int slot = keep != kNever ? best + before : before < best ? before : -1;
-      if (lane < Team::kSize) team.tell(kSlots, lane, s.slot + i, slot);
+      if (lane < Team::kSize) team.tell(kSlotsTold, lane, s.slot + i, slot);
     }
   }
 
@@ -769,7 +767,7 @@ __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, in
   const Cluster team{rank, partial + partial_floats, partial, s.told};
   Pair pair{s, group * Pair::kTokens, static_cast<uint32_t>(rank ^ kSplits)};
   if (threadIdx.x < Pair::kSlots) ptx::barrier_init(s.arrived + threadIdx.x, kWarps);
-  if (threadIdx.x <= kSlots) ptx::barrier_init(s.told + threadIdx.x, 1);
+  if (threadIdx.x < kSteps) ptx::barrier_init(s.told + threadIdx.x, 1);
   ptx::cluster_arrive();
   int n = number_tokens(s, threadIdx.x < p.N && in_mask(p, b * p.N + threadIdx.x));
   ptx::cluster_wait();
