@@ -1,0 +1,376 @@
+// The tokens of a sample that count, and the dot products of all pairs of up to 352 of them: the first part of
+// dpc_knn_small.h, which says how blocks share it.
+#pragma once
+#include "dpc_knn_order.h"
+
+namespace hotkernels::dpc::small {
+
+constexpr int kTile = 32, kMaxAcross = 11, kMaxTokens = kTile * kMaxAcross;
+constexpr int kThreads = 384, kWarps = kThreads / kWarp;
+constexpr int kGroups = 2, kSplits = 4;  // of blocks, which share the tiles; of channels, one for each block of a group
+constexpr int kTilesPerWarp = 3;         // 96 accumulators per thread
+constexpr int kTileFloats = kTile * kTile;
+constexpr int kPivots = 1024;  // channels whose pivot is known at a time
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int tiles_of(int across) { return across * (across + 1) / 2; }
+__host__ __device__ constexpr int tiles_of_group(int across) { return ceil_div(tiles_of(across), kGroups); }
+static_assert(tiles_of_group(kMaxAcross) <= kWarps * kTilesPerWarp && kMaxAcross < kWarps && kGroups == 2);
+
+// The tokens that count, numbered 0 .. n-1 in ascending position, and what `products` needs.
+struct alignas(16) Tokens {
+  int position[kMaxTokens];  // from n on: of one that counts
+  int token[kMaxTokens];     // of a position, -1 if it does not count
+  unsigned words[kWarps];
+  float pivot_part[kWarps], peak[kWarps];  // what each warp saw of pivot2, and how far tokens are from the pivot
+  float pivot2;  // squared norm of the pivot, of this block's channels
+  float floor2;  // squared norm in them below which a token's coordinates may have lost bits to underflow
+  uint64_t arrived[4];      // barriers of Pair
+  uint64_t unread[kWarps];  // what idle warps of the other block write
+};
+
+// ---- tokens that count --------------------------------------------------------------------------------------------
+
+// Numbers the positions whose thread says so; returns how many. Called by all threads, thread = position.
+__device__ inline int number_tokens(Tokens& s, bool counts) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const unsigned word = __ballot_sync(kAllLanes, counts);
+  if (lane == 0) s.words[warp] = word;
+  __syncthreads();
+  int before = 0, n = 0, last = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) before = n;
+    n += __popc(s.words[w]);
+    if (s.words[w] != 0) last = w;
+  }
+  const int some = n == 0 ? 0 : last * kWarp + __ffs(static_cast<int>(s.words[last])) - 1;
+  before += __popc(word & ((1u << lane) - 1));
+  if (threadIdx.x < kMaxTokens) {
+    s.token[threadIdx.x] = counts ? before : -1;
+    if (static_cast<int>(threadIdx.x) >= n) s.position[threadIdx.x] = some;
+  }
+  if (counts) s.position[before] = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  return n;
+}
+
+// Twice the largest coordinate of a token, which no centred one exceeds, or -1 if its squared norm is beyond the limit;
+// the same answer in all lanes of the warp that asks.
+template <class T>
+__device__ float bound_of(const DpcKnn& p, int64_t b, int64_t position) {
+  const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b + position * p.x_stride_n;
+  float square = 0, largest = 0;
+  for (int64_t c = threadIdx.x % kWarp; c < p.C; c += kWarp) {
+    const float value = get(x[c * p.x_stride_c]);
+    square += value * value;
+    largest = fmaxf(largest, fabsf(value));
+  }
+  return warp_sum(square) <= kNormLimit ? 2 * warp_max_of_nonnegative(largest) : -1;
+}
+
+// The largest of those that are not negative, in every warp; 0 if there is none.
+__device__ inline float largest_bound(const float* bound, int n) {
+  float largest = 0;
+  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < n; i += kWarp) largest = fmaxf(largest, bound[i]);
+  return warp_max_of_nonnegative(largest);
+}
+
+// ---- who centres which tokens --------------------------------------------------------------------------------------
+
+// Which tokens a block centres, and how warps know that a chunk is there: an Exchange. Warp t centres kTokens of tile
+// t, from `first` on, kChunk channels at a time, in one of kSlots places in turn.
+
+// A block centres all tokens itself.
+struct Single {
+  static constexpr int kChunk = 16, kSlots = 2, kTokens = kTile, first = 0;
+  __device__ unsigned slot(unsigned chunk) const { return chunk % kSlots; }
+  // The chunk before is centred, and nobody reads the one before that any more.
+  __device__ void begin() const { __syncthreads(); }
+  __device__ void put(unsigned char* to, uint2 four, int) const { *reinterpret_cast<uint2*>(to) = four; }
+  __device__ void end(int, int) const {}
+  __device__ void wait(int) const {}
+  __device__ void done(int) const {}
+};
+
+// Two blocks of a cluster each centre half of the tokens, for both. No warp asks whether a place is free: before it
+// puts chunk i it has waited for chunk i - 2, of which every warp of both blocks put a share, after it had multiplied
+// chunk i - 4, the last in this place. Hence four places, and hence warps without tokens put something, too.
+struct Pair {
+  static constexpr int kChunk = 32, kSlots = 4, kTokens = kTile / 2;
+  Tokens& s;
+  const int first;
+  const uint32_t other;  // the block's rank
+  unsigned before = 0;  // chunks of earlier calls of `products`
+
+  __device__ unsigned slot(int chunk) const { return (before + chunk) % kSlots; }
+  __device__ uint64_t* arrived(int chunk) const { return s.arrived + slot(chunk); }
+  __device__ void begin() const {}
+  __device__ void put(unsigned char* to, uint2 four, int chunk) const {
+    *reinterpret_cast<uint2*>(to) = four;
+    ptx::store_async(reinterpret_cast<uint2*>(to), four, arrived(chunk), other);
+  }
+  __device__ void end(int chunk, int across) const {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    __syncwarp();
+    if (threadIdx.x % kWarp != 0) return;
+    if (warp >= across) ptx::store_async(s.unread + warp, uint64_t{0}, arrived(chunk), other);
+    if (warp == 0) {
+      ptx::barrier_arrive(arrived(chunk), across * kTokens * kChunk * 2 + (kWarps - across) * 8);
+    } else {
+      ptx::barrier_arrive(arrived(chunk));
+    }
+  }
+  __device__ void wait(int chunk) const { ptx::barrier_wait(arrived(chunk), (before + chunk) / kSlots % 2); }
+  __device__ void done(int chunks) { before += chunks; }
+};
+static_assert(sizeof(Tokens::arrived) == Pair::kSlots * sizeof(uint64_t));
+
+template <class Exchange>
+constexpr int64_t centred_bytes(int across) {  // what `products` needs beside Tokens
+  return 4 * kPivots + int64_t{Exchange::kSlots} * Exchange::kChunk * 2 * across * kTile;
+}
+
+// ---- products -----------------------------------------------------------------------------------------------------
+
+template <class T>
+using Quad = Pack<T, 4>;
+
+// Four channels of a token, of which the first `valid` exist; the others are 0.
+template <class T>
+__device__ inline Quad<T> first_of(const T* from, int64_t stride, int valid) {
+  Quad<T> quad{};
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    if (e < valid) quad.value[e] = from[e * stride];
+  }
+  return quad;
+}
+
+__device__ inline float4 operator+(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+__device__ inline float4 operator*(float4 a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
+
+// Tile number `tile` of the upper triangle, row by row.
+struct TileAt {
+  int row, column;
+  __device__ TileAt(int tile, int across) : row(0), column(tile) {
+    while (column >= across) {
+      ++row;
+      column += row - across;
+    }
+  }
+};
+
+// Where part `part`, eight channels, of a token lies in a centred chunk: turned, so that one part of eight tokens meets
+// no bank twice. Bits of the part are bits of the place, or their opposite: offset_of(token, part ^ 2) is
+// offset_of(token, part) ^ 32.
+template <int kChunk>
+__device__ inline int offset_of(int token, int part) {
+  constexpr int kParts = kChunk / 8, kTurn = 8 / kParts;
+  return (token * kParts + (part ^ (token / kTurn % kParts))) * 16;
+}
+
+// acc += the products of two times 32 tokens of 16 channels; `columns` points at what this lane reads of them, `step`
+// bytes are between eight tokens.
+__device__ inline void multiply(float (&acc)[8][4], const uint32_t (&rows)[2][4], const unsigned char* columns,
+                                int step) {
+#pragma unroll
+  for (int c = 0; c < 4; c += 2) {
+    uint32_t column[4];
+    ptx::load_matrices(column, columns + c * step);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      ptx::mma_m16n8k16(acc[4 * r + c], rows[r], {column[0], column[1]});
+      ptx::mma_m16n8k16(acc[4 * r + c + 1], rows[r], {column[2], column[3]});
+    }
+  }
+}
+
+// A power of two that brings `peak` to [2^power, 2^(power + 1)).
+__device__ inline int exponent_for(float peak, int power) {
+  return max(-60, min(60, 127 + power - static_cast<int>(__float_as_uint(peak) >> 23)));
+}
+__device__ inline float power_of_two(int exponent) {
+  return __uint_as_float(static_cast<unsigned>(127 + exponent) << 23);
+}
+
+// The dot products of the tiles of `group`, summed over the channels of `split`, in the order of the registers:
+// `partial` is [tile of the group, 8, lane, 4]. It may lie where `memory` does, centred_bytes. No coordinate exceeds
+// `bound`; if that is negative, the three tokens of the pivot tell how large they are. Others may be 1000 times as
+// large before they overflow, or 2^19 times smaller before they lose a bit.
+template <class T, bool kWide, class Exchange>
+__device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bound, int group, int split,
+                         Exchange& exchange, unsigned char* memory, float* partial) {
+  constexpr int kChunk = Exchange::kChunk, kBytes = kChunk * 2, kQuads = kChunk / 4, kAtOnce = kWarp / kQuads;
+  constexpr int kPasses = Exchange::kTokens / kAtOnce;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int across = ceil_div(n, kTile), padded = across * kTile;
+  const int all_chunks = static_cast<int>((p.C + kChunk - 1) / kChunk), most = ceil_div(all_chunks, kSplits);
+  const int chunks = n == 0 ? 0 : max(0, min(most, all_chunks - split * most));
+  const int64_t first_channel = int64_t{split} * most * kChunk;
+  const int channels = chunks == 0 ? 0 : static_cast<int>(min(p.C - first_channel, int64_t{chunks} * kChunk));
+  float* const pivots = reinterpret_cast<float*>(memory);
+  const auto ready = [&](int chunk) { return memory + 4 * kPivots + exchange.slot(chunk) * padded * kBytes; };
+  const int64_t stride = kWide ? 1 : p.x_stride_c;
+  const T* const x = static_cast<const T*>(p.x) + b * p.x_stride_b + first_channel * stride;
+  const auto row_bytes = static_cast<uint32_t>(p.x_stride_n * sizeof(T));  // where kWide: with_layout saw that it fits
+  const auto of_token = [&](const T* first, int token) {  // what `first` points at in position 0
+    const auto position = static_cast<uint32_t>(s.position[token]);
+    if constexpr (!kWide) return first + position * p.x_stride_n;
+    const auto* bytes = reinterpret_cast<const unsigned char*>(first);
+    return reinterpret_cast<const T*>(bytes + uint64_t{position} * row_bytes);
+  };
+
+  // A thread reads and centres the same four channels of the same tokens, a chunk ahead. What completes the last tile
+  // is another token once more: it ends in products that nobody looks at.
+  const bool centres = warp < across;
+  const int quad = lane % kQuads, token0 = (centres ? warp * kTile : 0) + exchange.first + lane / kQuads;
+  Quad<T> raw[kPasses];
+  const T* next = x + quad * 4 * stride;
+  // Further ahead, the second-level cache reads it: a line of each token, where tokens are in lines.
+  constexpr int kLine = 128 / (kChunk * static_cast<int>(sizeof(T))), kAhead = 4 * kLine;  // in chunks
+  const auto prefetch = [&](int chunk) {
+    if (kWide && centres && lane < Exchange::kTokens && chunk < chunks) {
+      ptx::prefetch(of_token(x + chunk * kChunk, token0 - lane / kQuads + lane));
+    }
+  };
+  const auto read = [&](int chunk) {
+    if (!centres || chunk >= chunks) return;
+    if (chunk % kLine == 0) prefetch(chunk + kAhead);
+    const int valid = channels - chunk * kChunk - quad * 4;
+    if (kWide && valid >= 4) {
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        raw[pass] = *reinterpret_cast<const Quad<T>*>(of_token(next, token0 + pass * kAtOnce));
+      }
+    } else {
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        raw[pass] = first_of<T>(of_token(next, token0 + pass * kAtOnce), stride, valid);
+      }
+    }
+    next += kChunk * stride;
+  };
+
+  float pivot2 = 0, peak = 0;
+  const auto find_pivots = [&](int chunk) {  // of the channels from this chunk on
+    const int begin = chunk * kChunk, count = min(kPivots, chunks * kChunk - begin);
+#pragma unroll 1
+    for (int c = thread; c < count; c += kThreads) {
+      float v[3] = {};
+      if (begin + c < channels) {
+#pragma unroll
+        for (int e = 0; e < 3; ++e) v[e] = get(*of_token(x + (begin + c) * stride, pivot_token(n, e)));
+      }
+      const float pivot = median(v[0], v[1], v[2]);
+      pivots[c] = pivot;
+      pivot2 += pivot * pivot;
+      peak = fmaxf(peak, fmaxf(v[0], fmaxf(v[1], v[2])) - fminf(v[0], fminf(v[1], v[2])));
+    }
+  };
+  int exponent = bound >= 0 ? exponent_for(bound, 14) : 0;
+  float scale = power_of_two(exponent);
+  const auto centre = [&](int chunk) {  // (x - pivot) * scale, rounded once
+    if (centres) {
+      const float4 pivot = *reinterpret_cast<const float4*>(pivots + chunk * kChunk % kPivots + quad * 4);
+      const float4 shift = pivot * -scale;
+      unsigned char* const to = ready(chunk);
+      const int at = offset_of<kChunk>(token0, quad / 2) + quad % 2 * 8;
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const T(&v)[4] = raw[pass].value;
+        const uint2 four = make_uint2(
+            ptx::pack_half(fmaf(get(v[0]), scale, shift.x), fmaf(get(v[1]), scale, shift.y)),
+            ptx::pack_half(fmaf(get(v[2]), scale, shift.z), fmaf(get(v[3]), scale, shift.w)));
+        exchange.put(to + (at ^ offset_of<kChunk>(pass * kAtOnce, 0)), four, chunk);
+      }
+    }
+    exchange.end(chunk, across);
+  };
+
+  // Warps w, w + 4, .. share a scheduler: they get neighbouring shares, so that all schedulers have as much to do.
+  const int all_tiles = tiles_of(across), first_tile = group * (all_tiles / kGroups);
+  const int tiles = group == 0 ? all_tiles / kGroups : all_tiles - first_tile;
+  const int share = warp % 4 * (kWarps / 4) + warp / 4;
+  const int my_tile = tiles * share / kWarps, my_tiles = tiles * (share + 1) / kWarps - my_tile;
+  int row_at[kTilesPerWarp] = {}, column_at[kTilesPerWarp] = {};  // where a tile's tokens start in a centred chunk
+  float acc[kTilesPerWarp][8][4];
+#pragma unroll
+  for (int u = 0; u < kTilesPerWarp; ++u) {
+    if (u < my_tiles) {
+      const TileAt at(first_tile + my_tile + u, across);
+      row_at[u] = at.row * kTile * kBytes, column_at[u] = at.column * kTile * kBytes;
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) acc[u][e][0] = acc[u][e][1] = acc[u][e][2] = acc[u][e][3] = 0;
+  }
+  const int row_lane = offset_of<kChunk>(lane % 16, lane / 16);
+  const int column_lane = offset_of<kChunk>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+
+  for (int chunk = kLine; chunk < kAhead; chunk += kLine) prefetch(chunk);
+  read(0);
+  for (int chunk = 0; chunk <= chunks; ++chunk) {
+    exchange.begin();
+    if (chunk < chunks) {
+      if (chunk % (kPivots / kChunk) == 0) {
+        __syncthreads();  // nobody needs those before any more
+        find_pivots(chunk);
+        if (chunk == 0) {
+          peak = warp_max_of_nonnegative(peak);
+          if (lane == 0) s.peak[warp] = peak;
+        }
+        __syncthreads();
+        if (chunk == 0 && bound < 0) {
+          for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, s.peak[w]);
+          exponent = peak > 0 ? exponent_for(peak, 5) : 0;
+          scale = power_of_two(exponent);
+        }
+      }
+      centre(chunk);
+      read(chunk + 1);
+    }
+    if (chunk == 0) continue;
+    exchange.wait(chunk - 1);
+    const unsigned char* here = ready(chunk - 1);
+#pragma unroll
+    for (int step = 0; step < kChunk / 16; ++step) {
+      uint32_t rows[2][4];
+#pragma unroll
+      for (int u = 0; u < kTilesPerWarp; ++u) {
+        if (u < my_tiles) {
+          if (u == 0 || row_at[u] != row_at[u - 1]) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              ptx::load_matrices(rows[r], here + row_at[u] + (row_lane ^ step * 32) + r * 16 * kBytes);
+            }
+          }
+          multiply(acc[u], rows, here + column_at[u] + (column_lane ^ step * 32), 8 * kBytes);
+        }
+      }
+    }
+  }
+  pivot2 = warp_sum(pivot2);
+  if (lane == 0) s.pivot_part[warp] = pivot2;
+  __syncthreads();
+  const float inverse2 = power_of_two(-2 * exponent);
+#pragma unroll
+  for (int u = 0; u < kTilesPerWarp; ++u) {
+    if (u < my_tiles) {
+      float4* to = reinterpret_cast<float4*>(partial + (my_tile + u) * kTileFloats) + lane;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        to[e * kWarp] = make_float4(acc[u][e][0], acc[u][e][1], acc[u][e][2], acc[u][e][3]) * inverse2;
+      }
+    }
+  }
+  if (thread == 0) {
+    for (int w = 1; w < kWarps; ++w) pivot2 += s.pivot_part[w];
+    s.pivot2 = pivot2;
+    // Underflow moves a coordinate by up to 2^-25, rounding by 2^-12 of it.
+    s.floor2 = static_cast<float>(channels) * 0x1p-26f * inverse2;
+  }
+  exchange.done(chunks);
+}
+
+}  // namespace hotkernels::dpc::small
