@@ -73,10 +73,7 @@ struct Cluster {
   float *rows, *partial;
   uint64_t* told;
 
-  __device__ void sync() const {
-    __syncwarp();  // the barrier is for whole warps
-    ptx::cluster_sync();
-  }
+  __device__ void sync() const { ptx::cluster_sync(); }
   template <class E>
   __device__ E* in(int block, E* shared) const { return ptx::in_block(shared, static_cast<uint32_t>(block)); }
   __device__ const float* partial_of(int block) const { return in(block, partial); }
@@ -167,20 +164,26 @@ __device__ void collect(const Team& team, Shared& s, int n) {
   }
 }
 
+// The squared norms of the pivot and of the least token that underflow spares, over all channels.
+struct Limits {
+  float pivot2 = 0, floor2 = 0;
+
+  __device__ Limits(const Cluster& team, Shared& s) {
+    for (int split = 0; split < kSplits; ++split) {
+      pivot2 += *team.in(split, &s.pivot2), floor2 += *team.in(split, &s.floor2);
+    }
+  }
+};
+
 // Whether every token certainly counts, since |x| <= |pivot| + |x - pivot|, nothing overflowed, which would have left
 // inf or NaN, and few lost bits to underflow: a few near the pivot lose no more than rounding takes from the others.
-// The same answer in every warp of the team.
-template <class Team>
-__device__ bool all_count(const Team& team, const Shared& s, int n) {
-  float pivot2 = 0, floor2 = 0;
-  for (int split = 0; split < kSplits; ++split) {
-    pivot2 += *team.in(split, &s.pivot2), floor2 += *team.in(split, &s.floor2);
-  }
-  bool sure = pivot2 <= kNormLimit / 8;
+// The same answer in every warp of the cluster.
+__device__ inline bool all_count(const Shared& s, const Limits& limits, int n) {
+  bool sure = limits.pivot2 <= kNormLimit / 8;
   int below = 0;
   for (int i = static_cast<int>(threadIdx.x) % kWarp; i < n; i += kWarp) {
     sure = sure && s.norm[i] <= kNormLimit / 8;
-    below += s.norm[i] < floor2;
+    below += s.norm[i] < limits.floor2;
   }
   return (__all_sync(kAllLanes, sure) && __reduce_add_sync(kAllLanes, below) <= 1 + n / 8) || n == 0;
 }
@@ -413,9 +416,10 @@ __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, in
   for (float bound = -1;;) {
     products<T, kWide>(p, b, s, n, bound, group, split, pair, memory, partial);
     team.sync();
+    const Limits limits(team, s);  // not after the next barrier, where a block without a row may end
     collect(team, s, n);
     team.sync();
-    if (bound >= 0 || all_count(team, s, n)) break;
+    if (bound >= 0 || all_count(s, limits, n)) break;
     for (int i = rank * kWarps + static_cast<int>(threadIdx.x) / kWarp; i < n; i += kTeam * kWarps) {
       const float own = bound_of<T>(p, b, s.position[i]);
       if (threadIdx.x % kWarp < kTeam) team.in(threadIdx.x % kWarp, s.bound)[i] = own;

@@ -85,8 +85,10 @@ __device__ inline uint32_t cluster_rank() {
 }
 
 // A barrier for all threads of the cluster; writes to shared memory of any of its blocks before it are seen after it.
+// Barriers of a cluster are for whole warps: the lanes come together first.
 __device__ inline void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __trap();
@@ -97,6 +99,7 @@ __device__ inline void cluster_sync() {
 // other writes before it may not be seen.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #else
   __trap();
@@ -104,6 +107,7 @@ __device__ inline void cluster_arrive() {
 }
 __device__ inline void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __trap();

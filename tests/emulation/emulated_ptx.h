@@ -89,8 +89,7 @@ inline void barrier_wait(uint64_t* barrier, int parity) { hk_emulation::barrier_
 template <class T>
 void store_async(T* shared, T value, uint64_t* barrier, uint32_t rank) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  hk_emulation::store_later(hk_emulation::shared_memory_of(shared, rank), &value, sizeof(T),
-                            as_barrier(in_block(barrier, rank)));
+  hk_emulation::store_later(shared, &value, sizeof(T), as_barrier(barrier), rank);
 }
 
 }  // namespace hotkernels::ptx

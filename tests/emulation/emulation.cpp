@@ -34,6 +34,7 @@ struct Copy {
 };
 
 struct Store {
+  unsigned rank;  // of the block that it comes to
   void* to;
   unsigned char value[8];
   int bytes;
@@ -106,6 +107,16 @@ void do_copy(const Copy& c) {
   std::memcpy(c.to, c.from, c.valid);
 }
 
+Fiber& fiber_of(unsigned block, unsigned thread) { return *fibers[block * threads_per_block + thread]; }
+
+// Whether nothing keeps a block's shared memory any longer.
+bool ended(const Block& block) {
+  for (unsigned t = 0; t < threads_per_block; ++t) {
+    if (fiber_of(block.rank, t).state != State::done) return false;
+  }
+  return true;
+}
+
 bool ends_phase(Barrier& barrier) {
   const bool complete = barrier.missing == 0 && barrier.bytes == 0;
   if (complete) barrier.phase ^= 1, barrier.missing = barrier.count;
@@ -113,18 +124,18 @@ bool ends_phase(Barrier& barrier) {
 }
 
 bool do_store(const Store& s) {
+  if (ended(cluster[s.rank])) failure = "an asynchronous store comes to a block that has ended";
   std::memcpy(s.to, s.value, s.bytes);
   s.barrier->bytes -= s.bytes;
   return ends_phase(*s.barrier);
 }
 
-Fiber& fiber_of(unsigned block, unsigned thread) { return *fibers[block * threads_per_block + thread]; }
-
 unsigned in_order(unsigned i, unsigned n, unsigned reversed) { return order & reversed ? n - 1 - i : i; }
 
-// Runs one warp until each of its lanes waits for more than a warp.
-void run_warp(unsigned block, unsigned first) {
+// Runs one warp until each of its lanes waits for more than a warp. Whether any ran.
+bool run_warp(unsigned block, unsigned first) {
   const unsigned lanes = std::min(32u, threads_per_block - first);
+  bool ran = false;
   for (bool moved = true; moved && !failure;) {
     moved = false;
     for (unsigned i = 0; i < lanes && !failure; ++i) {
@@ -132,43 +143,55 @@ void run_warp(unsigned block, unsigned first) {
       if (fiber.state == State::at_barrier && fiber.barrier->phase != fiber.parity) fiber.state = State::runs;
       if (fiber.state != State::runs) continue;
       resume(fiber);
-      moved = true;
+      moved = ran = true;
     }
   }
+  return ran;
 }
 
-// Runs one block until each of its threads is done or waits for another block.
-void run_block(unsigned block) {
+// Runs parts 0 to n - 1, always the first that can run, until none can: the last waits for all that others can do.
+// Whether any ran.
+template <class Run>
+bool run_first_that_can(unsigned n, unsigned reversed, Run run) {
+  bool ran = false;
+  for (unsigned i = 0; i < n && !failure;) {
+    const bool moved = run(in_order(i, n, reversed));
+    ran = ran || moved;
+    i = moved && i > 0 ? 0 : i + 1;
+  }
+  return ran;
+}
+
+// Runs one block until each of its threads is done or waits for another block. Whether any ran.
+bool run_block(unsigned block) {
   const unsigned warps = (threads_per_block + 31) / 32;
-  while (!failure) {
-    for (unsigned w = 0; w < warps; ++w) run_warp(block, 32 * in_order(w, warps, warps_reversed));
+  for (bool ran = false; !failure;) {
+    ran |= run_first_that_can(warps, warps_reversed, [&](unsigned w) { return run_warp(block, 32 * w); });
     unsigned at_block = 0, beyond = 0;
     for (unsigned t = 0; t < threads_per_block; ++t) {
       const State state = fiber_of(block, t).state;
       at_block += state == State::at_block;
       beyond += state == State::done;
     }
-    if (at_block == 0 || at_block + beyond < threads_per_block) return;
+    if (at_block == 0 || at_block + beyond < threads_per_block) return ran;
     for (unsigned t = 0; t < threads_per_block; ++t) {
       if (fiber_of(block, t).state == State::at_block) fiber_of(block, t).state = State::runs;
     }
   }
+  return false;
 }
 
 void run_cluster() {
   while (!failure) {
-    for (unsigned b = 0; b < blocks_in_cluster; ++b) run_block(in_order(b, blocks_in_cluster, blocks_reversed));
+    run_first_that_can(blocks_in_cluster, blocks_reversed, run_block);
     unsigned done = 0, waiting = 0;
-    bool passed = false;
     const unsigned all = blocks_in_cluster * threads_per_block;
     for (unsigned f = 0; f < all; ++f) {
       const Fiber& fiber = *fibers[f];
       done += fiber.state == State::done;
       waiting += fiber.state == State::at_cluster;
-      passed = passed || (fiber.state == State::at_barrier && fiber.barrier->phase != fiber.parity);
     }
     if ((done == all && stores.empty()) || failure) return;
-    if (passed) continue;
     if (!stores.empty()) {
       for (bool ended = false; !ended && !stores.empty(); stores.pop_front()) ended = do_store(stores.front());
       continue;
@@ -194,6 +217,7 @@ unsigned char* shared_memory_of(const void* mine, unsigned rank) {
   const int64_t offset = static_cast<const unsigned char*>(mine) - shared_memory();
   if (rank >= blocks_in_cluster) fail("in_block() names a block outside the cluster");
   if (offset < 0 || offset >= shared_size) fail("in_block() takes an address in shared memory");
+  if (ended(cluster[rank])) fail("in_block() names a block that has ended");
   return cluster[rank].shared + offset;
 }
 
@@ -247,9 +271,10 @@ void barrier_wait(const Barrier* barrier, int parity) {
   suspend(State::at_barrier);
 }
 
-void store_later(void* to, const void* value, int bytes, Barrier* barrier) {
-  if (reinterpret_cast<uintptr_t>(to) % bytes != 0) fail("an asynchronous store is not aligned to its size");
-  stores.push_back({to, {}, bytes, barrier});
+void store_later(void* shared, const void* value, int bytes, Barrier* barrier, unsigned rank) {
+  if (reinterpret_cast<uintptr_t>(shared) % bytes != 0) fail("an asynchronous store is not aligned to its size");
+  barrier = reinterpret_cast<Barrier*>(shared_memory_of(barrier, rank));
+  stores.push_back({rank, shared_memory_of(shared, rank), {}, bytes, barrier});
   std::memcpy(stores.back().value, value, bytes);
   if (order & copies_late) return;
   do_store(stores.back());

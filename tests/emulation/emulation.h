@@ -1,8 +1,9 @@
 // CUDA's execution model on one host thread: every CUDA thread is a fiber, and a fiber runs until it must wait.
 //
-// A warp runs to its next block barrier before any other warp moves, a block to its next cluster barrier, a lane to its
-// next warp instruction: the most unequal progress that the model allows, so that a missing barrier changes the answer.
-// `order` turns round who goes first. Shared memory starts as garbage and is followed by a guard that must stay whole.
+// A warp runs as far as it can before the next one moves, a block before the next block, a lane before the next lane,
+// and whoever comes first goes on as soon as others let it: the most unequal progress that the model allows, so that a
+// missing barrier changes the answer. `order` turns round who comes first. Shared memory starts as garbage, is followed
+// by a guard that must stay whole, and is out of other blocks' reach once its block has ended.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -45,7 +46,7 @@ struct Barrier {
 void barrier_init(Barrier* barrier, unsigned count);
 void barrier_arrive(Barrier* barrier, int expected_bytes);
 void barrier_wait(const Barrier* barrier, int parity);
-void store_later(void* to, const void* value, int bytes, Barrier* barrier);
+void store_later(void* shared, const void* value, int bytes, Barrier* barrier, unsigned rank);
 
 [[noreturn]] void fail(const char* what);  // ends the launch with an error
 

@@ -62,6 +62,19 @@ __global__ void cluster_sum(const float* x, float* out, bool bug) {
   if (rank == 0) out[threadIdx.x] = sum;
 }
 
+// Block 0 of a cluster of two reads what block 1 summed. bug: block 1 may have ended by then.
+__global__ void sum_of_other(const float* x, float* out, bool bug) {
+  auto* shared = reinterpret_cast<float*>(ptx::shared_memory());
+  const unsigned rank = ptx::cluster_rank();
+  if (threadIdx.x == 0) {
+    shared[0] = 0;
+    for (int t = 0; t < kThreads; ++t) shared[0] += x[t];
+  }
+  ptx::cluster_sync();
+  if (rank == 0) out[threadIdx.x] = *ptx::in_block(shared, 1);
+  if (!bug) ptx::cluster_sync();
+}
+
 // Each block of a cluster of two stores its half for both. bug: does not wait for what the other stores.
 __global__ void handed_sum(const float* x, float* out, bool bug) {
   auto* shared = reinterpret_cast<float*>(ptx::shared_memory());
@@ -156,7 +169,7 @@ __global__ void wide_sum(const float* x, float* out, bool bug) {
 // The largest error of kernel `which` over its 96 threads; -1 if the launch failed, -2 if there is no such kernel.
 extern "C" __attribute__((visibility("default"))) double hk_emulation_selftest(int which, bool bug) {
   using Kernel = void (*)(const float*, float*, bool);
-  constexpr Kernel kernels[] = {block_sum,  used_again, warp_sum,  cluster_sum,     handed_sum,
+  constexpr Kernel kernels[] = {block_sum,  used_again, warp_sum,  cluster_sum,     sum_of_other, handed_sum,
                                 copied_sum, outside,    divergent, tensor_core_sum, wide_sum};
   if (which >= static_cast<int>(std::size(kernels))) return -2;
   std::vector<float> x(kThreads), out(kThreads, NAN);
@@ -166,7 +179,7 @@ extern "C" __attribute__((visibility("default"))) double hk_emulation_selftest(i
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config{};
-  const bool pair = kernels[which] == cluster_sum || kernels[which] == handed_sum;
+  const bool pair = kernels[which] == cluster_sum || kernels[which] == sum_of_other || kernels[which] == handed_sum;
   config.gridDim = dim3(pair ? 2 : 1), config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kThreads * sizeof(float) + (kernels[which] == handed_sum) * sizeof(uint64_t);
   config.attrs = &cluster, config.numAttrs = pair;
