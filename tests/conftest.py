@@ -10,7 +10,7 @@ import contextlib
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import emulation
 import pytest
@@ -47,7 +47,7 @@ def _seed(request: pytest.FixtureRequest) -> None:
     number = zlib.crc32((os.environ.get("HOTKERNELS_TEST_SEED", "") + request.node.nodeid).encode())
     torch.manual_seed(number)
     if EMULATED == "cuda":
-        emulation.configure(compute_capability=90 if number % 2 else 80)
+        emulation.configure(compute_capability=(90, 80, 90, 86, 90, 120)[number % 6])
 
 
 @pytest.fixture(params=BACKENDS)
@@ -130,3 +130,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for why in (backends.LIBRARIES["_C_cpu"], _missing(terminalreporter._session)):
         if why:
             terminalreporter.write_line(why, red=True)
+
+
+@pytest.fixture
+def gpu(backend: str) -> Iterator[Callable[..., None]]:
+    """Chooses the emulated GPU and which of its threads run first; skips where nothing is emulated."""
+    if EMULATED != "cuda":
+        pytest.skip("only an emulated GPU can be another one")
+    yield emulation.configure
+    emulation.configure()

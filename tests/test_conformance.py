@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attention_cases  # noqa: F401  # registers its ops
@@ -346,6 +346,23 @@ def test_fake_tensors(op: OpCase, backend: str) -> None:
         fake = {name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in args.items()}
         for ours, real in zip(tensors(op.function(**fake, backend=backend)), out, strict=True):
             assert (ours.shape, ours.dtype, ours.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@each_op_on("cuda")
+def test_a_gpu_that_refuses_all_is_an_error(op: OpCase, backend: str, gpu: Callable[..., None]) -> None:
+    """A driver older than our CUDA runtime, say: not even the number of processors is known then."""
+    dtype = KERNELS[op.name][backend].dtypes[0]
+    raws = op.raw(op.inputs["small"](dtype))
+    refused = pytest.raises(RuntimeError, match=rf"^{op.name}: launch must be accepted by the GPU, got CUDA driver .+$")
+    gpu(compute_capability=0)
+    for make in op.inputs.values():
+        args = make(dtype)
+        if all(t.numel() for t in tensors(args)):
+            with refused:
+                op.function(**args, backend=backend)
+    for name, raw in raws:
+        with refused:
+            getattr(torch.ops.hotkernels, name)(*raw)
 
 
 def test_every_op_is_registered() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from cases import cloud, layouts, motion
-from conftest import EMULATED
 from dpc_knn_steps import check_dpc_knn, rounds_tokens
 from torch import Tensor
 
@@ -437,15 +436,6 @@ def test_any_strides_give_the_same_bits(backend: str, N: int, C: int, dtype: tor
 # ---- CUDA: clusters, and what does without them ----------------------------------------------------------------------
 
 SMALL = 352  # tokens that the CUDA kernel takes in one go, in tiles of 32
-
-
-@pytest.fixture
-def gpu(backend: str) -> Iterator[Callable[..., None]]:
-    """Chooses the emulated GPU and which of its threads run first; skips where nothing is emulated."""
-    if EMULATED != "cuda":
-        pytest.skip("only an emulated GPU can be another one")
-    yield emulation.configure
-    emulation.configure()
 
 
 def hard_sample(N: int, C: int) -> dict[str, Any]:

@@ -24,6 +24,8 @@ constexpr int kQueue = 15;           // candidates of a token that may wait for 
 constexpr int kGroup = 2;            // tiles of one piece of work of the second and third pass
 constexpr int kMaxSplits = 16;       // shares of the columns that are listed by themselves
 constexpr int kListTiles = 1;        // what filling a list costs, in tiles (an estimate)
+constexpr double kWorthSplits = 0.97;    // more of them must take no more of the time with fewer
+constexpr int kLeastShared = 99 << 10;   // bytes that a block can have on every chip from sm_80 on
 constexpr int kSortThreads = 1024;   // of the blocks that look after all tokens of a sample
 constexpr int kPlaceRows = 32;       // chosen tokens whose places one block finds
 constexpr uint64_t kNobody = uint64_t{0x7f800000} << 32 | 0xffffffff;  // an empty place in a list: infinitely far
@@ -799,25 +801,23 @@ __global__ void __launch_bounds__(kTile) write_assignment_kernel(const Large s) 
 
 // Decides how to go about it and lays the arrays out from an address on; from address 0 it only counts their bytes.
 inline Large plan(const DpcKnn& p, void* scratch, int64_t* bytes) {
-  int device = 0, processors = 0, shared = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int64_t B = p.B;
   Large s{};
   s.p = p;
   s.blocks = static_cast<int>((p.N + kTile - 1) / kTile), s.T = int64_t{s.blocks} * kTile;
   s.chunks = static_cast<int>((p.C + kChunk - 1) / kChunk);
+  const int shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kLeastShared);
   const int fit = (shared - lists_bytes(0)) / (lists_bytes(1) - lists_bytes(0));
   s.listed = p.k - 1 <= std::min(fit, tuning.list_max);
   s.list = std::min(fit, s.listed ? std::max(tuning.list_min, static_cast<int>(p.k - 1)) : tuning.list_min);
-  s.workers = tuning.blocks ? tuning.blocks : 2 * processors;
-  // As many splits as leave the fewest blocks idle in the last round; each has to fill a list of its own.
+  s.workers = tuning.blocks ? tuning.blocks : 2 * device_attribute(cudaDevAttrMultiProcessorCount, 1);
+  // As many splits as leave the fewest blocks idle in the last round; each has to fill lists of its own, and more of
+  // them, which take memory, must be worth it.
   double least = HUGE_VAL;
   for (int splits = 1; splits <= std::min(s.blocks, kMaxSplits); ++splits) {
     const int64_t rounds = (B * s.blocks * splits + s.workers - 1) / s.workers;
     const double time = static_cast<double>(rounds) * (s.blocks + kListTiles * splits) / splits;
-    if (time < least) least = time, s.splits = splits;
+    if (time < kWorthSplits * least) least = time, s.splits = splits;
   }
   const int64_t item = p.dtype == DType::f32 ? 4 : 2;
   s.packed = p.x_stride_c == 1 && p.C % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
@@ -846,9 +846,7 @@ cudaError_t launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid
                    Arguments... arguments) {
   if (shared > 48 << 10) {
     // All that there is: what this launch needs might be taken back by another thread's call just before it.
-    int device = 0, most = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kLeastShared);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
     if (error != cudaSuccess) return error;

@@ -18,6 +18,14 @@ inline unsigned lanes_for(int64_t count, unsigned most) {
   return lanes;
 }
 
+// A property of the current device; `least` if the runtime does not answer: the launch that follows then says why.
+inline int device_attribute(cudaDeviceAttr attribute, int least) {
+  int device = 0, value = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
+  return error == cudaSuccess && value > least ? value : least;
+}
+
 template <class... P, class... A>
 cudaError_t launch_kernel(void (*kernel)(P...), dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t stream,
                           const A&... args) {

@@ -148,12 +148,8 @@ cudaError_t launch_segment_sum(const SegmentSum& p, cudaStream_t stream) {
   const bool sorts = p.start == nullptr;
   const int64_t packs = p.R * (p.C / V);
   const unsigned lanes = lanes_for(packs, kMaxLanes), rows = kSumThreads / lanes;
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
   // Few blocks per sample where each of them sorts, then pieces of tokens to fill the GPU.
-  const int64_t slots = int64_t{kSumBlocksPerSM} * processors, wanted = sorts ? ranges_for(p.B, slots) : p.S;
+  const int64_t slots = int64_t{kSumBlocksPerSM} * device_attribute(cudaDevAttrMultiProcessorCount, 1), wanted = sorts ? ranges_for(p.B, slots) : p.S;
   const int64_t rounded = ((p.S + wanted - 1) / wanted + rows - 1) / rows * rows;
   const int range = static_cast<int>(rounded < kMaxSumRange ? rounded : kMaxSumRange);
   const unsigned ranges = blocks_for(p.S, range);

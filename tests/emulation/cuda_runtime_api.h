@@ -13,13 +13,15 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
   cudaErrorLaunchFailure = 719,
 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess              ? "no error"
-         : error == cudaErrorLaunchFailure ? "unspecified launch failure"
-                                           : "invalid argument";
+  return error == cudaSuccess                   ? "no error"
+         : error == cudaErrorLaunchFailure      ? "unspecified launch failure"
+         : error == cudaErrorInsufficientDriver ? "CUDA driver version is insufficient for CUDA runtime version"
+                                                : "invalid argument";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
@@ -85,10 +87,12 @@ inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
 }  // namespace hk_emulation
 
 inline cudaError_t cudaGetDevice(int* device) {
+  if (hk_emulation::compute_capability() == 0) return cudaErrorInsufficientDriver;
   *device = 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (hk_emulation::compute_capability() == 0) return cudaErrorInsufficientDriver;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = 132; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor: *value = hk_emulation::compute_capability() / 10; return cudaSuccess;
@@ -111,7 +115,10 @@ template <class F>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F* function) {
   *attributes = {};
   attributes->maxThreadsPerBlock = 1024;
-  attributes->ptxVersion = attributes->binaryVersion = hk_emulation::compute_capability();
+  // From 11.0 on, the chip runs what its driver makes of the PTX for sm_80, the only one we build.
+  const int capability = hk_emulation::compute_capability();
+  attributes->binaryVersion = capability;
+  attributes->ptxVersion = capability < 110 ? capability : 80;
   attributes->maxDynamicSharedSizeBytes = hk_emulation::shared_memory_limit(reinterpret_cast<const void*>(function));
   return cudaSuccess;
 }
@@ -123,6 +130,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, F* function, const cud
 }
 
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) {
+  if (hk_emulation::compute_capability() == 0) return cudaErrorInsufficientDriver;
   std::memset(to, value, bytes);
   return cudaSuccess;
 }
@@ -130,6 +138,7 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
+  if (hk_emulation::compute_capability() == 0) return cudaErrorInsufficientDriver;
   const dim3 grid = config->gridDim, block = config->blockDim;
   const unsigned cluster = hk_emulation::cluster_of(*config);
   const void* function = reinterpret_cast<const void*>(kernel);
