@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -405,13 +406,20 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             return (end.at - self.at) * 1e3
 
     restored: list[Any] = []
-    graph = SimpleNamespace(replay=lambda: None, restored=restored)
+    ended: list[Any] = []
+
+    @contextlib.contextmanager
+    def capture(graph: Any) -> Iterator[None]:
+        yield
+        ended.append(graph)
+
+    graph = SimpleNamespace(replay=lambda: None, restored=restored, ended=ended)
     properties = SimpleNamespace(
         L2_cache_size=1 << 20, major=9, minor=0, multi_processor_count=132, total_memory=1 << 37
     )
     pretend = {
         "Event": Event, "Stream": Stream, "current_stream": Stream, "synchronize": lambda: None,
-        "stream": lambda stream: contextlib.nullcontext(), "graph": lambda graph: contextlib.nullcontext(),
+        "stream": lambda stream: contextlib.nullcontext(), "graph": capture,
         "set_stream": restored.append,
         "CUDAGraph": lambda: graph, "current_device": lambda: 0, "device_count": lambda: 1,
         "get_device_properties": lambda device: properties, "empty_cache": lambda: None,
@@ -427,10 +435,11 @@ def test_events_and_graphs(pretended: SimpleNamespace) -> None:
     calls: list[int] = []
     out, replay = captured(lambda: calls.append(1) or len(calls), calls=3)
     assert (out, len(calls), replay) == (5, 5, pretended.replay)
-    assert len(pretended.restored) == 1
+    assert (len(pretended.ended), len(pretended.restored)) == (1, 0)
     with pytest.raises(ZeroDivisionError):
         captured(lambda: calls.append(1) or 1 // (len(calls) < 8))
-    assert len(pretended.restored) == 2, "a refused capture leaves its stream behind"
+    assert len(pretended.restored) == 1, "a refused capture leaves its stream behind"
+    assert len(pretended.ended) == 2, "a refused capture leaves the generator waiting"
     bench = gpu_rows.Bench("cuda", 0.01)
     assert isinstance(bench.clock, EventClock)
     assert bench.graph(lambda: None) is pretended.replay

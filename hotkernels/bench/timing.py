@@ -125,8 +125,13 @@ def captured(thunk: Thunk, calls: int = 1) -> tuple[Any, Thunk]:
         with torch.cuda.graph(graph):
             for _ in range(calls):
                 out = thunk()
-    finally:
-        torch.cuda.set_stream(stream)  # a capture that is refused may leave its own behind
+    except Exception:
+        # A refused capture may leave its stream behind, and PyTorch 2.11 a random number generator that waits for its
+        # end: the end of another will do.
+        torch.cuda.set_stream(stream)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device=EventClock.device)
+        raise
     return out, graph.replay
 
 
