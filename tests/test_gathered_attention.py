@@ -249,7 +249,7 @@ def test_what_is_not_a_number_stays_where_it_is(backend: str, kind: str) -> None
 
 
 @each_kind
-def test_a_masked_key_is_masked_whatever_its_bias_is(backend: str, kind: str) -> None:
+def test_nothing_in_a_masked_key_or_its_value_or_bias_matters(backend: str, kind: str) -> None:
     args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)
     key_bias = torch.zeros(2, 9)
     key_bias[:, 4] = -torch.inf
@@ -257,12 +257,16 @@ def test_a_masked_key_is_masked_whatever_its_bias_is(backend: str, kind: str) ->
     at_4 = (slots == 4).reshape(len(slots), *[1] * (4 - slots.dim()), *slots.shape[1:]).expand(2, 2, 17, -1)
     for bad in (torch.nan, torch.inf):
         bias = torch.randn(at_4.shape)
+        query, *key_value = args
+        for t in (spoilt_key_value := [t.clone() for t in key_value]):
+            t[:, :, 4] = bad
         clean, spoilt = (
             gradients(
                 lambda *a: gathered_attention(*a, index, bias=b, key_bias=key_bias, backend=backend),  # noqa: B023
-                *args,
+                query,
+                *tokens,
             )
-            for b in (bias, bias.masked_fill(at_4, bad))
+            for b, tokens in ((bias, key_value), (bias.masked_fill(at_4, bad), spoilt_key_value))
         )
         assert clean[0].isfinite().all()
         assert_equal(spoilt, clean)

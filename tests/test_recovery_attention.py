@@ -140,12 +140,12 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
             ops.recovery_attention_bwd(grad, query, key, value, o, s, None, 0.3)
 
 
-def test_a_masked_key_may_be_nan(backend: str) -> None:
+def test_a_masked_key_and_its_value_may_be_nan(backend: str) -> None:
     query, key, value = torch.randn(2, 50, 16), torch.randn(3, 2, 21, 16), torch.randn(3, 2, 21, 16)
     mask = torch.ones(3, 21, dtype=torch.bool)
     mask[:, 4] = False
     expected = recovery_attention(query, key, value, key_mask=mask, backend=backend)
-    key[:, :, 4] = torch.nan
+    key[:, :, 4] = value[:, :, 4] = torch.nan
     assert torch.equal(recovery_attention(query, key, value, key_mask=mask, backend=backend), expected)
 
 

@@ -63,6 +63,13 @@ template <bool writing, class S>
   for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d, writing, 3);
 }
 
+// Whether a key is masked: then it is as absent as under an index of -1.
+template <class T>
+inline bool masked(const Attention& p, int64_t b, int64_t j, int64_t n) {
+  const T* bias = static_cast<const T*>(p.key_bias);
+  return bias && bias[b * p.key_bias_stride_b + j * p.key_bias_stride_j + n * p.key_bias_stride_n] == -static_cast<T>(INFINITY);
+}
+
 struct Item {  // one head of one sequence
   int64_t b, j, h;
 };
@@ -94,6 +101,7 @@ struct Core {
   // What is packed now.
   const S *packed_query = nullptr, *packed_key = nullptr, *packed_value = nullptr;
   const int64_t* packed_index = nullptr;
+  int64_t packed_b = -1, packed_j = -1;        // of key_bias
   int64_t keys = 0, key_stride = 0, value_stride = 0;
   const T *k = nullptr, *v = nullptr;          // rows of this head's keys and values
 
@@ -138,22 +146,30 @@ struct Core {
     }
   }
 
+  bool any_masked(int64_t b, int64_t j) const {
+    bool any = false;
+    for (int64_t n = 0; p.key_bias && n < p.Nk && !any; ++n) any = masked<T>(p, b, j, n);
+    return any;
+  }
+
   // Makes k and v the rows of this head's keys: in place where one block of queries reads them, else packed.
   void take_keys(int64_t b, int64_t j, int64_t h) {
     const S *key = at(p.key, b, j, h), *value = at(p.value, b, j, h);
     const int64_t* index = index_of(b, j, h);
     if constexpr (sizeof(S) == sizeof(T)) {
-      if (!index && blocks == 1 && p.D % lanes == 0) {
+      if (!index && blocks == 1 && p.D % lanes == 0 && !any_masked(b, j)) {
         keys = p.Nk, k = key, v = value, key_stride = p.key.stride_n, value_stride = p.value.stride_n;
+        packed_key = nullptr;
         return;
       }
     }
-    if (key == packed_key && value == packed_value && index == packed_index) return;
-    packed_key = key, packed_value = value, packed_index = index;
+    const bool same_bias = !p.key_bias || (b == packed_b && j == packed_j);
+    if (key == packed_key && value == packed_value && index == packed_index && same_bias) return;
+    packed_key = key, packed_value = value, packed_index = index, packed_b = b, packed_j = j;
     keys = 0;
     for (int64_t s = 0; s < p.S; ++s) {
       const int64_t n = index ? index[s] : s;
-      if (n < 0) continue;
+      if (n < 0 || masked<T>(p, b, j, n)) continue;
       pack_row<E>(key + n * p.key.stride_n, p.D, T{1}, key_rows + keys * Dp);
       pack_row<E>(value + n * p.value.stride_n, p.D, T{1}, value_rows + keys * Dp);
       present[keys++] = s;
@@ -161,9 +177,9 @@ struct Core {
     k = key_rows, v = value_rows, key_stride = value_stride = Dp;
   }
 
-  int64_t slot(int64_t key) const { return p.index ? present[key] : key; }
+  int64_t slot(int64_t key) const { return keys < p.S ? present[key] : key; }
   int64_t token(int64_t key, int64_t b, int64_t j, int64_t h) const {
-    return p.index ? index_of(b, j, h)[present[key]] : key;
+    return p.index ? index_of(b, j, h)[slot(key)] : slot(key);
   }
 
   // The transposed queries of a block; kept from sequence to sequence where they are the same.
@@ -203,10 +219,7 @@ struct Core {
       for (int64_t key = k0; key < k1; ++key) {
         const T add = bias[token(key, b, j, h) * p.key_bias_stride_n];
         T* row = scores + (key - k0) * Q;
-        // Last, as -inf masks a key whatever its logit and its bias are, NaN included.
-        for (int64_t e = 0; e < vectors; ++e) {
-          store(row + e * lanes, add == -static_cast<T>(INFINITY) ? splat(add) : load(row + e * lanes) + add);
-        }
+        for (int64_t e = 0; e < vectors; ++e) store(row + e * lanes, load(row + e * lanes) + add);
       }
     }
   }
@@ -426,15 +439,18 @@ struct Core {
   // Gradients of the packed keys to the tokens they came from; a token in several slots gets their sum, in order.
   void write_grad_rows(const HeadsView& to, const T* rows, int64_t b, int64_t j, int64_t h) {
     S* out = at(to, b, j, h);
-    if (!p.index) {
-      for (int64_t n = 0; n < p.Nk; ++n) write_row(out + n * to.stride_n, rows + n * Dp, T{1});
-      return;
-    }
     const int64_t *start = p.start + b * p.start_stride_b, *slots = p.slots + b * p.slots_stride_b;
-    for (int64_t key = 0; key < keys; ++key) place[present[key]] = key;
-    for (int64_t n = 0; n < p.Nk; ++n) {
+    if (p.index) {
+      for (int64_t key = 0; key < keys; ++key) place[slot(key)] = key;
+    }
+    for (int64_t n = 0, key = 0; n < p.Nk; ++n) {
+      const bool absent = masked<T>(p, b, j, n);
+      if (!p.index && !absent) {
+        write_row(out + n * to.stride_n, rows + key++ * Dp, T{1});
+        continue;
+      }
       fill(out_rows, Dp, T{0});
-      for (int64_t e = start[n]; e < start[n + 1]; ++e) {
+      for (int64_t e = absent ? 0 : start[n]; !absent && e < start[n + 1]; ++e) {
         const T* row = rows + place[slots[e]] * Dp;
         for (int64_t d = 0; d < Dp; d += lanes) store(out_rows + d, load(out_rows + d) + load(row + d));
       }

@@ -69,7 +69,7 @@ struct Each {
     const int64_t* index = p.index + b * p.index_stride_b + j * p.index_stride_j + h * p.index_stride_h + i * p.index_stride_q;
     keys = 0;
     for (int64_t s = 0; s < p.S; ++s) {
-      if (index[s] >= 0) tokens[keys] = index[s], present[keys++] = s;
+      if (index[s] >= 0 && !masked<T>(p, b, j, index[s])) tokens[keys] = index[s], present[keys++] = s;
     }
     for (int64_t s = keys; s < round_up(keys, lanes); ++s) tokens[s] = tokens[0];
   }
@@ -162,10 +162,7 @@ struct Each {
     }
     if (p.key_bias) {
       const T* bias = static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j;
-      for (int64_t key = 0; key < keys; ++key) {  // last, as -inf masks a key whatever the rest is, NaN included
-        const T add = bias[tokens[key] * p.key_bias_stride_n];
-        logits[key] = add == -static_cast<T>(INFINITY) ? add : logits[key] + add;
-      }
+      for (int64_t key = 0; key < keys; ++key) logits[key] += bias[tokens[key] * p.key_bias_stride_n];
     }
   }
 
@@ -224,6 +221,7 @@ struct Each {
 
   // One token's gradients: its queries in ascending order.
   void backward_key(int64_t b, int64_t j, int64_t n) {
+    const bool absent = masked<T>(p, b, j, n);
     for (int64_t h = 0; h < p.H; ++h) {
       const int64_t* start = p.start + b * p.start_stride_b + j * p.start_stride_j + h * p.start_stride_h + n;
       const int64_t* slots = p.slots + b * p.slots_stride_b + j * p.slots_stride_j + h * p.slots_stride_h;
@@ -234,7 +232,7 @@ struct Each {
         const S* base = at(x, b, j, h, 0);
         const int64_t* mine = slots + start[0];
         sum_rows(
-            start[1] - start[0], [&](int64_t e) { return weights[mine[e]]; },
+            absent ? 0 : start[1] - start[0], [&](int64_t e) { return weights[mine[e]]; },
             [&](int64_t e) { return base + mine[e] / p.S * x.stride_n; },
             [&](int64_t d, vec value) { write(at(to, b, j, h, n), d, value * scale); });
       };

@@ -94,7 +94,9 @@ struct Single {
 
 // Two blocks of a cluster each centre half of the tokens, for both. No warp asks whether a place is free: before it
 // puts chunk i it has waited for chunk i - 2, of which every warp of both blocks put a share, after it had multiplied
-// chunk i - 4, the last in this place. Hence four places, and hence warps without tokens put something, too.
+// chunk i - 4, the last in this place. Hence four places, and hence warps without tokens put something, too. That a
+// warp's loads of one chunk come before its asynchronous stores of a later one, PTX does not say; the machine code does,
+// in which products that need what was loaded are issued first.
 struct Pair {
   static constexpr int kChunk = 32, kSlots = 4, kTokens = kTile / 2;
   Tokens& s;

@@ -48,11 +48,13 @@ def gathered_attention_reference(
         if key_bias is not None:
             extra = gather(extra.expand(*batch, H, Nk)[..., None])[..., 0]
 
+    if key_bias is not None:  # a masked key is as absent: NaN in it, or in its value, comes nowhere
+        k, v = (torch.where((extra != -torch.inf)[..., None], x, 0.0) for x in (k, v))
     logits = (q.unsqueeze(group) @ k.mT).flatten(-3, -2)
     logits = logits * (query.shape[-1] ** -0.5 if scale is None else scale) + extra
     if bias is not None:
         logits = logits + bias.to(dtype)
-    logits = torch.where(allowed & (extra != -torch.inf), logits, -torch.inf)  # masks NaN, too
+    logits = torch.where(allowed & (extra != -torch.inf), logits, -torch.inf)  # masks NaN of a bias, too
 
     top = logits.detach().amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)

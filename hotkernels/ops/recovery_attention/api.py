@@ -65,7 +65,7 @@ def recovery_attention(
     Args:
         query: [H, L, D], shared by the whole batch, or [*batch, H, L, D]; float32, float16, bfloat16 or float64.
         key, value: [*batch, H, M, D], one or two batch dims, any strides with a contiguous last dim. D from 1 to 256.
-        key_mask: [*batch, M] bool, True = attend; None = all.
+        key_mask: [*batch, M] bool, True = attend; None = all. What is in a masked key or its value does not matter.
         scale: of the logits; None = 1 / sqrt(D).
         dropout_p: dropout on the probabilities, always applied if > 0 (on the torch backend).
         backend: "torch", "cpp", "triton", or None for the fastest that can serve the call.
