@@ -133,6 +133,7 @@ def test_a_query_that_is_the_same_for_the_whole_batch(options: dict[str, Any]) -
     assert_as_published(ours, eager, lambda m, t, x: m(t.expand(3, -1, -1), x, x), [token, x], repeated)
     assert_as_published(ours, eager, lambda m, t, x: m(t, x, x), [token, x], repeated)
     assert_as_published(ours, eager, repeated, [token, x])
+    assert ours(token.expand(0, -1, -1), x[:0], x[:0]).shape == (0, 27, 32)
 
 
 @each_option
@@ -249,6 +250,19 @@ def test_token_pruning(center: bool) -> None:
     torch.testing.assert_close(flipped, gather_tokens(x.flip(-1), index) + module.pos_embed_token[:, :, None])
 
 
+def test_frames_that_are_no_numbers_are_chosen_where_others_are_too_few() -> None:
+    """A sample of NaN stays one, rather than become a plausible pose of the others' average."""
+    module, x = TokenPruning(8, 9), torch.randn(3, 27, 5, 8)
+    x[0, 4, 2, 1] = torch.nan  # enough others
+    x[1, 5:, 0, 0] = torch.nan  # five others
+    x[2, :, 3] = torch.inf
+    pruned, index = module(x)
+    assert (index.diff() > 0).all()
+    assert 4 not in index[0]
+    assert index[1].tolist() == index[2].tolist() == [*range(9)]
+    assert [t.isfinite().all().item() for t in pruned] == [True, False, False]
+
+
 def test_the_choice_is_the_same_every_time() -> None:
     x = torch.randn(2, 27, 5, 8)
     index = TokenPruning(8, 9)(x)[1]
@@ -362,6 +376,8 @@ def test_what_a_hook_sees_is_not_overwritten() -> None:
         (lambda: Attention(30), r"^Attention: dim must be a multiple of num_heads = 8, got 30$"),
         (lambda: CrossAttention(30), r"^CrossAttention: dim must be a multiple of num_heads = 8, got 30$"),
         (lambda: Attention(16, num_heads=0), r"^Attention: num_heads must be at least 1, got 0$"),
+        (lambda: Attention(1024, 2), r"^Attention: num_heads must be at least dim / 256 = 4, got 2$"),
+        (lambda: TokenPruning(16, 0), r"^TokenPruning: token_num must be at least 1, got 0$"),
         (lambda: Attention(16)(torch.zeros(5, 16)), r"^Attention: x must be \[.+, got \[5, 16\]$"),
         (lambda: Attention(16)(torch.zeros(2, 5, 16), along=-3), r"^Attention: x must be \[.+, got \[2, 5, 16\]$"),
         (lambda: Attention(16)(torch.zeros(2, 5, 3, 16), along=0), r"^Attention: \w+ must be .+, got .+$"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Attention
-from ..ops.dpc_knn import dpc_knn
+from ..nn.hourglass import cluster_frames
 from ..ops.gathered_attention.api import unpack
 
 
@@ -34,14 +34,13 @@ Select = Callable[[Tensor, int, Scene], Tensor]
 
 def cluster(x: Tensor, token_num: int, scene: Scene) -> Tensor:
     """TPC: the density peaks among the frames (k = 2), by the mean of their joints' tokens; reproducible."""
-    return dpc_knn(x.detach().mean(2), token_num, 2, keep=scene.keep, assign=False, ordered=True).index
+    return cluster_frames(x, token_num, keep=scene.keep)
 
 
 def cluster_random(x: Tensor, token_num: int, scene: Scene) -> Tensor:
     """TPC as published: equal densities are ordered by one ``torch.rand(B, F)`` of the global generator."""
-    pooled = x.detach().mean(2)
-    noise = torch.rand(pooled.shape[:2], device=x.device, dtype=pooled.dtype) * 1e-6
-    return dpc_knn(pooled, token_num, 2, keep=scene.keep, noise=noise, assign=False, ordered=True).index
+    noise = torch.rand(x.shape[:2], device=x.device, dtype=x.dtype) * 1e-6
+    return cluster_frames(x, token_num, keep=scene.keep, noise=noise)
 
 
 def uniform(x: Tensor, token_num: int, scene: Scene) -> Tensor:

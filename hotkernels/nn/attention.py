@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check_int, fail
-from ..ops.gathered_attention.api import packed_attention
+from ..ops.gathered_attention.api import MAX_HEAD_DIM, packed_attention
 from ..ops.recovery_attention import recovery_attention
 from .linear import is_bare, linear, multiply, unrecorded
 
@@ -120,7 +120,7 @@ class CrossAttention(nn.Module):
         if x_1.dim() == 3:
             if x_1.shape[0] not in (1, x_2.shape[0]):
                 fail("CrossAttention", "x_1", f"[B, L, C] with x_2's B = {x_2.shape[0]}", list(x_1.shape))
-            if x_1.shape[0] == 1 or x_1.stride(0) == 0:
+            if x_1.shape[0] == 1 or (x_1.shape[0] > 0 and x_1.stride(0) == 0):
                 x_1 = x_1[0]
         # [B, L, (J,) C] -> [B, (J,) H, L, D], a view
         query, key, value = (
@@ -158,6 +158,8 @@ def _check_dim(module: str, dim: int, num_heads: int) -> None:
     check_int(module, "num_heads", num_heads, 1, None)
     if dim % num_heads != 0:
         fail(module, "dim", f"a multiple of num_heads = {num_heads}", dim)
+    if dim // num_heads > MAX_HEAD_DIM:
+        fail(module, "num_heads", f"at least dim / {MAX_HEAD_DIM} = {-(-dim // MAX_HEAD_DIM)}", num_heads)
 
 
 def dropout_p(module: nn.Module) -> float:

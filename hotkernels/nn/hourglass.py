@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_tensor
+from ..errors import check_int, check_tensor
 from ..ops.dpc_knn import dpc_knn
 from ..ops.gather_tokens import gather_tokens
 from .attention import CrossAttention
@@ -27,6 +29,7 @@ class TokenPruning(nn.Module):
 
     def __init__(self, dim: int, token_num: int, k: int = 2, center: bool = False, seed: int = 0) -> None:
         super().__init__()
+        check_int("TokenPruning", "token_num", token_num, 1, None)
         self.token_num = token_num
         self.k = k
         self.center = center
@@ -47,9 +50,20 @@ class TokenPruning(nn.Module):
         if index is None:
             # A tensor: its value is nothing that an export for any number of frames has to prove in range.
             keep = torch.full((1,), (x.shape[1] - 1) // 2, device=x.device) if self.center else None
-            pooled = x.detach().mean(2)
-            index = dpc_knn(pooled, self.token_num, self.k, keep=keep, seed=self.seed, assign=False, ordered=True).index
+            index = cluster_frames(x, self.token_num, self.k, keep=keep, seed=self.seed)
         return gather_tokens(x, index, self.pos_embed_token), index
+
+
+def cluster_frames(x: Tensor, token_num: int, k: int = 2, **more: Any) -> Tensor:
+    """The frames of x [B, F, J, C] that stand for all, by the mean of their joints' tokens: [B, M] int64, ascending.
+
+    Frames with NaN are chosen where there are not enough others, the first ones first: what is no number stays none.
+    """
+    index = dpc_knn(x.detach().mean(2), token_num, k, **more, assign=False, ordered=True).index
+    places = x.shape[1] + 1  # one more, which -1 names, and which is always left
+    left = torch.ones(len(x), places, dtype=torch.uint8, device=x.device).scatter(1, index % places, 0)
+    left[:, -1] = 1
+    return left.argsort(dim=1, stable=True)[:, :token_num].sort(1).values
 
 
 class TokenRecovery(nn.Module):
