@@ -48,17 +48,24 @@ def test_a_cluster_whose_weight_has_no_reciprocal(backend: str) -> None:
     assert not any(t.any() for t in (out, x.grad, weight.grad))
 
 
-def test_an_unassigned_token_is_never_read(backend: str) -> None:
-    x = torch.randn(1, 5, 7)
-    x[0, 2] = torch.nan
-    assignment = torch.tensor([[0, 1, -1, 1, 0]])
-    if backend == "torch":
-        pytest.skip("PyTorch adds it to a cluster that is thrown away")
-    x.requires_grad_()
-    out = merge_tokens(x, assignment, 2, backend=backend)
+def test_an_unassigned_token_and_its_weight_do_not_matter(backend: str) -> None:
+    x, weight = torch.randn(1, 5, 7), torch.rand(1, 5)
+    x[0, 2] = weight[0, 2] = torch.nan
+    x.requires_grad_(), weight.requires_grad_()
+    out = merge_tokens(x, torch.tensor([[0, 1, -1, 1, 0]]), 2, weight, backend=backend)
     out.sum().backward()
-    assert out.isfinite().all()
+    assert all(t.isfinite().all() for t in (out, x.grad, weight.grad))
     assert not x.grad[0, 2].any()
+    assert not weight.grad[0, 2].any()
+
+
+def test_the_result_may_be_changed_in_place(backend: str) -> None:
+    """As by `merged += pos`; with a gradient of the weight, which is computed from the result, it is an error."""
+    x = torch.randn(1, 5, 7, requires_grad=True)
+    out = merge_tokens(x, torch.tensor([[0, 1, 0, 1, 0]]), 2, torch.rand(1, 5), backend=backend)
+    expected = torch.autograd.grad(out.sum(), x, retain_graph=True)
+    out += 1.0
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], expected[0])
 
 
 def test_eps_counts(backend: str) -> None:

@@ -31,8 +31,8 @@ class MergeTokens(torch.autograd.Function):
         need_weight = ctx.needs_input_grad[3]
         out, total, mean = torch.ops.hotkernels.merge_tokens_fwd(x, assignment, num_clusters, weight, eps, need_weight)
         # In half types, out is rounded: too coarse for the small difference x - out that is a weight's gradient.
-        half = x.dtype in HALF
-        ctx.save_for_backward(mean if half and need_weight else out, total, x, assignment, weight)
+        kept = None if not need_weight else mean if x.dtype in HALF else out
+        ctx.save_for_backward(kept, total, x, assignment, weight)
         return out
 
     @staticmethod
@@ -40,7 +40,9 @@ class MergeTokens(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         """Give each token its cluster's gradient, scaled."""
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        mean, *saved = ctx.saved_tensors  # mean is rounded only where it is not read
+        mean, *saved = ctx.saved_tensors
+        grad_out = grad_out.contiguous()
+        mean = grad_out if mean is None else mean  # then only its shape is read
         grad_x, grad_weight = torch.ops.hotkernels.merge_tokens_bwd(grad_out, mean, *saved, need_weight)
         return grad_x if need_x else None, None, None, grad_weight if need_weight else None, None
 
