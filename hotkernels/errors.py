@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import math
 import numbers
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -17,6 +17,7 @@ HALF = (torch.float16, torch.bfloat16)
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER = (torch.int64, torch.int32)
 INTS: Any = (int, torch.SymInt, numbers.Integral)  # the last are NumPy's
+_INT64_MAX, _FLOAT64_MAX = torch.iinfo(torch.int64).max, sys.float_info.max
 FLOATS: Any = (float, int, torch.SymFloat, numbers.Real)
 
 _looking = contextvars.ContextVar("hotkernels_checked", default=False)
@@ -76,13 +77,16 @@ def check_int(op: str, arg: str, value: Any, low: int, high: int | None, meaning
         fail(op, arg, "an int", type(value).__name__, TypeError)
     if value < low or (high is not None and value > high):
         fail(op, arg, f"at least {low}" if high is None else f"in [{low}, {meaning}{high}]", value)
+    if value > _INT64_MAX:
+        fail(op, arg, "an int64", value)
 
 
 def check_float(op: str, arg: str, value: Any) -> None:
     """Check that `value` is a finite number, of Python or NumPy."""
     if isinstance(value, bool) or not isinstance(value, FLOATS):
         fail(op, arg, "a float", type(value).__name__, TypeError)
-    if not -math.inf < value < math.inf:  # not isfinite, which torch.compile cannot ask about a float that changes
+    # Not isfinite, which torch.compile cannot ask about a float that changes; an int may be larger than any float.
+    if not -_FLOAT64_MAX <= value <= _FLOAT64_MAX:
         fail(op, arg, "finite", value)
 
 

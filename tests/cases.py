@@ -296,6 +296,7 @@ OPS.append(
             Bad("assignment", lambda a: {"assignment": a["assignment"].to("meta")}),
             Bad("num_clusters", lambda a: {"num_clusters": 0}),
             Bad("num_clusters", lambda a: {"num_clusters": 2.0}, TypeError),
+            Bad("num_clusters", lambda a: {"num_clusters": 2**63}),
             Bad("weight", lambda a: {"weight": a["weight"].long()}, TypeError),
             Bad("weight", lambda a: {"weight": a["weight"][:, :-1]}),
             Bad("weight", lambda a: {"weight": a["weight"].mT}),
@@ -303,6 +304,7 @@ OPS.append(
             Bad("eps", lambda a: {"eps": None}, TypeError),
             Bad("eps", lambda a: {"eps": torch.tensor(1e-6)}, TypeError),
             Bad("eps", lambda a: {"eps": torch.nan}),
+            Bad("eps", lambda a: {"eps": 10**400}),
             Bad("backend", lambda a: {"backend": "fpga"}),
         ],
     )
@@ -407,6 +409,7 @@ OPS.append(
             Bad("noise", lambda a: {"noise": torch.rand(2, 9, device="meta")}),
             Bad("keep", lambda a: {"keep": 9}),
             Bad("keep", lambda a: {"keep": [0, -2]}),
+            Bad("keep", lambda a: {"keep": [0, 9]}),
             Bad("keep", lambda a: {"keep": [0.5]}, TypeError),
             Bad("keep", lambda a: {"keep": 0.5}, TypeError),
             Bad("keep", lambda a: {"keep": [0, 1, 2, 3, 4]}),
