@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import layouts
 
 from hotkernels import checked, gather_tokens
 from hotkernels.autograd import GatherTokens
@@ -29,6 +30,12 @@ def test_copies_are_exact(backend: str) -> None:
     out = gather_tokens(x, torch.tensor([[2, -1]]), backend=backend)
     assert torch.equal(out[0, 0].view(torch.int32), x[0, 0].contiguous().view(torch.int32))
     assert not out[0, 1].view(torch.int32).any()
+
+
+def test_the_result_is_contiguous(backend: str) -> None:
+    index = torch.tensor([[2, -1], [0, 4]])
+    for view in layouts(torch.randn(2, 5, 3, 4)).values():
+        assert gather_tokens(view, index, backend=backend).is_contiguous()
 
 
 def test_an_absent_place_still_gets_its_position(backend: str) -> None:

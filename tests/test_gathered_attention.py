@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import gradcheck
 from torch.nn import functional as F  # noqa: N812
 
-from hotkernels import checked, gathered_attention, invert_index
+from hotkernels import checked, gathered_attention, invert_index, recovery_attention
 from hotkernels.autograd import GatheredAttention
 from hotkernels.bench.workloads import rounding_floor
 from hotkernels.ops.gathered_attention.api import PackedAttention, packed_attention, unpack
@@ -316,7 +316,6 @@ def test_gradcheck(backend: str, kind: str, batch: tuple[int, ...]) -> None:
 # ---- layouts and sizes -----------------------------------------------------------------------------------------------
 
 
-@only_cpp
 @each_kind
 def test_heads_are_merged_by_a_view(backend: str, kind: str) -> None:
     for batch in ((2,), (2, 3)):
@@ -493,6 +492,22 @@ def test_a_slot_out_of_range_is_absent_on_a_gpu(backend: str, kind: str) -> None
         saved = (query, key, value, out, lse, slots, *inverse, None, None, 0.3, False, False)
         answers.append((out, lse, *torch.ops.hotkernels.gathered_attention_bwd(out, None, *saved)))
     assert_equal(answers[1], answers[0])
+
+
+@pytest.mark.parametrize("op", [gathered_attention, recovery_attention])
+def test_compiles_with_one_tensor_as_several_arguments(backend: str, op: Any) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    x, y = torch.randn(2, 2, 2, 9, 16).unbind(0)
+    for args in ((x, x, x), (x, y, y), (x, x, y), (x, y, x)):
+        given = [t.clone().requires_grad_() for t in (x, y)]
+        chosen = [given[0] if t is x else given[1] for t in args]
+        used = [t for t in given if any(t is c for c in chosen)]
+        ours, plain = (
+            [out := f(*chosen, backend=backend), *torch.autograd.grad(out.sum(), used)] for f in (compiled, op)
+        )
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 # ---- raw operators ---------------------------------------------------------------------------------------------------

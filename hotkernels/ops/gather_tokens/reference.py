@@ -16,4 +16,4 @@ def gather_tokens_reference(x: Tensor, index: Tensor, pos: Tensor | None = None)
         out = torch.where(there, x[torch.arange(B, device=x.device)[:, None], index.clamp(0, N - 1)], 0)
     if pos is not None:
         out = out + pos.reshape(pos.shape[0], *[1] * (x.dim() - 3), pos.shape[1])
-    return out.to(x.dtype)
+    return out.to(x.dtype).contiguous()

@@ -170,6 +170,14 @@ def checked_heads(
     return query, key, value
 
 
+def distinct(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three tensors, also where some are one: torch.compile gives no tensor to a Function twice."""
+    if torch.compiler.is_compiling():
+        key = key.view_as(key) if key is query else key
+        value = value.view_as(value) if value is query or value is key else value
+    return query, key, value
+
+
 def check_scale(op: str, scale: float | None, D: int) -> float:
     """The scale of the logits: 1 / sqrt(D) unless given."""
     if scale is None:
@@ -317,6 +325,7 @@ def gathered_attention(
     elif not wants_grad(query, key, value, bias, key_bias):
         out, lse = torch.ops.hotkernels.gathered_attention_fwd(query, key, value, index, bias, key_bias, scale)
     else:
+        query, key, value = distinct(query, key, value)
         out, lse = GatheredAttention.apply(query, key, value, index, start, slots, bias, key_bias, scale)
     return (out, lse) if return_lse else out
 

@@ -64,4 +64,4 @@ def gathered_attention_reference(
     lse = torch.where(empty, -torch.inf, top + torch.where(empty, 1.0, total).log())[..., 0]
     weights = torch.nn.functional.dropout(weights / torch.where(empty, 1.0, total), dropout_p)
     out = (weights.unsqueeze(group) @ v).flatten(-3, -2)
-    return out.to(query.dtype), lse
+    return out.to(query.dtype).movedim(-2, 1).contiguous().movedim(1, -2), lse  # stored token by token

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...backends import TRITON_DEVICE, Kernel, differentiable_once, fake, implement_in_triton, register, wants_grad
 from ...errors import FLOATING, check_tensor, fail
-from ..gathered_attention.api import TRITON_DTYPES, check_scale, checked_heads, choose_attention
+from ..gathered_attention.api import TRITON_DTYPES, check_scale, checked_heads, choose_attention, distinct
 from .reference import mask_bias, recovery_attention_reference
 
 _OP = "recovery_attention"
@@ -106,7 +106,7 @@ def recovery_attention(
     key_bias = None if key_mask is None else mask_bias(key_mask, key)
     if not wants_grad(query, key, value):
         return torch.ops.hotkernels.recovery_attention_fwd(query, key, value, key_bias, scale)[0]
-    return RecoveryAttention.apply(query, key, value, key_bias, scale)
+    return RecoveryAttention.apply(*distinct(query, key, value), key_bias, scale)
 
 
 @fake("recovery_attention_fwd")
