@@ -13,6 +13,9 @@
 
 #include "hotkernels/common.h"
 
+// PyTorch's, from 2.13 on.
+extern "C" __attribute__((weak, visibility("default"))) const char* torch_exception_get_what_without_backtrace();
+
 namespace hotkernels {
 
 using torch::headeronly::ScalarType;
@@ -48,6 +51,17 @@ inline DType dtype_of(const Tensor& t, const char* op, const char* arg) {
     default: HK_CHECK(false, op, arg, "float32, float16, bfloat16 or float64", torch::headeronly::toString(t.scalar_type()));
   }
   return DType::f32;
+}
+
+// An uninitialised tensor. Where there is no memory for it, the error is in PyTorch's words, if it tells them.
+template <class... Type>
+Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, Type... type) {
+  try {
+    return torch::stable::new_empty(like, shape, type...);
+  } catch (const std::runtime_error&) {
+    if (torch_exception_get_what_without_backtrace == nullptr) throw;
+    throw std::runtime_error(torch_exception_get_what_without_backtrace());
+  }
 }
 
 // Index values lie in [-1, size): -1 is "no token here".

@@ -37,11 +37,11 @@ struct DpcKnnCall {
       check_optional(keep, x, "keep", ScalarType::Long, "int64", keep->size(0), keep->size(1));
     }
 
-    index = torch::stable::new_empty(x, {B, M}, ScalarType::Long);
-    assignment = torch::stable::new_empty(x, {B, assign ? N : 0}, ScalarType::Long);
-    density = torch::stable::new_empty(x, {B, N}, ScalarType::Float);
-    delta = torch::stable::new_empty(x, {B, N}, ScalarType::Float);
-    score = torch::stable::new_empty(x, {B, N}, ScalarType::Float);
+    index = allocate(x, {B, M}, ScalarType::Long);
+    assignment = allocate(x, {B, assign ? N : 0}, ScalarType::Long);
+    density = allocate(x, {B, N}, ScalarType::Float);
+    delta = allocate(x, {B, N}, ScalarType::Float);
+    score = allocate(x, {B, N}, ScalarType::Float);
 
     p.B = B, p.N = N, p.C = C, p.M = M, p.k = k;
     p.x = x.const_data_ptr();

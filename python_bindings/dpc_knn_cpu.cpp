@@ -15,7 +15,7 @@ Peaks dpc_knn(const Tensor& x, int64_t num_clusters, int64_t k, const std::optio
   const auto scratch_fn = HK_CPU_DISPATCH(set, dpc_knn_scratch);
   const auto fwd = HK_CPU_DISPATCH(set, dpc_knn_fwd);
   const auto scratch_for = [&](int32_t threads) {
-    return torch::stable::new_empty(x, {scratch_fn(p, threads) + 64}, ScalarType::Byte);
+    return allocate(x, {scratch_fn(p, threads) + 64}, ScalarType::Byte);
   };
   const auto aligned = [](Tensor& t) {
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + 63) & ~uintptr_t{63});

@@ -12,7 +12,7 @@ Peaks dpc_knn(const Tensor& x, int64_t num_clusters, int64_t k, const std::optio
   const DpcKnnCall call(x, num_clusters, k, mask, keep, noise, seed, assign, ordered);
   check_32_bits(call.p.N, kDpcKnn, "x", "tokens per sample");
   check_32_bits(call.p.C, kDpcKnn, "x", "channels");
-  Tensor scratch = torch::stable::new_empty(x, {dpc_knn_scratch_cuda(call.p)}, ScalarType::Byte);
+  Tensor scratch = allocate(x, {dpc_knn_scratch_cuda(call.p)}, ScalarType::Byte);
   check_launch(dpc_knn_fwd_cuda(call.p, scratch.mutable_data_ptr(), current_stream(x.get_device_index())), kDpcKnn);
   return call.results();
 }

@@ -78,7 +78,7 @@ struct GatherTokensCall {
     }
     std::vector<int64_t> shape{p.B, p.M};
     for (int64_t d = 2; d < x.dim(); ++d) shape.push_back(x.size(d));
-    out = torch::stable::new_empty(x, shape);
+    out = allocate(x, shape);
     p.out = out.mutable_data_ptr();
   }
 };
@@ -96,7 +96,7 @@ struct GatherTokensGradCall {
     HK_CHECK(num_tokens >= 0, kGatherTokens, "num_tokens", "at least 0", num_tokens);
     std::vector<int64_t> shape{grad_out.size(0), num_tokens};
     for (int64_t d = 2; d < grad_out.dim(); ++d) shape.push_back(grad_out.size(d));
-    grad_x = torch::stable::new_empty(grad_out, shape);
+    grad_x = allocate(grad_out, shape);
     p.B = grad_out.size(0), p.N = num_tokens, p.M = index.size(1), p.R = rows.R, p.C = rows.C;
     p.grad_out = rows.tensor.const_data_ptr(), p.dtype = dtype_of(grad_out, kGatherTokens, "grad_out");
     p.grad_stride_b = rows.tensor.stride(0), p.grad_stride_m = rows.tensor.stride(1), p.grad_stride_r = rows.stride_r;

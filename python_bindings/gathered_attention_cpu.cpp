@@ -101,8 +101,8 @@ struct Problem {
 
   // [*batch, H, N, D] stored [B, N, (J,) H, D]: flattening the heads is a free view.
   Tensor token_major(const Tensor& like, int64_t N) const {
-    if (batch_dims == 1) return torch::stable::transpose(torch::stable::new_empty(like, {p.B, N, p.H, p.D}), 1, 2);
-    Tensor t = torch::stable::new_empty(like, {p.B, N, p.J, p.H, p.D});
+    if (batch_dims == 1) return torch::stable::transpose(allocate(like, {p.B, N, p.H, p.D}), 1, 2);
+    Tensor t = allocate(like, {p.B, N, p.J, p.H, p.D});
     return torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3);
   }
 
@@ -182,7 +182,7 @@ using Kernel = void (*)(const Attention&, int64_t, int64_t, void*);
 // Runs a kernel over its work items, each thread with scratch of its own.
 void run(const Attention& p, int64_t items, int64_t grain, int64_t scratch_bytes, Kernel kernel, const Tensor& like) {
   torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    Tensor scratch = torch::stable::new_empty(like, {scratch_bytes + 64}, ScalarType::Byte);
+    Tensor scratch = allocate(like, {scratch_bytes + 64}, ScalarType::Byte);
     const auto address = (reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) + 63) & ~uintptr_t{63};
     kernel(p, begin, end, reinterpret_cast<void*>(address));
   });
@@ -190,7 +190,7 @@ void run(const Attention& p, int64_t items, int64_t grain, int64_t scratch_bytes
 
 // The sum over the first dim, in order.
 Tensor sum_parts(const Tensor& parts, const std::vector<int64_t>& shape) {
-  Tensor sum = torch::stable::new_empty(parts, shape);
+  Tensor sum = allocate(parts, shape);
   const int64_t count = parts.size(0), size = sum.numel();
   const auto add = [&](auto* to, const auto* from) {
     torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
@@ -214,7 +214,7 @@ std::tuple<Tensor, Tensor> attention_forward(const AttentionArgs& args) {
   Problem problem(args);
   Attention& p = problem.p;
   Tensor out = problem.token_major(problem.query, p.Nq);
-  Tensor lse = torch::stable::new_empty(problem.query, problem.per_head({p.Nq}), problem.compute_type());
+  Tensor lse = allocate(problem.query, problem.per_head({p.Nq}), problem.compute_type());
   p.out = problem.view(out), p.lse = lse.mutable_data_ptr();
   const Isa set = isa();
   if (p.index_per_query) {
@@ -290,8 +290,8 @@ AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_
   if (p.index_per_query) {
     HK_CHECK(!shared_query, op, "query", "of key's batch where the index is per query", shape_of(like));
     const std::vector<int64_t> shape = problem.per_head({p.Nq, p.S});
-    Tensor probabilities = torch::stable::new_empty(like, shape, compute);
-    Tensor grad_logits = need_bias ? grads.bias : torch::stable::new_empty(like, shape, compute);
+    Tensor probabilities = allocate(like, shape, compute);
+    Tensor grad_logits = need_bias ? grads.bias : allocate(like, shape, compute);
     p.probabilities = probabilities.mutable_data_ptr(), p.grad_logits = grad_logits.mutable_data_ptr();
     const int64_t bytes = HK_CPU_DISPATCH(set, attention_per_query_scratch)(p);
     run(p, p.B * p.J * p.Nq, 16, bytes, HK_CPU_DISPATCH(set, attention_per_query_bwd_queries), like);
@@ -337,7 +337,7 @@ Tensor packed_backward(const Tensor& grad_out, const Tensor& query, const Tensor
   std::vector<int64_t> shape{query.size(0), query.size(n - 2)};
   if (n == 5) shape.push_back(query.size(1));
   shape.insert(shape.end(), {3, query.size(n - 3), query.size(n - 1)});
-  Tensor packed = torch::stable::new_empty(query, shape);
+  Tensor packed = allocate(query, shape);
   attention_backward(args, grad_out, std::nullopt, out, lse, std::nullopt, std::nullopt, false, false, &packed);
   return packed;
 }

@@ -26,9 +26,9 @@ struct InvertIndexCall {
     p.G = 1, p.L = index.size(index.dim() - 1), p.N = num_tokens;
     for (int64_t d = 0; d + 1 < index.dim(); ++d) shape.push_back(index.size(d)), p.G *= index.size(d);
     shape.push_back(num_tokens + 1);
-    start = torch::stable::new_empty(index, shape);
+    start = allocate(index, shape);
     shape.back() = p.L;
-    slots = torch::stable::new_empty(index, shape);
+    slots = allocate(index, shape);
     p.index = index.const_data_ptr<int64_t>();
     p.start = start.mutable_data_ptr<int64_t>(), p.slots = slots.mutable_data_ptr<int64_t>();
   }

@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor> invert_index(const Tensor& index, int64_t num_tokens)
   check_32_bits(num_tokens, kInvertIndex, "num_tokens", "tokens");  // before memory for as many is asked for
   const InvertIndexCall call(index, num_tokens);
   check_32_bits(call.p.L, kInvertIndex, "index", "entries per row");
-  Tensor scratch = torch::stable::new_empty(index, {invert_index_scratch_cuda(call.p)}, ScalarType::Byte);
+  Tensor scratch = allocate(index, {invert_index_scratch_cuda(call.p)}, ScalarType::Byte);
   const CudaStream stream = current_stream(index.get_device_index());
   check_launch(invert_index_cuda(call.p, scratch.mutable_data_ptr(), stream), kInvertIndex);
   return {call.start, call.slots};

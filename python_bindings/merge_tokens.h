@@ -50,9 +50,9 @@ struct MergeTokensCall : MergeTokensInputs {
                   const std::optional<Tensor>& weight, double eps, bool need_mean)
       : MergeTokensInputs(given, assignment, num_clusters, weight) {
     const bool keep_mean = half() && need_mean;
-    out = torch::stable::new_empty(x, {p.B, p.M, p.C});
-    total = torch::stable::new_empty(x, {p.B, p.M}, compute_type());
-    mean = torch::stable::new_empty(x, {keep_mean ? p.B : 0, p.M, p.C}, compute_type());
+    out = allocate(x, {p.B, p.M, p.C});
+    total = allocate(x, {p.B, p.M}, compute_type());
+    mean = allocate(x, {keep_mean ? p.B : 0, p.M, p.C}, compute_type());
     p.eps = eps, p.out = out.mutable_data_ptr(), p.total = total.mutable_data_ptr();
     if (keep_mean) p.mean = mean.mutable_data_ptr();
   }
@@ -74,8 +74,8 @@ struct MergeTokensGradCall : MergeTokensInputs {
     check(grad_out, "grad_out", x.scalar_type(), true);
     check(mean, "mean", need_weight ? compute_type() : mean.scalar_type(), true);
     check(total, "total", compute_type(), false);
-    grad_x = torch::stable::new_empty(x, {p.B, p.N, p.C});
-    grad_weight = torch::stable::new_empty(x, {p.B, need_weight ? p.N : 0});
+    grad_x = allocate(x, {p.B, p.N, p.C});
+    grad_weight = allocate(x, {p.B, need_weight ? p.N : 0});
     p.grad_out = grad_out.const_data_ptr();
     p.mean = const_cast<void*>(mean.const_data_ptr()), p.total = const_cast<void*>(total.const_data_ptr());
     p.grad_x = grad_x.mutable_data_ptr();

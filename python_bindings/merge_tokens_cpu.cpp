@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& assign
   const int64_t chunks = (p.C + kChannels - 1) / kChannels;
   parallel(p.B * chunks, [&](int64_t begin, int64_t end) {
     Tensor scratch =
-        torch::stable::new_empty(x, {call.half() ? p.M * std::min(p.C, kChannels) : 0}, ScalarType::Float);
+        allocate(x, {call.half() ? p.M * std::min(p.C, kChannels) : 0}, ScalarType::Float);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t c = t % chunks * kChannels;
       kernel(p, t / chunks, c, std::min(p.C, c + kChannels), scratch.mutable_data_ptr<float>());

@@ -85,3 +85,10 @@ def test_raw_operator_checks_for_itself(backend: str) -> None:
     for wrong, N in calls:
         with pytest.raises((ValueError, RuntimeError), match=r"invert_index: \w+ must be .+, got .+"):
             raw(wrong, N)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="PyTorch tells from 2.13 on")
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_too_little_memory_is_told(backend: str) -> None:
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        invert_index(torch.zeros(1, 2, dtype=torch.int64), 1 << 46, backend=backend)
