@@ -16,15 +16,18 @@ Tensor with_contiguous_last(const Tensor& t) { return contiguous_last(t) ? t : t
 // The strides of dims counted from the left, 0 where the tensor has size 1 or lacks the dim.
 int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
 
-// Every entry that start and slots list for a token is one of its slots: what the kernels then read is in bounds.
+// start and slots list each token's slots, all of them and in ascending order.
 void check_inverse(const Tensor& index, const Tensor& start, const Tensor& slots, int64_t Nk, int64_t entries, const char* op) {
   const int64_t *tokens = index.const_data_ptr<int64_t>(), *of = slots.const_data_ptr<int64_t>();
   const int64_t* begin = start.const_data_ptr<int64_t>();
   for (int64_t row = 0, rows = index.numel() / entries; row < rows; ++row) {
+    const auto present = std::count_if(tokens, tokens + entries, [](int64_t token) { return token >= 0; });
+    HK_CHECK(begin[0] == 0 && begin[Nk] == present, op, "start and slots", "the inverse of this index",
+             begin[Nk] - begin[0] << " entries");
     for (int64_t n = 0; n < Nk; ++n) {
-      bool good = begin[n] >= 0 && begin[n + 1] <= entries;
+      bool good = begin[n] <= begin[n + 1] && begin[n + 1] <= present;
       for (int64_t e = begin[n]; good && e < begin[n + 1]; ++e) {
-        good = of[e] >= 0 && of[e] < entries && tokens[of[e]] == n;
+        good = of[e] >= 0 && of[e] < entries && tokens[of[e]] == n && (e == begin[n] || of[e - 1] < of[e]);
       }
       HK_CHECK(good, op, "start and slots", "the inverse of this index", "others for token " << n);
     }
@@ -129,7 +132,7 @@ struct Problem {
     HK_CHECK(start && slots && start->is_contiguous() && slots->is_contiguous() && slots->dim() == n &&
                  start->scalar_type() == ScalarType::Long && slots->scalar_type() == ScalarType::Long &&
                  n == index.dim() - (set ? 0 : 1) && start->size(n - 1) == p.Nk + 1 && slots->size(n - 1) == entries,
-             op, "start and slots", "as invert_index returned them", (start ? shape_of(*start) : std::string("none")));
+             op, "start and slots", "as invert_index returns them with dims = " << (set ? 1 : 2), (start ? shape_of(*start) : std::string("none")));
     for (int64_t d = 0; d + 1 < n; ++d) {
       HK_CHECK(start->size(d) == index.size(d) && slots->size(d) == index.size(d), op, "start and slots",
                "as invert_index returned them for this index", shape_of(*start));
