@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +33,15 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
 def _device(text: str) -> str:
+    if text.partition(":")[0] not in ("cpu", "cuda"):  # others have no clock here, and meta tensors no values
+        raise ValueError
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
@@ -41,7 +50,7 @@ def _device(text: str) -> str:
 
 
 # argparse: "invalid shape value".
-_shape.__name__, _count.__name__, _device.__name__ = "shape", "count", "device"
+_shape.__name__, _count.__name__, _seconds.__name__, _device.__name__ = "shape", "count", "seconds", "device"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backward", action="store_true", help="time forward + backward")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the eager code")
     parser.add_argument("--threads", type=_count, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time per contender (default 2)")
+    parser.add_argument("--seconds", type=_seconds, default=2.0, help="time per contender (default 2)")
     return parser
 
 

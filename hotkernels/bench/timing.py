@@ -56,7 +56,7 @@ def interleaved(
     for name, thunk in contenders.items():
         thunk()
         once[name] = clock(thunk, 1)
-    rounds = max(least, min(200, int(seconds / max(max(once.values()), 2e-3))))
+    rounds = max(least, int(min(200, seconds / max(max(once.values()), 2e-3))))
     repeats = {name: max(1, int(2e-3 / t)) for name, t in once.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
