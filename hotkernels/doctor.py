@@ -71,6 +71,10 @@ def failed() -> list[str]:
     return [name for name in tried if LIBRARIES[name] is not None and built(name)]
 
 
+def _devices() -> list[str]:
+    return ["cpu"] + ["cuda"] * (torch.cuda.device_count() > 0)
+
+
 def _served(op: str, device: str) -> str:
     """`cpp: float32, float16; torch: float64`, as a call without `backend=` would find it."""
 
@@ -84,6 +88,33 @@ def _served(op: str, device: str) -> str:
     order = list(dict.fromkeys(backend for backend, _ in served))
     groups = groupby(sorted(served, key=lambda pair: order.index(pair[0])), key=lambda pair: pair[0])
     return "; ".join(f"{backend}: {', '.join(dtype for _, dtype in pairs)}" for backend, pairs in groups)
+
+
+def _unserved() -> str | None:
+    """Why nothing serves a call, of any op on any device; None if something does."""
+    why = None
+    for device in _devices():
+        for op in OPS:
+            for dtype in OPS[op]["torch"].dtypes:
+                try:
+                    choose(op, torch.empty(0, dtype=dtype, device=device), None)
+                except (ValueError, TypeError) as error:
+                    why = why or str(error)
+                else:
+                    return None
+    return why
+
+
+def problems() -> list[str]:
+    """What is wrong with this installation, or with the environment that it was started in."""
+    found = [f"{name} was built but did not load: {LIBRARIES[name]}" for name in failed()]
+    if why := _unserved():
+        found.append(f"HOTKERNELS_BACKEND={os.environ.get('HOTKERNELS_BACKEND')} serves no call here: {why}")
+    try:
+        instruction_set()
+    except (RuntimeError, ValueError) as error:
+        found.append(str(error).splitlines()[0])
+    return found
 
 
 def gpu_kernels() -> dict[tuple[str, str], str]:
@@ -114,15 +145,15 @@ def report() -> str:
         "environment",
         *(environment or [f"  none of {', '.join(_ENVIRONMENT)} is set"]),
     ]
-    for device in ["cpu"] + ["cuda"] * bool(gpus):
+    for device in _devices():
         lines += [f"served on {device} by", *(f"  {op:<20}{_served(op, device)}" for op in OPS)]
     lines += ["gpu kernels", *_gpu_kernels()]
-    lines += [f"PROBLEM: {name} was built but did not load: {LIBRARIES[name]}" for name in failed()]
+    lines += [f"PROBLEM: {problem}" for problem in problems()]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the page; 1 if an extension that was built did not load."""
+    """Print the page; 1 if it names a problem."""
     argparse.ArgumentParser(prog="python -m hotkernels doctor", description=__doc__).parse_args(argv)
     print(report())
-    return 1 if failed() else 0
+    return 1 if problems() else 0

@@ -1,6 +1,7 @@
 """`python -m hotkernels`: usage, exit codes, and the doctor's page."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,12 +55,28 @@ def test_a_bad_file_leaves_no_folder(tmp_path, capsys):
 
 def test_doctor_in_a_process_of_its_own():
     """The environment is read when the library loads."""
-    done = run("doctor", HOTKERNELS_BACKEND="torch", HOTKERNELS_ISA="mmx")
-    assert done.returncode == (1 if doctor.failed() else 0)
+    done = run("doctor", HOTKERNELS_BACKEND="torch", HOTKERNELS_ISA="")
+    assert done.returncode == (1 if doctor.problems() else 0)
     assert "  HOTKERNELS_BACKEND=torch" in done.stdout
     assert "torch: float32, float16, bfloat16, float64" in done.stdout
-    if backends.LIBRARIES["_C_cpu"] is None:
-        assert "HOTKERNELS_ISA must be an instruction set of this machine" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("HOTKERNELS_BACKEND", "foo", r"HOTKERNELS_BACKEND=foo serves no call here: \w+: backend must be None, 'cuda'"),
+        ("HOTKERNELS_BACKEND", "cuda", r"HOTKERNELS_BACKEND=cuda serves no call here: \w+: backend must be one that"),
+        ("HOTKERNELS_ISA", "foo", r"hotkernels: HOTKERNELS_ISA must be an instruction set of this machine \(base"),
+    ],
+)
+def test_doctor_fails_on_a_setting_with_which_calls_fail(name, value, told):
+    if value == "cuda" and backends.LIBRARIES["_C_cuda"] is None and torch.cuda.is_available():
+        pytest.skip("that backend serves calls here")
+    if name == "HOTKERNELS_ISA" and backends.LIBRARIES["_C_cpu"] is not None:
+        pytest.skip("the C++ extension is not built here")
+    done = run("doctor", **{"HOTKERNELS_BACKEND": "", "HOTKERNELS_ISA": "", name: value})
+    assert done.returncode == 1
+    assert re.search(f"^PROBLEM: {told}", done.stdout, re.M)
 
 
 def test_doctor_report():
