@@ -535,6 +535,30 @@ def test_a_class_derived_while_swapped() -> None:
     assert nn.utils.parametrize.is_parametrized(model)
 
 
+def test_swapped_leaves_a_swapped_model_swapped() -> None:
+    """Whether all of it or a part, in nested blocks too; what others derive in the block is theirs."""
+    model, x = made("HoT-MixSTE")
+    with hotkernels.swapped(model) as outer:
+        all_of_it = swapped_modules(model)
+        with hotkernels.swapped(model, example_inputs=x) as inner:
+            assert swapped_modules(model) == all_of_it
+            nn.utils.parametrizations.weight_norm(model.STEblocks[0].mlp.fc1)
+        assert swapped_modules(model) == all_of_it
+        nn.utils.parametrize.remove_parametrizations(model.STEblocks[0].mlp.fc1, "weight")
+    assert not swapped_modules(model)
+    assert not inner.replaced
+    assert not inner.functions
+    assert {path for path, why in inner.left if why == "swapped already"} == all_of_it
+    assert {path for path, _ in outer.replaced + outer.functions} == all_of_it
+
+
+def test_unswapped_in_the_block() -> None:
+    model = AttentionEager(32, 4)
+    with hotkernels.swapped(model):
+        hotkernels.unswap(model)
+    assert type(model) is AttentionEager
+
+
 class Named(nn.Module):
     """No class can be derived from those below it without an argument."""
 
@@ -595,8 +619,10 @@ def test_wrong_arguments() -> None:
         hotkernels.register_twin(nn.Linear)
     assert not swapped_modules(model)
     hotkernels.swap(model)
-    with pytest.raises(ValueError, match=r"got FusedHoTMixSTEEager \(swapped already\)"):
+    with pytest.raises(ValueError, match=r"knows, not swapped yet, got HoTMixSTEEager \(swapped already\)"):
         hotkernels.swap(model)
+    with pytest.raises(ValueError, match=r"that swap knows, got Linear$"), hotkernels.swapped(nn.Linear(2, 2)):
+        pass
 
 
 class LongIsLocal(AttentionEager):

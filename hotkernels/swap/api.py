@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +77,9 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
         A SwapReport: what was replaced, and what was left alone and why.
 
     Raises:
-        TypeError, ValueError: ``swap: model must be ...`` where nothing matches or the outputs differ beyond rounding,
-            or hold what cannot be compared (an iterator), ``swap: example_inputs must be ...`` where the model cannot
-            run on them. The model is then as it was.
+        TypeError, ValueError: ``swap: model must be ...`` where nothing matches, as in a model of which everything is
+            swapped already, where the outputs differ beyond rounding, or hold what cannot be compared (an iterator),
+            ``swap: example_inputs must be ...`` where the model cannot run on them. The model is then as it was.
 
     Numerics: as the operators; the random numbers drawn are those of the original. Training with dropout on the
         probabilities runs the original forward, as such dropout draws in its own layout. Probes run on the
@@ -103,31 +103,8 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     """
     changes, report = _plan(model)
     if not changes:
-        found = "; ".join(sorted({reason for _, reason in report.left}))
-        fail(
-            "swap",
-            "model",
-            "one with a module that swap knows",
-            type(model).__name__ + (f" ({found})" if found else ""),
-        )
-    expected: Any = None
-    tape: list[Any] = []
-    if example_inputs is not None:
-        args, kwargs = _arguments(example_inputs)
-        with _stand_ins(changes, lambda theirs, ours: _recorder(theirs, tape), fused=False):
-            try:
-                expected = _run(model, args, kwargs)
-            except Exception as error:  # a model may raise anything
-                fail("swap", "example_inputs", "what the model takes", f"{type(error).__name__}: {error}")
-        with _stand_ins(changes, lambda theirs, ours: _player(ours, tape), fused=True):
-            got = _run(model, args, kwargs)
-        try:
-            found = "" if probe.same(expected, got) else "a difference beyond rounding"
-        except probe.IncomparableError as error:
-            found = str(error)
-        if found:
-            fail("swap", "model", "one whose swapped outputs are the same", found)
-    _set_classes([(c.module, subclass(type(c.module), c.twin, c.calls)) for c in changes])
+        _refuse(model, report)
+    _apply(model, changes, example_inputs)
     return report
 
 
@@ -161,10 +138,16 @@ def unswap(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def swapped(model: nn.Module, *, example_inputs: Any = None) -> Iterator[SwapReport]:
-    """`swap` for the length of a `with` block; what was swapped before it stays swapped.
+    """`swap` for the length of a `with` block; what was swapped before it stays swapped after it.
+
+    A model of which everything was is no error: nothing changes, nothing is compared, and all is reported as left.
 
     Args:
         model, example_inputs: as `swap`, whose report the block gets.
+
+    Raises:
+        TypeError, ValueError: as `swap`, and after the block ``swapped: model must be ...`` where a class was derived
+            in it from one that the block gave, as by register_parametrization.
 
     Example::
 
@@ -176,14 +159,51 @@ def swapped(model: nn.Module, *, example_inputs: Any = None) -> Iterator[SwapRep
         >>> torch.allclose(y, model(x), atol=1e-6)
         True
     """
-    before = [(module, type(module)) for module in model.modules()] if isinstance(model, nn.Module) else []
-    report = swap(model, example_inputs=example_inputs)
+    changes, report = _plan(model)
+    if not changes and not _any_swapped(model):
+        _refuse(model, report)
+    before = [(change.module, type(change.module)) for change in changes]
+    _apply(model, changes, example_inputs)
     try:
         yield report
     finally:
         changed = [(module, cls) for module, cls in before if type(module) is not cls]
         _check_classes("swapped", model, [module for module, _ in changed])
         _set_classes(changed)
+
+
+def _refuse(model: nn.Module, report: SwapReport) -> NoReturn:
+    """Say that there is nothing to change."""
+    found = "; ".join(sorted({reason for _, reason in report.left}))
+    yet = ", not swapped yet" if _any_swapped(model) else ""
+    name = getattr(type(model), "_hotkernels_original", type(model)).__name__
+    fail("swap", "model", f"one with a module that swap knows{yet}", name + (f" ({found})" if found else ""))
+
+
+def _any_swapped(model: nn.Module) -> bool:
+    return any(map(is_swapped, model.modules()))
+
+
+def _apply(model: nn.Module, changes: list[_Change], example_inputs: Any) -> None:
+    """Make the changes, unless the model's outputs for example_inputs would change with them."""
+    expected: Any = None
+    tape: list[Any] = []
+    if example_inputs is not None:
+        args, kwargs = _arguments(example_inputs)
+        with _stand_ins(changes, lambda theirs, ours: _recorder(theirs, tape), fused=False):
+            try:
+                expected = _run(model, args, kwargs)
+            except Exception as error:  # a model may raise anything
+                fail("swap", "example_inputs", "what the model takes", f"{type(error).__name__}: {error}")
+        with _stand_ins(changes, lambda theirs, ours: _player(ours, tape), fused=True):
+            got = _run(model, args, kwargs)
+        try:
+            found = "" if probe.same(expected, got) else "a difference beyond rounding"
+        except probe.IncomparableError as error:
+            found = str(error)
+        if found:
+            fail("swap", "model", "one whose swapped outputs are the same", found)
+    _set_classes([(c.module, subclass(type(c.module), c.twin, c.calls)) for c in changes])
 
 
 def _check_classes(op: str, model: nn.Module, modules: list[Any]) -> None:
