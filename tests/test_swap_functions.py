@@ -17,6 +17,7 @@ import hotkernels
 from hotkernels.baselines import AttentionEager
 from hotkernels.models import eager
 from hotkernels.models.eager import cluster_dpc_knn
+from hotkernels.swap import functions
 
 # Functions of a file that have a published name and are not the published function.
 
@@ -255,6 +256,111 @@ def test_functions_that_objects_hold() -> None:
         ("", "forward: cluster_dpc_knn_center: it is imported inside the function"),
         ("", "here: it is cluster_dpc_knn, held as an attribute"),
     ]
+
+
+OUT_OF_REACH = """
+import torch
+from functools import cached_property, lru_cache, partial, partialmethod
+def helper(x): return cluster_dpc_knn(x, 3, 4)
+CHOICES = {{"dpc": cluster_dpc_knn}}
+class M(nn.Module):
+    {attribute}
+    def __init__(self):
+        super().__init__()
+        self.attn = AttentionEager(8, 2)
+        {held}
+    def forward(self, x{default}):
+        return {call}
+"""
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        (
+            {"attribute": "@staticmethod\n    def choose(x): return cluster_dpc_knn(x, 3, 4)", "call": "M.choose(x)"},
+            "choose: cluster_dpc_knn: called in a staticmethod",
+        ),
+        (
+            {"attribute": "@classmethod\n    def choose(cls, x): return helper(x)", "call": "self.choose(x)"},
+            "choose: helper: called in a classmethod",
+        ),
+        (
+            {"attribute": "@property\n    def kept(self): return cluster_dpc_knn(self.x, 3, 4)", "call": "self.kept"},
+            "kept: cluster_dpc_knn: called in a property",
+        ),
+        (
+            {"attribute": "@cached_property\n    def chosen(self): return helper(self.x)", "call": "self.chosen"},
+            "chosen: helper: called in a cached_property",
+        ),
+        (
+            {"attribute": "@lru_cache\n    def choose(self, x): return helper(x)", "call": "self.choose(x)"},
+            "choose: helper: called by a function that an attribute holds",
+        ),
+        (
+            {"attribute": "@torch.no_grad()\n    def choose(self, x): return helper(x)", "call": "self.choose(x)"},
+            "choose: helper: called in a decorated function",
+        ),
+        (
+            {"attribute": "choices = {'dpc': [cluster_dpc_knn]}", "call": "self.choices['dpc'][0](x, 3, 4)"},
+            "choices: it holds cluster_dpc_knn",
+        ),
+        (
+            {"attribute": "choices = {'dpc': lambda x: helper(x)}", "call": "self.choices['dpc'](x)"},
+            "choices: helper: called by a function that an attribute holds",
+        ),
+        ({"call": "CHOICES['dpc'](x, 3, 4)"}, "forward: CHOICES: it is a dict"),
+        ({"default": ", f=cluster_dpc_knn", "call": "f(x, 3, 4)"}, "forward: f: the default of an argument holds it"),
+        ({"default": ", *, f=helper", "call": "f(x)"}, "forward: f: the default of an argument holds it"),
+        ({"held": "self.f = partial(cluster_dpc_knn, k=4)"}, "f: it is cluster_dpc_knn, held as an attribute"),
+        ({"held": "self.f = partial(helper)"}, "f: cluster_dpc_knn: called by a function that an attribute holds"),
+        (
+            {"held": "self.f = lambda x: cluster_dpc_knn(x, 3, 4)"},
+            "f: cluster_dpc_knn: called by a function that an attribute holds",
+        ),
+        ({"default": ", f=CHOICES", "call": "f['dpc'](x, 3, 4)"}, "forward: f: the default of an argument holds it"),
+        ({"held": "self.f = {'dpc': cluster_dpc_knn}"}, "f: it holds cluster_dpc_knn"),
+    ],
+)
+def test_called_from_elsewhere(parts: dict[str, str], reason: str) -> None:
+    """What is not called by a plain method is left and reported, never counted as replaced."""
+    parts = {"attribute": "", "held": "", "default": "", "call": "self.f(x, 3)", **parts}
+    report = hotkernels.swap(file_with(OUT_OF_REACH.format(**parts))())
+    assert report.left == [("", reason)]
+    assert report.functions == []
+
+
+def test_a_method_that_the_instance_holds() -> None:
+    """It stays the original, though the method of the class is another."""
+    parts = {"attribute": "def choose(self, x): return cluster_dpc_knn(x, 3, 4)", "held": "self.f = self.choose"}
+    model = file_with(OUT_OF_REACH.format(default="", call="self.f(x)", **parts))()
+    report = hotkernels.swap(model)
+    assert report.left == [("", "f: cluster_dpc_knn: called by a function that an attribute holds")]
+    assert report.functions == [("", "choose: cluster_dpc_knn is hotkernels.compat.hot.cluster_dpc_knn")]
+
+
+def test_a_function_named_at_creation_alone_is_no_module_to_swap() -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.choose = functools.partial(cluster_dpc_knn, k=4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.choose(x, 3)
+
+    with pytest.raises(ValueError, match=r"got Kept \(choose: it is cluster_dpc_knn, held as an attribute\)"):
+        hotkernels.swap(Kept())
+
+
+def test_functions_of_torch_that_a_module_holds_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def searched(function: Any, *_: Any) -> Any:
+        assert not function.__module__.startswith("torch")
+        return ()
+
+    monkeypatch.setattr(functions, "_find_renames", searched)
+    held = {"activation": nn.functional.relu, "others": [functools.partial(nn.functional.softmax, dim=-1)]}
+    assert functions.find_held(nn.TransformerEncoderLayer, held) == []
+    assert functions.find_held(Held, held) == []
 
 
 def test_called_by_a_method_of_the_instance() -> None:

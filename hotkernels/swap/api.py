@@ -63,8 +63,9 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     input are those of the fused form, gets a fused forward: the attention of timm's ViT, MixSTE, MHFormer, MotionBERT,
     MotionAGFormer, TCFormer and PVT, and HoT's cross-attention. Where its methods call `cluster_dpc_knn`,
     `cluster_dpc_knn_center` or `merge_tokens`, by that name or as `utils.cluster_dpc_knn`, and that function answers as
-    a published one, this model calls ours; other models do not. One that an object, a closure or a partial holds is
-    left, and reported. `register_twin` adds forms. Swap before DDP or `torch.compile`, or after.
+    a published one, this model calls ours; other models do not. What an object, a container, a closure, a partial or
+    the default of an argument holds is left, and reported, as is what a static method, a class method, a property or a
+    decorated method calls. `register_twin` adds forms. Swap before DDP or `torch.compile`, or after.
 
     Args:
         model: any module; what is in it already swapped stays so.
@@ -240,7 +241,8 @@ def _plan(model: nn.Module) -> tuple[list[_Change], SwapReport]:
         if cls not in called:
             called[cls] = find_calls(cls)
         calls, refused = called[cls]
-        refused = [*refused, *find_held(vars(module))]
+        own = {name: value for name, value in vars(module).items() if name not in dict(calls)}
+        refused = [*refused, *find_held(cls, own)]
         refused.extend((m, "it was replaced on the instance") for m, _ in calls if m in vars(module))
         calls = tuple(call for call in calls if call[0] not in vars(module))
         if twin is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dis
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import _lru_cache_wrapper, cached_property, partial, partialmethod
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -86,8 +86,10 @@ def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
     underived = ""
     for base in _bases(cls):
         held = {name: value for name, value in vars(base).items() if not isinstance(value, FunctionType)}
-        left.extend(find_held(held))
+        left.extend(find_held(cls, held))
     for method, function in _methods(cls):
+        if method == "__init__":  # does not run again; find_held looks at what it left
+            continue
         refused: dict[str, str] = {}
         renames = _find_renames(function, (), refused)
         if renames and not calls:
@@ -105,10 +107,47 @@ def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
     return tuple(calls), left
 
 
-def find_held(attributes: dict[str, Any]) -> list[tuple[str, str]]:
-    """The attributes of a module or class that are a published function under another name: (attribute, why left)."""
-    forms = {name: _form_name(value) for name, value in attributes.items() if name not in FORMS}
-    return [(name, f"it is {form}, held as an attribute") for name, form in forms.items() if form]
+def find_held(cls: type[nn.Module], attributes: dict[str, Any]) -> list[tuple[str, str]]:
+    """What attributes of a module or its class are, hold or call of the published functions: (attribute, why left)."""
+    left: list[tuple[str, str]] = []
+    methods = [function for _, function in _methods(cls)]
+    for name, value in attributes.items():
+        kind = type(value).__name__ if isinstance(value, _CALLED_AS_METHODS) else ""
+        why = f"called in a {kind}" if kind else "called by a function that an attribute holds"
+        for function in _functions(value):
+            form = _form_name(function)
+            if form and name not in FORMS:
+                left.append((name, f"it is {form}, held as an attribute" if _form_name(value) else f"it holds {form}"))
+            elif not form and isinstance(function, FunctionType) and any(_related(function, m) for m in methods):
+                refused: dict[str, str] = {}
+                refused.update((path, why) for path, _ in _find_renames(function, (), refused))
+                left.extend((name, f"{path}: {reason}") for path, reason in refused.items())
+    return list(dict.fromkeys(left))
+
+
+_CALLED_AS_METHODS = (staticmethod, classmethod, property, cached_property)
+
+
+def _functions(value: Any, depth: int = 3) -> Iterator[FunctionType | torch.jit.ScriptFunction]:
+    """The functions that an object is made of: a partial, a property, a container to some depth, a method."""
+    parts: Iterable[Any] = ()
+    if isinstance(value, (FunctionType, torch.jit.ScriptFunction)):
+        yield value
+    elif isinstance(value, (staticmethod, classmethod, MethodType)):
+        parts = (value.__func__,)
+    elif isinstance(value, (partial, partialmethod)):
+        parts = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, property):
+        parts = (value.fget, value.fset, value.fdel)
+    elif isinstance(value, cached_property):
+        parts = (value.func,)
+    elif isinstance(value, _lru_cache_wrapper):
+        parts = (value.__wrapped__,)
+    elif isinstance(value, (dict, list, tuple, set, frozenset)):
+        parts = value.values() if isinstance(value, dict) else value
+    if depth:
+        for part in parts:
+            yield from _functions(part, depth - 1)
 
 
 def _find_renames(function: FunctionType, callers: tuple[FunctionType, ...], refused: dict[str, str]) -> Renames:
@@ -133,10 +172,19 @@ def _find_renames(function: FunctionType, callers: tuple[FunctionType, ...], ref
             refused[path] = found
         elif found:
             renames.append((path, found))
+    wrapped = vars(function).get("__wrapped__")
     for name, held in _closure(function).items():
         inner: dict[str, str] = {}
-        if _form_name(held) or _replacement(held, callers, inner) or inner:
+        found = _replacement(held, callers, inner)
+        if held is wrapped and isinstance(found, tuple):
+            refused.update(inner)
+            refused.update((path, "called in a decorated function") for path, _ in found)
+        elif found or inner:
             refused[name] = "a closure holds it"
+    for name, default in _defaults(function).items():
+        inner = {}
+        if _replacement(default, callers, inner) or inner:
+            refused[name] = "the default of an argument holds it"
     for name in FORMS.keys() - {path.rpartition(".")[2] for path in targets} - refused.keys():
         uses = _uses(code, name)
         if "IMPORT_FROM" in uses:
@@ -150,7 +198,10 @@ def _replacement(target: Any, callers: tuple[FunctionType, ...], refused: dict[s
     """What to call in place of what a function calls: ours, the renames inside it, () for nothing, or why not."""
     name = _form_name(target)
     if not isinstance(target, FunctionType):
-        return f"it is a {type(target).__name__}" if name else ()
+        inner: dict[str, str] = {}
+        parts = (part for part in _functions(target) if part is not target)
+        reaches = name or any(_replacement(part, callers, inner) for part in parts) or inner
+        return f"it is a {type(target).__name__}" if reaches else ()
     if name:
         return find_form(target)
     related = target not in callers and _related(target, callers[-1])
@@ -185,6 +236,13 @@ def _methods(cls: type) -> list[tuple[str, FunctionType]]:
         for name, attribute in vars(base).items()
         if isinstance(attribute, FunctionType)
     ]
+
+
+def _defaults(function: FunctionType) -> dict[str, Any]:
+    """The arguments of a function that have a default, and that."""
+    values, positional = function.__defaults__ or (), function.__code__.co_argcount
+    names = function.__code__.co_varnames[positional - len(values) : positional]
+    return {**dict(zip(names, values, strict=True)), **(function.__kwdefaults__ or {})}
 
 
 def _closure(function: FunctionType) -> dict[str, Any]:
