@@ -9,6 +9,7 @@ HOTKERNELS_CUDA_ARCHS (default "80;90a;100"), HOTKERNELS_CXXFLAGS, HOTKERNELS_LD
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
@@ -39,13 +40,20 @@ ISA_FLAGS = {
 }
 
 
+@functools.cache
+def outside() -> list[str]:
+    """Where the interpreter finds torch by itself: pip's isolated build hides what is around it by these variables."""
+    variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    ask = "from importlib.util import find_spec as f; print(*f('torch').submodule_search_locations, sep='\\n')"
+    answer = subprocess.run([sys.executable, "-c", ask], env=variables, cwd="/", capture_output=True, text=True)
+    return answer.stdout.splitlines()
+
+
 def find_torch() -> tuple[Path, bool] | None:
     """The installed torch package and whether it has CUDA, without importing it."""
-    places = [os.environ.get("HOTKERNELS_TORCH_DIR")]
     spec = importlib.util.find_spec("torch")
-    places += list(spec.submodule_search_locations or []) if spec else []
-    # pip's isolated build environment hides the one around it, but these paths still lead there.
-    places += [os.path.join(sysconfig.get_paths()[key], "torch") for key in ("platlib", "purelib")]
+    places = [os.environ.get("HOTKERNELS_TORCH_DIR"), *(spec.submodule_search_locations or [] if spec else [])]
+    places += outside() if not spec else []
     for place in places:
         if place and (Path(place) / "include/torch/csrc/stable/library.h").exists():
             cuda = re.search(r"^cuda\b[^=]*=\s*['\"]", (Path(place) / "version.py").read_text(), re.M)

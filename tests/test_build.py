@@ -12,6 +12,7 @@ from pathlib import Path
 
 import cuda_resources
 import pytest
+import setuptools
 import torch
 
 from hotkernels import backends
@@ -202,3 +203,34 @@ def test_a_wrong_build_setting_is_named(tree: Path) -> None:
     built = build_in(tree, HOTKERNELS_BUILD_CUDA="yes")
     assert built.returncode != 0
     assert "hotkernels: HOTKERNELS_BUILD_CUDA must be auto, 0 or 1, got 'yes'" in built.stderr
+
+
+# What pip's isolated build does to the process that builds.
+ISOLATED = "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p and 'elsewhere' not in p]"
+
+
+@pytest.mark.parametrize("place", ["its own packages", "the user's packages", "a path file"])
+def test_torch_is_found_from_an_isolated_build(place: str, tmp_path: Path) -> None:
+    users = place == "the user's packages"
+    options = ["--without-pip", *(["--system-site-packages"] if users else [])]
+    subprocess.run([sys.executable, "-m", "venv", *options, tmp_path / "env"], check=True)
+    packages = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    site = (tmp_path if users else tmp_path / "env") / packages
+    torch_dir = (tmp_path / "elsewhere" if place == "a path file" else site) / "torch"
+    header = torch_dir / "include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    (torch_dir / "__init__.py").write_text("raise RuntimeError('a build need not import it')")
+    (torch_dir / "version.py").write_text("cuda: Optional[str] = '12.6'\n")
+    if place == "a path file":
+        (site / "there.pth").write_text(f"{torch_dir.parent}\n")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sitecustomize.py").write_text(ISOLATED)
+    for name in ("setuptools", "_distutils_hack"):
+        (tools / name).symlink_to(Path(setuptools.__file__).parents[1] / name)
+    isolated = {"PYTHONPATH": str(tools), "PYTHONNOUSERSITE": "1", "PYTHONUSERBASE": str(tmp_path)}
+    environment = {k: v for k, v in os.environ.items() if k != "HOTKERNELS_TORCH_DIR"} | isolated
+    command = [tmp_path / "env/bin/python", "-B", "-c", "import setup; print(*setup.find_torch() or ())"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.stdout == f"{torch_dir} True\n", run.stderr
