@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -74,11 +75,16 @@ class Variant(NamedTuple):
         return ASTSource(self.kernel, signature, constants, attributes), options
 
 
+_COMPILING = threading.Lock()  # threads that need the same kernel wait for the first of them
+
+
 @functools.cache
 def _compiled(variant: Variant, device: int) -> Any:
     source, options = variant.source()
     with torch.cuda.device(device):
-        return triton.compile(source, options=options)
+        kernel = triton.compile(source, options=options)
+        kernel._init_handles()  # one that did not load looks as if it had: it must not be remembered
+    return kernel
 
 
 @dataclass(eq=False, slots=True)
@@ -119,7 +125,8 @@ def launch(job: Launch, *tensors: Tensor | None) -> None:
     device, aligned = tensors[0].get_device(), job.aligned_on(tensors)
     compiled = job.compiled.get((device, aligned))
     if compiled is None:
-        compiled = job.compiled[device, aligned] = _compiled(job.variant(tensors), device)
+        with _COMPILING:
+            compiled = job.compiled[device, aligned] = _compiled(job.variant(tensors), device)
     if device == torch.cuda.current_device():
         _run(compiled, device, job, tensors)
     else:

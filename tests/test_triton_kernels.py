@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -116,8 +117,41 @@ def test_what_is_launched_reaches_the_driver(driver: StubDriver, resources: trit
 
 def test_a_refused_launch_is_an_error(driver: StubDriver) -> None:
     _, job, tensors = next(launches_on_sm_90())
-    with driver.refusing(), pytest.raises(RuntimeError, match="too many resources requested for launch"):
+    with driver.refusing("launch"), pytest.raises(RuntimeError, match="too many resources requested for launch"):
         driver.seen(job, on_a_gpu(tensors))
+
+
+def test_what_did_not_load_is_loaded_by_the_next_call(driver: StubDriver) -> None:
+    """A driver loads nothing while a stream is captured, for one."""
+    _, job, tensors = next(launches_on_sm_90())
+    addresses = on_a_gpu(tensors)
+    launcher._compiled.cache_clear()
+    for _ in range(2):
+        with driver.refusing("load"), pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            driver.seen(job, addresses)
+    (seen,) = driver.seen(job, addresses)
+    assert seen.parameters == meant(job, addresses)
+
+
+def test_threads_wait_for_what_one_of_them_loads(driver: StubDriver) -> None:
+    """A driver lets other threads run while it loads: none may launch what is not there yet, or load it again."""
+    _, job, tensors = next(launches_on_sm_90())
+    addresses, utils = on_a_gpu(tensors), triton.runtime.driver.active.utils
+    load = utils.load_binary
+    launcher._compiled.cache_clear()
+    with ThreadPoolExecutor(1) as other:
+        others: list[Future[None]] = []
+
+        def slow(*args: Any) -> Any:
+            others.append(other.submit(launcher.launch, replace(job, compiled={}), *addresses))
+            wait(others, 0.2)
+            return load(*args)
+
+        with mock.patch.object(utils, "load_binary", slow):
+            launcher.launch(job, *addresses)
+            for one in others:
+                one.result(10)
+    assert len(others) == 1
 
 
 def test_each_device_and_alignment_has_machine_code_of_its_own(driver: StubDriver) -> None:

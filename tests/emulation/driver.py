@@ -66,7 +66,7 @@ class StubDriver:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._on_launch = ctypes.c_void_p.in_dll(library, "hk_on_launch")
-        self._refuse = ctypes.c_int.in_dll(library, "hk_refuse")
+        self._refuse = {what: ctypes.c_int.in_dll(library, f"hk_refuse_{what}") for what in ("launch", "load")}
 
     def seen(self, job: Launch, tensors: Sequence[Any]) -> list[Seen]:
         """Launch, and what reached the driver."""
@@ -89,13 +89,13 @@ class StubDriver:
         return found
 
     @contextlib.contextmanager
-    def refusing(self) -> Iterator[None]:
-        """Every launch is refused."""
-        self._refuse.value = 1
+    def refusing(self, what: str) -> Iterator[None]:
+        """Every launch, or load of machine code, is refused."""
+        self._refuse[what].value = 1
         try:
             yield
         finally:
-            self._refuse.value = 0
+            self._refuse[what].value = 0
 
 
 def _parameters(job: Launch, tensors: Sequence[Any]) -> Iterator[tuple[str, Any, Any]]:

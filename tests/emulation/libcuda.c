@@ -6,16 +6,18 @@
 typedef int Result;
 typedef void* Handle;
 
-enum { kSuccess = 0, kInvalidImage = 200, kLaunchRefused = 701 };  // CUresult
+enum { kSuccess = 0, kInvalidImage = 200, kLaunchRefused = 701, kCapturing = 900 };  // CUresult
 
 static int some_handle;
 
 void (*hk_on_launch)(const unsigned* config, Handle* params);
-int hk_refuse;
+int hk_refuse_launch, hk_refuse_load;
 
 Result cuInit(unsigned flags) { return kSuccess; }
 Result cuGetErrorString(Result error, const char** text) {
-  *text = error == kLaunchRefused ? "too many resources requested for launch" : "an error";
+  *text = error == kLaunchRefused ? "too many resources requested for launch"
+          : error == kCapturing   ? "operation not permitted when stream is capturing"
+                                  : "an error";
   return kSuccess;
 }
 Result cuDriverGetVersion(int* version) { return *version = 13000, kSuccess; }
@@ -37,6 +39,7 @@ Result cuCtxGetDevice(int* device) { return *device = 0, kSuccess; }
 Result cuCtxGetLimit(size_t* value, int limit) { return *value = 0, kSuccess; }
 Result cuCtxSetLimit(int limit, size_t value) { return kSuccess; }
 Result cuModuleLoadData(Handle* module, const void* image) {
+  if (hk_refuse_load) return kCapturing;
   *module = &some_handle;
   return memcmp(image, "\177ELF", 4) ? kInvalidImage : kSuccess;
 }
@@ -55,7 +58,7 @@ Result cuOccupancyMaxActiveClusters(int* count, Handle function, const void* con
 Result cuTensorMapEncodeTiled(void) { return kSuccess; }
 Result cuTensorMapEncodeIm2col(void) { return kSuccess; }
 Result cuLaunchKernelEx(const unsigned* config, Handle function, Handle* params, Handle* extra) {
-  if (hk_refuse) return kLaunchRefused;
+  if (hk_refuse_launch) return kLaunchRefused;
   if (hk_on_launch) hk_on_launch(config, params);
   return kSuccess;
 }
