@@ -248,6 +248,30 @@ def test_what_is_not_a_number_stays_where_it_is(backend: str, kind: str) -> None
     assert_equal((out,), (clean,))
 
 
+@pytest.mark.parametrize(
+    ("kind", "Nq", "dtype"),
+    [(kind, 5, torch.float32) for kind in KINDS]
+    + [(kind, 35, dtype) for kind in ("dense", "set") for dtype in (torch.float32, torch.float16)],
+)
+def test_an_infinite_key_that_no_query_looks_at(backend: str, kind: str, Nq: int, dtype: torch.dtype) -> None:
+    """A key whose logits are -inf is as one that is masked, but for gradients of queries, which are 0 times it."""
+    query, key, value = (t.abs().to(dtype) for t in heads(2, Nq=Nq))
+    spoilt, mask = key.clone(), torch.zeros(2, 9)
+    spoilt[0, :, 4], mask[0, 4] = -torch.inf, -torch.inf
+    index = index_of(kind, (2,), 2, Nq, 9, 5)
+    if index is not None:
+        index[0, ..., 3] = 4
+    for bias in (None, torch.randn(1, 2, Nq, 9 if index is None else 5)):
+        (out, _, *grads), (clean, _, *clean_grads) = (
+            gradients(
+                lambda *a: gathered_attention(*a, index, bias=bias, key_bias=b, backend=backend),  # noqa: B023
+                *(query, k, value),
+            )
+            for k, b in ((spoilt, None), (key, mask))
+        )
+        assert_close((out, *grads), (clean, *clean_grads), 1e-5 if dtype == torch.float32 else 1e-2)
+
+
 @each_kind
 def test_nothing_in_a_masked_key_or_its_value_or_bias_matters(backend: str, kind: str) -> None:
     args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)

@@ -50,6 +50,18 @@ def _of_batch(valid, sequence, sequences, G: tl.constexpr):
 
 
 @triton.jit
+def _load_queries(
+    base, i, sequence, sequences, Nq, stride_n, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """Rows i of the queries. The last one stands in for those beyond it, whose lse is inf: their probabilities are 0.
+
+    Zeros would make NaN of them where a key is infinite; a mask on every probability would be 10 % more instructions.
+    """
+    there = _of_batch(tl.full(i.shape, True, tl.int1), sequence, sequences, G)
+    return load_rows(_rows_of(base, G), tl.minimum(i, Nq - 1), there, stride_n, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
 def _load_lse(lse_ptr, stat, valid):
     """In powers of two, and inf for a row that attends to nothing: its probabilities are 0."""
     lse = tl.load(lse_ptr + stat, mask=valid, other=float("-inf"))
@@ -166,7 +178,7 @@ def gathered_attention_fused_bwd_kernel(
     if SHARED_QUERY:
         first = group * turns
         rounds = tl.minimum(turns, sequences - first)
-        q = load_rows(q_ptr + h * stride_qh, i, i < Nq, stride_qn, HEAD_DIM, BLOCK_D)
+        q = _load_queries(q_ptr + h * stride_qh, i, 0, 1, Nq, stride_qn, HEAD_DIM, BLOCK_D, G)
     else:
         first = group * G
         rounds = 1
@@ -177,7 +189,7 @@ def gathered_attention_fused_bwd_kernel(
         stat = (sequence.to(tl.int64) * H + h) * Nq + i
         if not SHARED_QUERY:
             q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
-            q = load_rows(_rows_of(q_base, G), i, row_valid, stride_qn, HEAD_DIM, BLOCK_D)
+            q = _load_queries(q_base, i, sequence, sequences, Nq, stride_qn, HEAD_DIM, BLOCK_D, G)
         grad_out_base = grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh
         out_base = out_ptr + b * stride_ob + j * stride_oj + h * stride_oh
         grad_out = load_rows(_rows_of(grad_out_base, G), i, row_valid, stride_gn, HEAD_DIM, BLOCK_D)
@@ -370,7 +382,7 @@ def gathered_attention_keys_bwd_kernel(
         i = (block + tl.arange(0, BLOCK_M)).to(tl.int64)
         row_valid = i < Nq
         stat = (sequence.to(tl.int64) * H + h) * Nq + i
-        q = load_rows(q_base, i, row_valid, stride_qn, HEAD_DIM, BLOCK_D)
+        q = _load_queries(q_base, i, sequence, sequences, Nq, stride_qn, HEAD_DIM, BLOCK_D, 1)
         grad_out = load_rows(grad_out_base, i, row_valid, stride_gn, HEAD_DIM, BLOCK_D)
         lse = _load_lse(lse_ptr, stat, row_valid)
         delta = tl.load(delta_ptr + stat, mask=row_valid, other=0.0)
