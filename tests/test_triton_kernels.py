@@ -55,6 +55,18 @@ def test_launches_fit_every_generation(resources: triton_resources.Resources) ->
     assert not over
 
 
+@pytest.mark.parametrize("arg", ["query", "key", "index"])
+def test_what_kernels_count_in_32_bits_is_less_than_they_hold(arg: str) -> None:
+    most = 2**31 - 4097
+    for n in (most, most + 1, 2**32 + 1):
+        query, key = (torch.empty(1, 1, n if name == arg else 5, 16, device="meta") for name in ("query", "key"))
+        index = torch.empty(1, n if arg == "index" else 5, dtype=torch.int64, device="meta")
+        error = rf"^gathered_attention: {arg} must be of fewer than 2\^31 - 4096 [a-z]+ on a GPU, got {n}$"
+        refused = contextlib.nullcontext() if n == most else pytest.raises(ValueError, match=error)
+        with refused, triton_resources.recorded(triton_resources.GENERATIONS["sm_90"]):
+            triton_resources.forward.gathered_attention_fwd(query, key, key, index, None, None, 1.0)
+
+
 def test_one_tf32_product_takes_rounded_operands() -> None:
     """What is multiplied is rounded to TF32 by an instruction: tensor cores cut it off."""
     target = triton_resources.GENERATIONS["sm_90"]

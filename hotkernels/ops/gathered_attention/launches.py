@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import fail
-from ...launcher import MAX_PROGRAMS, Launch, cdiv, is_aligned, launch, next_power_of_2
+from ...launcher import Launch, cdiv, is_aligned, launch, next_power_of_2
 from .kernels import (
     gathered_attention_long_fwd_kernel,
     gathered_attention_per_query_fwd_kernel,
@@ -24,6 +24,7 @@ Strides = tuple[int, ...]
 Layouts = tuple[Any, ...]
 PLANS = 512
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST = 2**31 - 4097  # of what kernels count in 32 bits: they count to the end of a block
 
 
 class Problem:
@@ -72,8 +73,11 @@ class Problem:
             b, *j, n = strides(key_bias)
             self.key_bias_strides = (b, *(j or (0,)), n)
         self.sequences = self.B * self.J
-        if self.sequences * self.H > MAX_PROGRAMS - 4096:
+        if self.sequences * self.H > MOST:
             fail(op, "query", "of less than 2^31 sequences times heads", self.sequences * self.H)
+        for arg, n, what in (("query", self.Nq, "tokens"), ("key", self.Nk, "tokens"), ("index", self.S, "slots")):
+            if n > MOST:
+                fail(op, arg, f"of fewer than 2^31 - 4096 {what} on a GPU", n)
         self.BLOCK_D = max(16, next_power_of_2(self.D))
 
     def _take_index(self, op: str, index: Tensor) -> None:
