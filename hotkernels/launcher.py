@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.compiler import ASTSource
+from triton.compiler.compiler import max_shared_mem
 from triton.runtime import driver
 
 from .backends import TRITON_DEVICE
@@ -142,6 +143,12 @@ def _run(compiled: Any, device: int, job: Launch, tensors: Sequence[Tensor | Non
     else:  # the same without hooks takes half the time
         run, stream = compiled.run, driver.active.get_current_stream(device)
         run(job.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+@functools.cache
+def shared_bytes(device: int) -> float:
+    """The most shared memory that a block can have on a GPU; no limit for the tensors of Triton's interpreter."""
+    return math.inf if device < 0 else max_shared_mem(device)
 
 
 def cdiv(a: int, b: int) -> int:

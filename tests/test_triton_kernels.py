@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -45,7 +46,7 @@ def test_triton_compiles_for_every_generation_within_its_limits(resources: trito
 
 def test_launches_fit_every_generation(resources: triton_resources.Resources) -> None:
     """Shared memory is a hard limit: a kernel beyond it would not start."""
-    limits = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+    limits = {name: triton_resources.SHARED_BYTES[g.arch] for name, g in triton_resources.GENERATIONS.items()}
     over = {
         (name, generation): needs["shared_bytes"]
         for name, generations in resources.items()
@@ -53,6 +54,16 @@ def test_launches_fit_every_generation(resources: triton_resources.Resources) ->
         if needs["shared_bytes"] > limits[generation]
     }
     assert not over
+
+
+def test_blocks_are_planned_for_each_gpu() -> None:
+    """Tensors of the same layout, on GPUs that differ in shared memory."""
+    blocks = {}
+    for name in ("sm_80", "sm_89", "sm_90"):
+        with triton_resources.recorded(triton_resources.GENERATIONS[name]) as launches:
+            triton_resources.self_attend(4, 243, 8, 64, triton_resources.HALF)
+        blocks[name] = launches[-1].job.constants[2:4]
+    assert blocks == {"sm_80": (256, 64), "sm_89": (256, 32), "sm_90": (256, 64)}
 
 
 @pytest.mark.parametrize("arg", ["query", "key", "index"])
@@ -112,6 +123,11 @@ def launches_on_sm_90() -> Iterator[tuple[str, Launch, Sequence[torch.Tensor | N
     """Names, launches that remember nothing compiled for another driver, and their tensors."""
     for name, (job, tensors) in triton_resources.jobs_on(triton_resources.GENERATIONS["sm_90"]).items():
         yield name, replace(job, compiled={}), tensors
+
+
+def test_shared_memory_is_what_the_driver_says(driver: StubDriver) -> None:
+    assert launcher.shared_bytes(0) == triton_resources.SHARED_BYTES[90]
+    assert launcher.shared_bytes(torch.empty(0).get_device()) == math.inf
 
 
 def test_what_is_launched_reaches_the_driver(driver: StubDriver, resources: triton_resources.Resources) -> None:

@@ -33,10 +33,12 @@ from hotkernels.ops.gathered_attention import launches_backward as backward
 TABLE = Path(__file__).parent / "data/triton_resources.json"
 GENERATIONS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}  # of a block
 VERSION = ".".join(triton.__version__.split(".")[:2])
 HALF, FLOAT = torch.bfloat16, torch.float32
 
@@ -143,6 +145,7 @@ def recorded(target: GPUTarget) -> Iterator[list[Recorded]]:
     with (
         mock.patch.object(forward, "launch", record),
         mock.patch.object(backward, "launch", record),
+        mock.patch.object(backward, "shared_bytes", return_value=SHARED_BYTES[target.arch]),
         mock.patch.object(torch.version, "hip", version),
     ):
         yield found

@@ -39,7 +39,9 @@ class Problem:
         index: Tensor | None = None,
         bias: Tensor | None = None,
         key_bias: Tensor | None = None,
+        shared_bytes: float = math.inf,  # of a block, at most
     ) -> None:
+        self.shared_bytes = shared_bytes
         query, key, value = (with_contiguous_last(t) for t in (query, key, value))
         self.query, self.key, self.value = query, key, value
         self.index, self.bias, self.key_bias = index, bias, key_bias

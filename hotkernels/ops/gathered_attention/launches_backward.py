@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import fail
-from ...launcher import Launch, cdiv, is_aligned, launch, next_power_of_2
+from ...launcher import Launch, cdiv, is_aligned, launch, next_power_of_2, shared_bytes
 from .api import unpack
 from .kernels_backward import (
     gathered_attention_bias_bwd_kernel,
@@ -94,9 +94,10 @@ def fused_blocks(p: Problem) -> Blocks | None:
         return None
     if p.bias is not None:
         return Blocks(M, 16, 8, 1)
-    # With 64 columns every product is a warp group's; whatever else needs registers leaves too few for so many.
+    # With 64 columns every product is a warp group's; whatever else needs registers leaves too few for so many. They
+    # need up to 113 KB of shared memory, where GPUs without warp groups may have 99: sm_86, sm_89, sm_120.
     plain = p.index is None and p.query.dim() > 3 and p.D == p.BLOCK_D
-    return Blocks(M, min(N, 64 if plain else 32), 8, 1)
+    return Blocks(M, min(N, 64 if plain and p.shared_bytes >= 128 * 1024 else 32), 8, 1)
 
 
 def sequences_at_once(p: Problem, blocks: Blocks) -> int:
@@ -146,6 +147,7 @@ class Backward:
         self,
         op: str,
         given: Sequence[Tensor | None],
+        shared_bytes: float,
         scale: float,
         need_bias: bool,
         need_key_bias: bool,
@@ -155,7 +157,7 @@ class Backward:
         self._copies = any(a is not b for a, b in zip(given, read, strict=True))
         t: dict[str, Any] = dict(zip(GIVEN, read, strict=True))
         self.tensors = t
-        p = self.problem = Problem(op, t["q"], t["k"], t["v"], t["index"], t["bias"], t["key_bias"])
+        p = self.problem = Problem(op, t["q"], t["k"], t["v"], t["index"], t["bias"], t["key_bias"], shared_bytes)
         self.lse, self.scale, self.packed = t["lse"], scale, packed
         self.shared_query = p.query.dim() == 3
         self._check(op)
@@ -347,13 +349,15 @@ class Backward:
 
 
 @functools.lru_cache(maxsize=PLANS)
-def _planned(op: str, options: tuple[Any, ...], of: Layouts, *_settings: object) -> Backward:
-    return Backward(op, without_data(of), *options)
+def _planned(op: str, options: tuple[Any, ...], of: Layouts, shared: float, *_settings: object) -> Backward:
+    return Backward(op, without_data(of), shared, *options)
 
 
 def attention_backward(op: str, options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
     """All gradients of a call; what is given and the options are those of Backward, in its order."""
-    return _planned(op, options, layouts(given), PROGRAMS, dot_precision(given[2].dtype)).on(given)
+    query = given[2]
+    shared = shared_bytes(query.get_device())
+    return _planned(op, options, layouts(given), shared, PROGRAMS, dot_precision(query.dtype)).on(given)
 
 
 def gathered_attention_bwd(
