@@ -23,6 +23,7 @@ if EMULATED:
 import triton_resources  # noqa: E402  # imports triton
 from emulation.driver import STREAM, StubDriver, meant, on_a_gpu, stub_driver  # noqa: E402
 
+from bench import gpu_tune  # noqa: E402
 from hotkernels import launcher  # noqa: E402
 from hotkernels.launcher import Launch  # noqa: E402
 
@@ -108,6 +109,24 @@ def test_lengths_and_batches_compile_nothing_new() -> None:
                 triton_resources.self_attend(B, N, 8, 64, triton_resources.HALF)
             variants.add(tuple(launch.variant for launch in launches))
         assert len(variants) == 1
+
+
+@pytest.mark.parametrize("workload", ["9 tokens, D=16, bf16", "9 tokens, D=16, f32", "243 tokens, bf16"])
+def test_tuning_tries_nothing_twice(workload: str) -> None:
+    """What is offered under another name is another launch: times of the same one differ by noise only."""
+    call, target = triton_resources.WORKLOADS[workload], triton_resources.GENERATIONS["sm_90"]
+
+    def launched(name: str, blocks: Any) -> tuple[launcher.Variant, ...]:
+        with triton_resources.recorded(target) as launches, gpu_tune.replaced(name, lambda problem: blocks):
+            call()
+        return tuple(launch.variant for launch in launches)
+
+    with triton_resources.recorded(target):
+        choices = gpu_tune.chosen(call)
+    assert "fused_blocks" in choices
+    for name, choice in choices.items():
+        offered = [launched(name, blocks) for blocks in gpu_tune.neighbours(name, choice)]
+        assert len(set(offered)) == len(offered) > 1, name
 
 
 @pytest.fixture(scope="module")

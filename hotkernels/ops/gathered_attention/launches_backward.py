@@ -81,6 +81,13 @@ def keys_blocks(p: Problem) -> Blocks:
 
 def fused_blocks(p: Problem) -> Blocks | None:
     """Blocks in which all queries of a sequence fit; None if none do."""
+    blocks = _blocks_of_all_queries(p)
+    G = 1 if blocks is None else sequences_at_once(p, blocks)
+    return blocks if blocks is None or G == 1 else blocks._replace(num_warps=min(4, G))
+
+
+def _blocks_of_all_queries(p: Problem) -> Blocks | None:
+    """For one sequence at a time."""
     M, N = (max(16, next_power_of_2(n)) for n in (p.Nq, p.S))
     if p.query.dtype == torch.float32:
         return Blocks(M, min(N, 32), 4, 1) if M <= 32 and p.BLOCK_D <= 64 else None
@@ -287,8 +294,6 @@ class Backward:
     def _fuse(self, blocks: Blocks, delta: bool) -> None:
         p = self.problem
         G, turns = sequences_at_once(p, blocks), 1
-        if G > 1:
-            blocks = blocks._replace(num_warps=min(4, G))
         groups = cdiv(p.sequences, G)
         if self.shared_query:
             G, (groups, turns) = 1, self._parts(p.H)
