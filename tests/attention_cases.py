@@ -178,6 +178,7 @@ def _heads_bad() -> list[Bad]:
         Bad("scale", lambda a: {"scale": True}, TypeError),
         Bad("scale", lambda a: {"scale": torch.nan}),
         Bad("scale", lambda a: {"scale": torch.inf}),
+        Bad("scale", lambda a: {"scale": -torch.inf}),
         Bad("scale", lambda a: {"scale": 10**400}),
         Bad("dropout_p", lambda a: {"dropout_p": 1.0}),
         Bad("dropout_p", lambda a: {"dropout_p": -0.1}),

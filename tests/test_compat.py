@@ -112,6 +112,12 @@ def test_hot_center_is_left_to_the_caller(length: int) -> None:
     assert (frames.diff(dim=1) > 0).all()
 
 
+@pytest.mark.parametrize("center", [9, -10])
+def test_hot_center_is_one_of_the_tokens(center: int) -> None:
+    with pytest.raises(ValueError, match=rf"^cluster_dpc_knn: center must be in \[-9, N - 1 = 8\], got {center}$"):
+        hot.cluster_dpc_knn_center(torch.randn(1, 9, 3), 4, 2, center)
+
+
 def test_hot_center_must_be_given() -> None:
     with pytest.raises(TypeError, match=r"^cluster_dpc_knn: center must be an int, got NoneType$"):
         hot.cluster_dpc_knn_center(torch.randn(1, 9, 3), 4, 2, None)
@@ -219,8 +225,8 @@ def test_origins_return_what_theirs_do() -> None:
 
 def test_chat_univi_clamps_k_and_takes_the_mask_of_the_dict() -> None:
     x = tokens(2, 16, 8)
-    for cluster_num, k in [(4, 2), (1, 1), (2, 1), (3, 1)]:
-        clamped = seeded(0, lambda n=cluster_num: chat_univi.cluster_dpc_knn({"x": x, "mask": None}, n))[0]
+    for cluster_num, given, k in [(4, 5, 2), (1, 5, 1), (2, 5, 1), (3, 5, 1), (5, 5, 5), (8, 9, 3)]:
+        clamped = seeded(0, lambda n=cluster_num, k=given: chat_univi.cluster_dpc_knn({"x": x, "mask": None}, n, k))[0]
         plain = seeded(0, lambda n=cluster_num, k=k: prunevid.cluster_dpc_knn(x, n, k))[0]
         assert torch.equal(clamped[0], plain[0])
     mask = (torch.arange(16) < 9).float().expand(2, -1)

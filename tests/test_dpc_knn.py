@@ -433,6 +433,17 @@ def test_any_strides_give_the_same_bits(backend: str, N: int, C: int, dtype: tor
         assert_same(dpc_knn(view, 21, backend=backend), plain)
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+def test_rows_are_done_in_blocks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of PyTorch's distances; with all rows in one block nothing else is tested."""
+    args = hard_sample(39, 5)
+    whole = dpc_knn(**args, backend="torch")
+    monkeypatch.setattr("hotkernels.ops.dpc_knn.reference._ROWS_AT_ONCE", rows * 3 * 39)
+    out = dpc_knn(**args, backend="torch")
+    check_dpc_knn(args, out)
+    assert_same(out, whole)
+
+
 # ---- CUDA: clusters, and what does without them ----------------------------------------------------------------------
 
 SMALL = 352  # tokens that the CUDA kernel takes in one go, in tiles of 32

@@ -121,6 +121,12 @@ def test_half_position_is_added_in_float32_and_rounded_once(backend: str) -> Non
     assert torch.equal(gather_tokens(x, index, pos, backend=backend), expected)
 
 
+def test_a_position_of_another_dtype_is_cast(backend: str) -> None:
+    x, pos, index = torch.randn(2, 9, 33), torch.randn(5, 33).half(), torch.randint(9, (2, 5))
+    expected = gather_tokens(x, index, pos.float(), backend=backend)
+    assert torch.equal(gather_tokens(x, index, pos, backend=backend), expected)
+
+
 def test_any_number_of_threads(backend: str, threads: None) -> None:
     x, index = torch.randn(3, 117, 17, 5, requires_grad=True), torch.randint(-1, 117, (3, 243))
     grad_out = torch.randn(3, 243, 17, 5)

@@ -62,6 +62,16 @@ def test_on_a_gpu_what_is_out_of_range_refers_to_nothing(backend: str, L: int) -
         assert torch.equal(ours[:count], other[:count])
 
 
+def test_rows_of_several_dims(backend: str) -> None:
+    index = torch.randint(-1, 7, (2, 3, 4, 5))
+    for dims in (1, 2, 3):
+        ours = invert_index(index, 7, dims=dims, backend=backend)
+        flat = invert_index(index.flatten(-dims) if dims > 1 else index, 7, backend=backend)
+        assert torch.equal(ours.start, flat.start)
+        assert ours.slots.shape == flat.slots.shape
+        assert torch.equal(ours.index, index)
+
+
 def test_a_gpu_without_our_library() -> None:
     """PyTorch serves it there, also where Triton's attention inverts an index in its backward,
     and never waits for a value: tensors on "meta" have none."""

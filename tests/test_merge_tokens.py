@@ -223,3 +223,20 @@ def test_wide_weights_of_half_tokens_are_not_narrowed(backend: str, dtype: torch
     (grad,) = torch.autograd.grad(out.sum(), score)
     assert grad.isfinite().all()
     assert grad.abs().max() > 0
+
+
+def test_a_weight_of_another_dtype(backend: str) -> None:
+    """Is cast, but where it is wider than half tokens: then these are."""
+    x, assignment, weight = torch.randn(2, 9, 5), torch.randint(-1, 4, (2, 9)), torch.rand(2, 9)
+    for tokens, given in (
+        (x, weight.bfloat16()),
+        (x, weight.double()),
+        (x.bfloat16(), weight),
+        (x.half(), weight.double()),
+    ):
+        out = merge_tokens(tokens, assignment, 4, given, 0.5, backend=backend)
+        exact = merge_tokens(tokens.double(), assignment, 4, given.double(), 0.5, backend="torch")
+        assert out.dtype == tokens.dtype
+        torch.testing.assert_close(out, exact.to(out.dtype))
+        with pytest.raises(ValueError, match=r"^merge_tokens: backend must be .+, got 'fpga'$"):
+            merge_tokens(tokens, assignment, 4, given, backend="fpga")

@@ -140,6 +140,14 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
             ops.recovery_attention_bwd(grad, query, key, value, o, s, None, 0.3)
 
 
+def test_batches_that_differ_in_their_second_dim(backend: str) -> None:
+    key = torch.randn(2, 3, 2, 9, 8)
+    for wrong in ({"query": key[:, :1]}, {"value": key[:, :1]}):
+        (arg,) = wrong
+        with pytest.raises(ValueError, match=rf"^recovery_attention: {arg} must be of key's batch \[2, 3\], got .+$"):
+            recovery_attention(**{"query": key, "key": key, "value": key, **wrong}, backend=backend)
+
+
 def test_a_masked_key_and_its_value_may_be_nan(backend: str) -> None:
     query, key, value = torch.randn(2, 50, 16), torch.randn(3, 2, 21, 16), torch.randn(3, 2, 21, 16)
     mask = torch.ones(3, 21, dtype=torch.bool)
