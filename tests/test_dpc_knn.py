@@ -444,6 +444,34 @@ def test_rows_are_done_in_blocks(rows: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert_same(out, whole)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
+def test_raw_operator_checks_for_itself(backend: str) -> None:
+    x, ones = torch.randn(2, 9, 4), torch.ones(2, 9)
+    good = {"x": x, "num_clusters": 4, "k": 3, "mask": None, "keep": None, "noise": None}
+    places = torch.zeros(2, 2, dtype=torch.int64)
+    wrong: list[tuple[str, Any]] = [
+        *[("x", t) for t in (x[0], x[None], x.double(), x.long(), x[:, :0], x[..., :0])],
+        *[(name, value) for name in ("num_clusters", "k") for value in (-1, 0, 10)],
+        *[("mask", t) for t in (ones, ones[:1] > 0, ones[:, 1:] > 0, ones[0] > 0, ones.T.contiguous().T > 0)],
+        *[("noise", t) for t in (ones.double(), ones[:, 1:].contiguous(), ones[:1], ones.T.contiguous().T)],
+        *[
+            ("keep", t)
+            for t in (
+                places[0],
+                places.int(),
+                places.new_zeros(3, 1),
+                places.new_zeros(1, 5),
+                places.new_zeros(2, 4)[:, ::2],
+            )
+        ],
+    ]
+    if backend == "cpp":  # a GPU would have to be waited for
+        wrong += [("keep", places + 9), ("keep", places - 2), ("keep", torch.tensor([[0], [9]]))]
+    for name, value in wrong:
+        with pytest.raises((ValueError, RuntimeError), match=rf"^dpc_knn: {name} must be (?s:.+), got .+"):
+            torch.ops.hotkernels.dpc_knn_fwd(*{**good, name: value}.values(), 0, True, False)
+
+
 # ---- CUDA: clusters, and what does without them ----------------------------------------------------------------------
 
 SMALL = 352  # tokens that the CUDA kernel takes in one go, in tiles of 32

@@ -445,6 +445,8 @@ def test_an_inverse_of_something_else_is_refused(backend: str) -> None:
         right._replace(slots=right.slots - 9),
         right._replace(start=right.start + 1),
         right._replace(start=right.start - 1),
+        right._replace(slots=torch.cat([right.slots[:1], right.slots[1:].flip(1)])),
+        right._replace(start=torch.cat([right.start[:1], right.start[:1]])),
         right._replace(start=right.start * 0),
         right._replace(start=right.start.flip(-1)),
         right._replace(start=right.start.clamp(max=int(right.start[:, -1].min()) - 1)),

@@ -206,6 +206,8 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
     }
     if backend == "cpp":  # a GPU would have to be waited for
         calls["assignment"] = lambda: fwd(x, assignment + 3, 3, None, 0.0, False)
+        calls["assignment   "] = lambda: bwd(out, out, total, x, assignment + 3, None, False)
+        calls["assignment    "] = lambda: bwd(out, out, total, x, assignment - 2, None, False)
     for arg, call in calls.items():
         with pytest.raises((ValueError, RuntimeError), match=rf"merge_tokens: {arg.strip()} must be .+, got .+"):
             call()
