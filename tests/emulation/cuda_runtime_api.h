@@ -88,7 +88,7 @@ inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
 
 inline cudaError_t cudaGetDevice(int* device) {
   if (hk_emulation::compute_capability() == 0) return cudaErrorInsufficientDriver;
-  *device = 0;
+  *device = hk_emulation::compute_capability() / 10;  // what is remembered of a device is of one generation
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

@@ -371,7 +371,7 @@ int compute_capability() { return capability; }
 
 int shared_memory_limit(const void* function) {
   for (const auto& [raised, bytes] : raised_shared_memory) {
-    if (raised == function) return bytes;
+    if (raised == function) return std::min(bytes, shared_memory_per_block());
   }
   return 48 << 10;
 }
