@@ -118,6 +118,14 @@ def _broadcast(dtype: torch.dtype) -> Args:
     }
 
 
+def _value_broadcast(dtype: torch.dtype) -> Args:
+    return {
+        "query": torch.randn(3, 2, 17, 8).to(dtype),
+        "key": torch.randn(3, 2, 9, 8).to(dtype),
+        "value": torch.randn(1, 2, 9, 8).to(dtype),
+    }
+
+
 def _stride_zero(kind: str) -> Make:
     def make(dtype: torch.dtype) -> Args:
         return {
@@ -152,6 +160,9 @@ def _gathered_raw(args: Args) -> list[tuple[str, tuple]]:
         q, k, v = torch.randn(3, *batch, 2, 5, 8).unbind(0)
         out, lse = torch.ops.hotkernels.gathered_attention_fwd(q, k, v, None, None, None, 0.3)
         calls.append(("gathered_attention_packed_bwd", (torch.randn_like(out), q, k, v, out, lse, 0.3)))
+    for shape in ((1, 1, 2, 5, 5), (1, 3, 2, 5, 5), (2, 1, 2, 5, 5)):  # q, k, v have two batch dims
+        backward = (q, k, v, out, lse, None, None, None, torch.randn(shape), None, 0.3, True, False)
+        calls.append(("gathered_attention_bwd", (torch.randn_like(out), None, *backward)))
     return calls
 
 
@@ -233,6 +244,7 @@ OPS.append(
             "qkv": _qkv,
             "frames of joints": _along_frames,
             "batch dims of size 1": _broadcast,
+            "a value for all samples": _value_broadcast,
             **{f"stride 0, {kind}": _stride_zero(kind) for kind in KINDS},
             "nothing to attend to": _attention((2,), 2, 5, 9, 16, "set", 4, absent=1.0, bias=(5, 4), key_bias=(2,)),
             "nothing, per query": _attention((2,), 2, 5, 9, 16, "query", 4, absent=1.0, bias=(5, 4), key_bias=(2,)),
@@ -332,6 +344,8 @@ def _recovery_raw(args: Args) -> list[tuple[str, tuple]]:
             ("recovery_attention_fwd", (q, k, v, b, 0.3)),
             ("recovery_attention_bwd", (torch.randn_like(out), q, k, v, out, lse, b, 0.3)),
         ]
+    half = (torch.randn_like(out).half(), shared.half(), k.half(), v.half(), out.half(), lse, None, 0.3)
+    calls.append(("recovery_attention_bwd", half))
     return calls
 
 

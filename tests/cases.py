@@ -371,6 +371,8 @@ OPS.append(
             "k=N": _peaks(2, 39, 5, 13, 39),
             "k=N with lists": _peaks(1, 400, 5, 13, 400),
             "B=0": _peaks(0, 17, 5, 4),
+            "39 around 0, masked": _peaks(2, 39, 5, 13, data=torch.randn, mask=lambda: torch.rand(2, 39) < 0.7),
+            "no place left": _peaks(2, 39, 5, 1, keep=lambda: [-1]),
             "nothing valid": _peaks(2, 39, 5, 13, mask=lambda: torch.zeros(2, 39, dtype=torch.bool)),
             "only keep": _peaks(2, 39, 5, 3, keep=lambda: [38, 1, 7]),
             "no assignment": _peaks(2, 39, 5, 13, assign=lambda: False, seed=lambda: -(2**63)),

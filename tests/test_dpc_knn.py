@@ -472,6 +472,15 @@ def test_raw_operator_checks_for_itself(backend: str) -> None:
             torch.ops.hotkernels.dpc_knn_fwd(*{**good, name: value}.values(), 0, True, False)
 
 
+@pytest.mark.parametrize("name", ["mask", "noise", "keep"])
+def test_any_strides_of_the_options(backend: str, name: str) -> None:
+    x, places = cloud(3, 39, 7), torch.tensor([[5, -1], [0, 38], [7, 7]])
+    options = {"mask": torch.rand(3, 39) < 0.8, "noise": torch.rand(3, 39) * 1e-6, "keep": places}
+    for view in layouts(options[name]).values():
+        plain, ours = (dpc_knn(x, 13, **{**options, name: t}, backend=backend) for t in (view.contiguous(), view))
+        assert_same(ours, plain)
+
+
 # ---- CUDA: clusters, and what does without them ----------------------------------------------------------------------
 
 SMALL = 352  # tokens that the CUDA kernel takes in one go, in tiles of 32

@@ -177,8 +177,10 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
         "x": lambda: fwd(x[0], index, None),
         "index ": lambda: fwd(x, index.int(), None),
         "index  ": lambda: fwd(x, index[:1], None),
+        "index    ": lambda: fwd(x, torch.zeros(2, 10, dtype=torch.int64)[:, ::2], None),
         "pos": lambda: fwd(x, index, torch.zeros(4, 4)),
         "pos ": lambda: fwd(x, index, torch.zeros(5, 4).half()),
+        "pos  ": lambda: fwd(x, index, torch.zeros(4, 5).T),
         "grad_out": lambda: bwd(x, index, 9),
         "num_tokens": lambda: bwd(x[:, :5], index, -1),
     }

@@ -19,6 +19,7 @@ from hotkernels import checked, gathered_attention, invert_index, recovery_atten
 from hotkernels.autograd import GatheredAttention
 from hotkernels.bench.workloads import rounding_floor
 from hotkernels.ops.gathered_attention.api import PackedAttention, packed_attention, unpack
+from hotkernels.ops.gathered_attention.reference import gathered_attention_reference
 from hotkernels.ops.invert_index.reference import invert_index_reference
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -296,6 +297,23 @@ def test_nothing_in_a_masked_key_or_its_value_or_bias_matters(backend: str, kind
         assert_equal(spoilt, clean)
 
 
+@pytest.mark.parametrize("index", [None, torch.tensor([[3, 0, 3, 8, -1]])], ids=["dense", "set"])
+@pytest.mark.parametrize("Nq", [5, 99])
+def test_masks_of_one_set_of_keys(backend: str, Nq: int, index: Tensor | None) -> None:
+    """What is packed of keys that samples share is packed anew for each mask; without one it need not be."""
+    query, key_bias = torch.randn(2, 3, 1, Nq, 16), torch.zeros(1, 3, 9)
+    key, value = torch.randn(2, 1, 1, 1, 9, 16).unbind(0)
+    key_bias[0, 0, 3] = key_bias[0, 2, ::2] = -torch.inf  # samples 0, 2, 3, 5
+
+    def attend(b: slice, j: slice) -> Tensor:
+        return gathered_attention(query[b, j], key, value, index, key_bias=key_bias[:, j], backend=backend)
+
+    whole = attend(slice(None), slice(None))
+    for b in range(2):
+        for j in range(3):
+            assert torch.equal(whole[b, j], attend(slice(b, b + 1), slice(j, j + 1))[0, 0])
+
+
 @each_kind
 def test_scale(backend: str, kind: str) -> None:
     args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)
@@ -491,6 +509,13 @@ def test_a_wrong_index_is_told_what_each_rank_means(backend: str, dims: int) -> 
         ValueError, match=r"\[B, M\] \(one set of keys per sample\).+\(per query\).+\(per head and query\)"
     ):
         gathered_attention(*heads(1), torch.zeros([1] * dims, dtype=torch.int64), backend=backend)
+
+
+def test_the_definition_takes_what_is_out_of_range_for_absent() -> None:
+    """As kernels on a GPU do."""
+    args, index = heads(2), torch.tensor([[0, 9, -2], [1 << 62, 8, -1]])
+    absent = index.where((index >= 0) & (index < 9), -1)
+    assert_equal(gathered_attention_reference(*args, index), gathered_attention_reference(*args, absent))
 
 
 @pytest.mark.parametrize("wrong", [9, -2, 1 << 40])

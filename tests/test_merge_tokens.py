@@ -195,6 +195,7 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
         "num_clusters": lambda: fwd(x, assignment, 0, None, 0.0, False),
         "assignment ": lambda: fwd(x, assignment[:1], 3, None, 0.0, False),
         "assignment  ": lambda: fwd(x, assignment.int(), 3, None, 0.0, False),
+        "assignment     ": lambda: fwd(x, torch.zeros(2, 18, dtype=torch.int64)[:, ::2], 3, None, 0.0, False),
         "weight": lambda: fwd(x, assignment, 3, torch.ones(2, 8), 0.0, False),
         "weight ": lambda: fwd(x, assignment, 3, torch.ones(2, 9).double(), 0.0, False),
         "grad_out": lambda: bwd(out[:, :2], out, total, x, assignment, None, False),

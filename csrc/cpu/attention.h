@@ -63,11 +63,17 @@ template <bool writing, class S>
   for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d, writing, 3);
 }
 
+// The key_bias of a sequence's keys, or null.
+template <class T>
+inline const T* key_bias_of(const Attention& p, int64_t b, int64_t j) {
+  return p.key_bias ? static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j : nullptr;
+}
+
 // Whether a key is masked: then it is as absent as under an index of -1.
 template <class T>
 inline bool masked(const Attention& p, int64_t b, int64_t j, int64_t n) {
-  const T* bias = static_cast<const T*>(p.key_bias);
-  return bias && bias[b * p.key_bias_stride_b + j * p.key_bias_stride_j + n * p.key_bias_stride_n] == -static_cast<T>(INFINITY);
+  const T* bias = key_bias_of<T>(p, b, j);
+  return bias && bias[n * p.key_bias_stride_n] == -static_cast<T>(INFINITY);
 }
 
 struct Item {  // one head of one sequence
@@ -101,7 +107,7 @@ struct Core {
   // What is packed now.
   const S *packed_query = nullptr, *packed_key = nullptr, *packed_value = nullptr;
   const int64_t* packed_index = nullptr;
-  int64_t packed_b = -1, packed_j = -1;        // of key_bias
+  const T* packed_bias = nullptr;
   int64_t keys = 0, key_stride = 0, value_stride = 0;
   const T *k = nullptr, *v = nullptr;          // rows of this head's keys and values
 
@@ -159,13 +165,13 @@ struct Core {
     if constexpr (sizeof(S) == sizeof(T)) {
       if (!index && blocks == 1 && p.D % lanes == 0 && !any_masked(b, j)) {
         keys = p.Nk, k = key, v = value, key_stride = p.key.stride_n, value_stride = p.value.stride_n;
-        packed_key = nullptr;
+        packed_key = nullptr;  // k and v are elsewhere
         return;
       }
     }
-    const bool same_bias = !p.key_bias || (b == packed_b && j == packed_j);
-    if (key == packed_key && value == packed_value && index == packed_index && same_bias) return;
-    packed_key = key, packed_value = value, packed_index = index, packed_b = b, packed_j = j;
+    const T* bias = key_bias_of<T>(p, b, j);
+    if (key == packed_key && value == packed_value && index == packed_index && bias == packed_bias) return;
+    packed_key = key, packed_value = value, packed_index = index, packed_bias = bias;
     keys = 0;
     for (int64_t s = 0; s < p.S; ++s) {
       const int64_t n = index ? index[s] : s;
@@ -214,8 +220,7 @@ struct Core {
         }
       }
     }
-    if (p.key_bias) {
-      const T* bias = static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j;
+    if (const T* bias = key_bias_of<T>(p, b, j)) {
       for (int64_t key = k0; key < k1; ++key) {
         const T add = bias[token(key, b, j, h) * p.key_bias_stride_n];
         T* row = scores + (key - k0) * Q;

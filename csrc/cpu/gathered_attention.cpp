@@ -160,8 +160,7 @@ struct Each {
                       i * p.bias_stride_q;
       for (int64_t key = 0; key < keys; ++key) logits[key] += bias[present[key] * p.bias_stride_s];
     }
-    if (p.key_bias) {
-      const T* bias = static_cast<const T*>(p.key_bias) + b * p.key_bias_stride_b + j * p.key_bias_stride_j;
+    if (const T* bias = key_bias_of<T>(p, b, j)) {
       for (int64_t key = 0; key < keys; ++key) logits[key] += bias[tokens[key] * p.key_bias_stride_n];
     }
   }

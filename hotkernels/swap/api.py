@@ -63,9 +63,10 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     input are those of the fused form, gets a fused forward: the attention of timm's ViT, MixSTE, MHFormer, MotionBERT,
     MotionAGFormer, TCFormer and PVT, and HoT's cross-attention. Where its methods call `cluster_dpc_knn`,
     `cluster_dpc_knn_center` or `merge_tokens`, by that name or as `utils.cluster_dpc_knn`, and that function answers as
-    a published one, this model calls ours; other models do not. What an object, a container, a closure, a partial or
-    the default of an argument holds is left, and reported, as is what a static method, a class method, a property or a
-    decorated method calls. `register_twin` adds forms. Swap before DDP or `torch.compile`, or after.
+    a published one, this model calls ours; other models do not. Where an object holds it under that name, or a
+    container, a closure, a partial or the default of an argument, it is left, and reported, as is what a static method,
+    a class method, a property or a decorated method calls. `register_twin` adds forms. Swap before DDP or
+    `torch.compile`, or after.
 
     Args:
         model: any module; what is in it already swapped stays so.
