@@ -297,21 +297,26 @@ def test_nothing_in_a_masked_key_or_its_value_or_bias_matters(backend: str, kind
         assert_equal(spoilt, clean)
 
 
+@pytest.mark.parametrize("other", [9, slice(None, None, 2)], ids=["nothing", "other keys"])
 @pytest.mark.parametrize("index", [None, torch.tensor([[3, 0, 3, 8, -1]])], ids=["dense", "set"])
 @pytest.mark.parametrize("Nq", [5, 99])
-def test_masks_of_one_set_of_keys(backend: str, Nq: int, index: Tensor | None) -> None:
-    """What is packed of keys that samples share is packed anew for each mask; without one it need not be."""
-    query, key_bias = torch.randn(2, 3, 1, Nq, 16), torch.zeros(1, 3, 9)
+def test_samples_that_share_keys_and_mask_different_ones(
+    backend: str, Nq: int, index: Tensor | None, other: int | slice
+) -> None:
+    """What is packed of the keys is packed anew for each mask; where none is masked, they may be read in place."""
+    query, key_bias = torch.randn(4, 2, 1, Nq, 16), torch.zeros(1, 2, 10)
     key, value = torch.randn(2, 1, 1, 1, 9, 16).unbind(0)
-    key_bias[0, 0, 3] = key_bias[0, 2, ::2] = -torch.inf  # samples 0, 2, 3, 5
+    key_bias[0, 0, 3] = key_bias[0, 1, other] = -torch.inf
+    key_bias, value[..., 3, 0] = key_bias[..., :9], torch.nan  # for j = 1
 
     def attend(b: slice, j: slice) -> Tensor:
         return gathered_attention(query[b, j], key, value, index, key_bias=key_bias[:, j], backend=backend)
 
     whole = attend(slice(None), slice(None))
-    for b in range(2):
-        for j in range(3):
-            assert torch.equal(whole[b, j], attend(slice(b, b + 1), slice(j, j + 1))[0, 0])
+    for b in range(4):
+        for j in range(2):
+            assert_equal((whole[b, j],), (attend(slice(b, b + 1), slice(j, j + 1))[0, 0],))
+    assert whole[:, 0].isfinite().all()
 
 
 @each_kind

@@ -202,6 +202,7 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
         "mean": lambda: bwd(out, out[..., :3], total, x, assignment, None, False),
         "mean ": lambda: bwd(out, out[0], total, x, assignment, None, False),
         "total": lambda: bwd(out, out, total[:1], x, assignment, None, False),
+        "total  ": lambda: bwd(out, out, torch.zeros(2, 6)[:, ::2], x, assignment, None, False),
         "total ": lambda: bwd(out, out, total.double(), x, assignment, None, False),
         "mean  ": lambda: bwd(out, out.double(), total, x, assignment, None, True),
     }

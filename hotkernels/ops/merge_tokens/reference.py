@@ -14,14 +14,13 @@ def merge_tokens_reference(
     Computes in float64 if x is float64, else in float32.
     """
     B, N, C = x.shape
-    given = x.dtype
-    dtype = torch.float64 if given == torch.float64 else torch.float32
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     w = torch.ones(B, N, dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
     # One cluster more takes the tokens of none. index_put sums in a fixed order on every device; index_add does not.
     there = (assignment >= 0) & (assignment < num_clusters)
-    x, w = torch.where(there[..., None], x.to(dtype), 0.0), torch.where(there, w, 0.0)  # for gradients, too
+    w = torch.where(there, w, 0.0)  # then gradients, too, see nothing of these
     places = (torch.arange(B, device=x.device)[:, None], torch.where(there, assignment, num_clusters))
-    sums = w.new_zeros(B, num_clusters + 1, C).index_put(places, x * w[..., None], accumulate=True)
+    sums = w.new_zeros(B, num_clusters + 1, C).index_put(places, x.to(dtype) * w[..., None], accumulate=True)
     total = w.new_zeros(B, num_clusters + 1).index_put(places, w, accumulate=True)[:, :-1, None] + eps
     empty = total.reciprocal().isinf()  # with eps = 0, or where it is next to nothing
-    return torch.where(empty, 0.0, sums[:, :-1] / torch.where(empty, 1.0, total)).to(given)
+    return torch.where(empty, 0.0, sums[:, :-1] / torch.where(empty, 1.0, total)).to(x.dtype)
