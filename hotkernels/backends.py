@@ -194,7 +194,10 @@ def implement_in_triton(*operators: str, module: str) -> None:
 
 
 def instruction_set(force: str | None = None) -> str | None:
-    """The instruction set of the C++ kernels (base, avx2, avx512), None if they are not loaded; `force` changes it."""
+    """The instruction set of the C++ kernels, None if they are not loaded; `force` changes it.
+
+    base, avx2, avx512, or avx512_bf16: avx512, and bfloat16 attention multiplies bfloat16.
+    """
     return None if LIBRARIES["_C_cpu"] is not None else str(torch.ops.hotkernels._isa(force))
 
 

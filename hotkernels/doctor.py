@@ -29,13 +29,16 @@ def _version(package: str) -> str:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The processor's name and, as clouds name several generations alike, its numbers: AMD EPYC family 25 model 17."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine() or "unknown"
+        first = ""
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    if "model name" not in fields:
+        return platform.processor() or platform.machine() or "unknown"
+    numbers = (("family", fields.get("cpu family")), ("model", fields.get("model")))
+    return " ".join([fields["model name"], *(f"{name} {number}" for name, number in numbers if number)])
 
 
 def _instruction_sets() -> str:
@@ -47,7 +50,7 @@ def _instruction_sets() -> str:
     if current is None:
         return "none in use: the C++ kernels are not loaded"
     available = []
-    for name in ("base", "avx2", "avx512"):
+    for name in ("base", "avx2", "avx512", "avx512_bf16"):
         try:
             instruction_set(name)
         except (RuntimeError, ValueError):

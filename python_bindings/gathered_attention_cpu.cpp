@@ -57,6 +57,7 @@ struct Problem {
     HK_CHECK(p.Nk >= 1, op, "key", "of at least one token", shape_of(key));
     HK_CHECK(1 <= p.D && p.D <= kMaxHeadDim, op, "query", "of a head dim in [1, " << kMaxHeadDim << "]", p.D);
     p.dtype = dtype_of(query, op, "query");
+    p.bf16_pairs = isa() == Isa::avx512_bf16;
     HK_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(), op, "key and value",
              "of query's dtype", torch::headeronly::toString(key.scalar_type()));
     p.query = view(query), p.key = view(key), p.value = view(value);

@@ -8,13 +8,13 @@
 namespace hotkernels {
 namespace {
 
-constexpr const char* kNames[] = {"base", "avx2", "avx512"};
+constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512_bf16"};
 
 Isa widest() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return Isa::avx512;
+    return HK_BF16_PAIRS && __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return Isa::avx2;
 #endif

@@ -29,7 +29,7 @@ elif EMULATED == "triton":
 
     bounds.install()
 # A backend, or one with a forced instruction set: cpp-avx2.
-BACKENDS: tuple[str, ...] = ("torch", "cpp-base", "cpp-avx2", "cpp-avx512")
+BACKENDS: tuple[str, ...] = ("torch", "cpp-base", "cpp-avx2", "cpp-avx512", "cpp-avx512_bf16")
 if EMULATED:
     BACKENDS = (EMULATED,)
 elif torch.cuda.is_available():

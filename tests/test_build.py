@@ -104,6 +104,17 @@ def test_kernels_hold_the_instructions_of_their_set(isa: str, has: str, lacks: s
     assert any(has in code for code in codes.values()), "nothing was vectorised"
 
 
+def test_only_products_of_pairs_need_avx512_bf16() -> None:
+    # They lie in the library for AVX-512: any other function with such an instruction would stop machines without it.
+    functions: dict[str, set[str]] = {}
+    for path in kernel_objects("avx512"):
+        for name, code in re.findall(r"<(\w+)>:\n(.*?)(?=\n\n|\Z)", tool("objdump", "-d", path), re.DOTALL):
+            functions.setdefault(name, set()).update(re.findall(r"vdpbf16ps|vcvtne2?ps2bf16", code))
+    using = {name for name, instructions in functions.items() if instructions}
+    assert set().union(*functions.values()) == {"vdpbf16ps", "vcvtneps2bf16", "vcvtne2ps2bf16"}
+    assert all("4Pair" in name for name in using), using
+
+
 @pytest.mark.parametrize("isa", SETUP.ISA_FLAGS)
 def test_attention_prefetches(isa: str) -> None:
     # A compiler may drop them without an answer changing: for each dtype, three kinds of rows to read and one to write

@@ -10,12 +10,13 @@ import pytest
 import torch
 from attention_cases import KINDS, attend, index_of, random_slots
 from cases import upcast
+from conftest import BACKENDS as ALL_BACKENDS
 from conftest import EMULATED, GPU_BACKENDS
 from torch import Tensor
 from torch.autograd.gradcheck import gradcheck
 from torch.nn import functional as F  # noqa: N812
 
-from hotkernels import checked, gathered_attention, invert_index, recovery_attention
+from hotkernels import backends, checked, gathered_attention, invert_index, recovery_attention
 from hotkernels.autograd import GatheredAttention
 from hotkernels.bench.workloads import rounding_floor
 from hotkernels.ops.gathered_attention.api import PackedAttention, packed_attention, unpack
@@ -24,7 +25,7 @@ from hotkernels.ops.invert_index.reference import invert_index_reference
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 only_cpp = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
-on_every_cpp = pytest.mark.parametrize("backend", ["cpp-base", "cpp-avx2", "cpp-avx512"], indirect=True)
+on_every_cpp = pytest.mark.parametrize("backend", [b for b in ALL_BACKENDS if b.startswith("cpp-")], indirect=True)
 
 
 def skip_float64_on_gpus(backend: str, dtype: torch.dtype = torch.float64) -> None:
@@ -74,6 +75,31 @@ def test_as_accurate_as_sdpa(backend: str, D: int, dtype: torch.dtype) -> None:
         allowed = max((b.double() - exact).abs().max() for b in low) * (2 if i == 0 else 3)
         allowed += rounding_floor(dtype, tensor_cores=backend == "triton") * exact.abs().max()
         assert (a.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("backend", ["cpp-avx512_bf16"], indirect=True)
+@pytest.mark.parametrize(("Nq", "Nk", "D"), [(17, 17, 64), (51, 601, 39), (1, 2, 1), (97, 1025, 16)])
+def test_bfloat16_in_pairs(backend: str, Nq: int, Nk: int, D: int) -> None:
+    """Pairs of channels, keys and queries that lack one, and several blocks of keys, under a bias and a mask."""
+    args = [t.bfloat16() for t in (*heads(2, Nq=Nq, Nk=Nk, D=D), torch.randn(2, Nq, Nk), torch.randn(2, Nk))]
+    args[4][:, 1] = -torch.inf
+    args[4][1, 0] = 1e4  # exp(1e4), where no query's own maximum is subtracted, would be infinite
+
+    def ours(*a: Tensor) -> Tensor:
+        return gathered_attention(*a[:3], bias=a[3], key_bias=a[4], backend=backend)
+
+    def eager(*a: Tensor) -> Tensor:
+        return attend(*a[:3], bias=a[3], key_bias=a[4])[0]
+
+    answer, theirs, truth = gradients(ours, *args), gradients(eager, *args), gradients(eager, *upcast(args))
+    for i, (a, b, exact) in enumerate(zip(answer, theirs, truth, strict=True)):
+        allowed = (b.double() - exact).abs().max() * (2 if i == 0 else 3) + rounding_floor(a.dtype, tensor_cores=False) * exact.abs().max()
+        assert (a.double() - exact).abs().max() <= allowed
+    floats = [t.float() for t in args]
+    as_floats = gradients(ours, *floats)
+    backends.instruction_set("avx512")  # the fixture puts it back
+    assert_equal(gradients(ours, *floats), as_floats)
+    assert Nk == 2 or not any(torch.equal(a, b) for a, b in zip(gradients(ours, *args)[:4], answer, strict=False))
 
 
 @on_every_cpp
@@ -418,9 +444,10 @@ def test_many_sequences(backend: str, kind: str, count: int) -> None:
 
 @on_every_cpp
 @each_kind
-def test_same_bits_for_any_threads_and_batch(backend: str, kind: str, threads: None) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_for_any_threads_and_batch(backend: str, kind: str, dtype: torch.dtype, threads: None) -> None:
     """A sample's answer and gradients depend on nothing but the sample; the sums over the batch on no thread count."""
-    args = (*heads(5, 3, Nq=63, Nk=39), torch.randn(2, 63, 39 if kind == "dense" else 9), torch.randn(5, 3, 39))
+    args = (*(t.to(dtype) for t in heads(5, 3, Nq=63, Nk=39)), torch.randn(2, 63, 39 if kind == "dense" else 9), torch.randn(5, 3, 39))
     index = index_of(kind, (5, 3), 2, 63, 39, 9)
 
     def call(some: slice) -> Callable[..., Any]:

@@ -7,12 +7,13 @@
 // (with delta_i = sum_d grad_o_id o_id - grad_lse_i)
 //   grad_v_j = sum_i p_ij grad_o_i      grad_s_ij = p_ij (grad_o_i . v_j - delta_i)
 //   grad_q_i = scale sum_j grad_s_ij k_j      grad_k_j = scale sum_i grad_s_ij q_i      grad_bias = grad_s.
+// Where bfloat16 is multiplied in pairs (operand.h), p and grad_s are rounded to it for the products, and nothing else is.
 #pragma once
 #include <cmath>
 
 #include "element.h"
 #include "hotkernels/gathered_attention.h"
-#include "register_tile.h"
+#include "operand.h"
 #include "scratch.h"
 
 namespace hotkernels::HK_ISA {
@@ -48,14 +49,6 @@ inline void fill(T* p, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) p[i] = value;
 }
 
-// out[0 .. D) = x[0 .. D) * scale, then zeros up to whole vectors.
-template <class E>
-inline void pack_row(const typename E::Stored* x, int64_t D, typename E::Compute scale, typename E::Compute* out) {
-  int64_t d = 0;
-  for (; d + kLanes<E> <= D; d += kLanes<E>) store(out + d, load_as<E>(x + d) * scale);
-  if (d < D) store(out + d, load_some_as<E>(x + d, D - d) * scale);
-}
-
 // Asks for the D elements of a row to be brought in, to be written to if `writing`. Inlined for sure, as is what calls it:
 // GCC takes a function that only prefetches for one without effects, and drops calls of it.
 template <bool writing, class S>
@@ -80,49 +73,68 @@ struct Item {  // one head of one sequence
   int64_t b, j, h;
 };
 
-template <class E>
+// E: the element type, O: the operands of its products (operand.h).
+template <class E, class O>
 struct Core {
   using T = typename E::Compute;
   using S = typename E::Stored;
   using vec = Vec<E>;
+  using Pack = Packing<E, O>;
   static constexpr int64_t lanes = kLanes<E>;
   static constexpr int64_t Q = kQueries<E>;
+  static constexpr int64_t deep = Pack::deep;
+  static constexpr bool pairs = deep == 2;
 
   const Attention& p;
-  const int64_t Dp = round_up(p.D, lanes);
+  const bool has_gradients;
+  const int64_t Dp = round_up(p.D, lanes), Da = round_up(p.D, lanes * deep) / deep;  // operands of a row across, along
   const int64_t blocks = (p.Nq + Q - 1) / Q;
+  const T scale_after = pairs ? static_cast<T>(p.scale) : T{1}, scale_before = pairs ? T{1} : static_cast<T>(p.scale);
   const bool shared_query = p.query.stride_b == 0 && p.query.stride_j == 0 && p.B * p.J > 1;
 
   // Scratch.
-  T *key_rows, *value_rows;                    // [S, Dp] packed keys and values
+  O *key_rows, *value_rows;                    // [S, Da] packed keys; values, across [S, Dp], backward along [S, Da]
   int64_t *present, *place;                    // [S] slots that hold a key, and where a slot's key is packed
-  T* query_columns;                            // [blocks or 1, D, Q] scaled queries, transposed
+  O* query_columns;                            // [blocks or 1, D, Q] queries, transposed
   T *scores, *out_rows;                        // [min(S, kKeys), Q], [Q, Dp]
   T *top, *sum;                                // [Q] running maximum and sum
   // Backward.
-  T *query_rows, *grad_rows, *grad_columns;    // [Q, Dp] scaled, [Q, Dp], [D, Q]
+  O *query_rows, *grad_rows, *grad_columns;    // [Q, Dp] across, [Q, Dp] across, [D, Q]
   T *grad_scores, *grad_query, *delta, *lse;   // [min(S, kKeys), Q], [Q, Dp], [Q], [Q]
   T *grad_key_rows, *grad_value_rows;          // [S, Dp]
+  // Keys across [S, Dp]; probabilities and gradients of scores as operands, [min(S, kKeys), Q]. Where operands are numbers,
+  // these are key_rows, scores and grad_scores.
+  O *keys_across, *weights_along, *grads_along, *grads_across;
 
   // What is packed now.
   const S *packed_query = nullptr, *packed_key = nullptr, *packed_value = nullptr;
   const int64_t* packed_index = nullptr;
   const T* packed_bias = nullptr;
-  int64_t keys = 0, key_stride = 0, value_stride = 0;
-  const T *k = nullptr, *v = nullptr;          // rows of this head's keys and values
+  int64_t keys = 0, key_stride = 0, value_stride = 0, across_stride = 0;
+  const O *k = nullptr, *v = nullptr;          // this head's keys, along, and values
+  const O* k_across = nullptr;                 // the keys across, for backward
 
-  Core(const Attention& p, void* scratch, bool backward, int64_t* bytes = nullptr) : p(p) {
+  // So many elements, or rows across, in operands.
+  static constexpr int64_t in(int64_t elements) { return (elements + deep - 1) / deep; }
+
+  Core(const Attention& p, void* scratch, bool backward, int64_t* bytes = nullptr) : p(p), has_gradients(backward) {
     Arena a{reinterpret_cast<uintptr_t>(scratch)};
     const int64_t tile = round_up(p.S < kKeys ? p.S : kKeys, 8) * Q;
-    key_rows = a.take<T>(p.S * Dp), value_rows = a.take<T>(p.S * Dp);
+    key_rows = a.take<O>(p.S * Da), value_rows = a.take<O>(backward ? p.S * Da : in(p.S) * Dp);
     present = a.take<int64_t>(p.S), place = a.take<int64_t>(p.S);
-    query_columns = a.take<T>((shared_query ? blocks : 1) * p.D * Q);
+    query_columns = a.take<O>((shared_query ? blocks : 1) * in(p.D) * Q);
     scores = a.take<T>(tile), out_rows = a.take<T>(Q * Dp);
     top = a.take<T>(Q), sum = a.take<T>(Q);
     if (backward) {
-      query_rows = a.take<T>(Q * Dp), grad_rows = a.take<T>(Q * Dp), grad_columns = a.take<T>(p.D * Q);
+      query_rows = a.take<O>(in(Q) * Dp), grad_rows = a.take<O>(in(Q) * Dp), grad_columns = a.take<O>(in(p.D) * Q);
       grad_scores = a.take<T>(tile), grad_query = a.take<T>(Q * Dp), delta = a.take<T>(Q), lse = a.take<T>(Q);
       grad_key_rows = a.take<T>(p.S * Dp), grad_value_rows = a.take<T>(p.S * Dp);
+      if constexpr (pairs) {
+        keys_across = a.take<O>(in(p.S) * Dp), weights_along = a.take<O>(in(tile));
+        grads_along = a.take<O>(in(tile)), grads_across = a.take<O>(in(tile));
+      } else {
+        keys_across = key_rows, weights_along = scores, grads_along = grads_across = grad_scores;
+      }
     }
     if (bytes) *bytes = static_cast<int64_t>(a.next);
   }
@@ -135,19 +147,16 @@ struct Core {
     return p.index ? p.index + b * p.index_stride_b + j * p.index_stride_j + h * p.index_stride_h : nullptr;
   }
 
-  // Rows of D elements, transposed: columns[d * Q + i] = x[i][d] * scale. Lanes past `count` are 0.
-  void pack_columns(const S* x, int64_t stride, int64_t count, T scale, T* columns) const {
+  // Rows of D elements, transposed: columns[d * Q + i] = x[i][d] * scale, for operands d. Lanes past `count` are 0.
+  void pack_columns(const S* x, int64_t stride, int64_t count, T scale, O* columns) const {
     for (int64_t i = 0; i < round_up(count, lanes); i += lanes) {
-      for (int64_t d = 0; d < p.D; d += lanes) {
-        const int64_t wide = p.D - d < lanes ? p.D - d : lanes;
+      for (int64_t d = 0; d < p.D; d += lanes * deep) {
+        const int64_t left = p.D - d, wide = left < lanes * deep ? in(left) : lanes;
         vec block[lanes];
 #pragma GCC unroll 16
-        for (int64_t l = 0; l < lanes; ++l) {
-          const S* row = x + (i + l) * stride + d;
-          block[l] = i + l >= count ? vec{} : wide == lanes ? load_as<E>(row) : load_some_as<E>(row, wide);
-        }
+        for (int64_t l = 0; l < lanes; ++l) block[l] = i + l < count ? Pack::take(x + (i + l) * stride + d, left) : vec{};
         transpose<T>(block);
-        for (int64_t l = 0; l < wide; ++l) store(columns + (d + l) * Q + i, block[l] * scale);
+        for (int64_t l = 0; l < wide; ++l) Pack::put(columns + (d / deep + l) * Q + i, block[l], scale);
       }
     }
   }
@@ -164,7 +173,8 @@ struct Core {
     const int64_t* index = index_of(b, j, h);
     if constexpr (sizeof(S) == sizeof(T)) {
       if (!index && blocks == 1 && p.D % lanes == 0 && !any_masked(b, j)) {
-        keys = p.Nk, k = key, v = value, key_stride = p.key.stride_n, value_stride = p.value.stride_n;
+        keys = p.Nk, k = k_across = key, v = value;
+        key_stride = across_stride = p.key.stride_n, value_stride = p.value.stride_n;
         packed_key = nullptr;  // k and v are elsewhere
         return;
       }
@@ -176,11 +186,18 @@ struct Core {
     for (int64_t s = 0; s < p.S; ++s) {
       const int64_t n = index ? index[s] : s;
       if (n < 0 || masked<T>(p, b, j, n)) continue;
-      pack_row<E>(key + n * p.key.stride_n, p.D, T{1}, key_rows + keys * Dp);
-      pack_row<E>(value + n * p.value.stride_n, p.D, T{1}, value_rows + keys * Dp);
+      const S *key_row = key + n * p.key.stride_n, *value_row = value + n * p.value.stride_n;
+      Pack::along(key_row, p.D, T{1}, key_rows + keys * Da);
+      if (has_gradients) {
+        Pack::along(value_row, p.D, T{1}, value_rows + keys * Da);
+        if constexpr (pairs) Pack::across(key_row, p.D, T{1}, keys, keys_across, Dp);
+      } else {
+        Pack::across(value_row, p.D, T{1}, keys, value_rows, Dp);
+      }
       present[keys++] = s;
     }
-    k = key_rows, v = value_rows, key_stride = value_stride = Dp;
+    k = key_rows, k_across = keys_across, v = value_rows;
+    key_stride = Da, across_stride = Dp, value_stride = has_gradients ? Da : Dp;
   }
 
   int64_t slot(int64_t key) const { return keys < p.S ? present[key] : key; }
@@ -189,28 +206,31 @@ struct Core {
   }
 
   // The transposed queries of a block; kept from sequence to sequence where they are the same.
-  const T* take_queries(int64_t b, int64_t j, int64_t h, int64_t block) {
+  const O* take_queries(int64_t b, int64_t j, int64_t h, int64_t block) {
     const S* query = at(p.query, b, j, h);
-    const T scale = static_cast<T>(p.scale);
     const int64_t first = block * Q, count = p.Nq - first < Q ? p.Nq - first : Q;
     if (!shared_query) {
-      pack_columns(query + first * p.query.stride_n, p.query.stride_n, count, scale, query_columns);
+      pack_columns(query + first * p.query.stride_n, p.query.stride_n, count, scale_before, query_columns);
       return query_columns;
     }
     if (query != packed_query) {
       packed_query = query;
       for (int64_t e = 0; e < blocks; ++e) {
         const int64_t rows = p.Nq - e * Q < Q ? p.Nq - e * Q : Q;
-        pack_columns(query + e * Q * p.query.stride_n, p.query.stride_n, rows, scale, query_columns + e * p.D * Q);
+        pack_columns(query + e * Q * p.query.stride_n, p.query.stride_n, rows, scale_before, query_columns + e * in(p.D) * Q);
       }
     }
-    return query_columns + block * p.D * Q;
+    return query_columns + block * in(p.D) * Q;
   }
 
   // scores[key][query] of keys [k0, k1) and one block of queries, biases included.
-  void score(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, int64_t k0, int64_t k1, const T* columns) {
+  void score(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, int64_t k0, int64_t k1, const O* columns) {
     const int64_t vectors = (count + lanes - 1) / lanes;
-    multiply<false>(k + k0 * key_stride, key_stride, columns, Q, k1 - k0, vectors, p.D, scores, Q, false);
+    multiply<false>(k + k0 * key_stride, key_stride, columns, Q, k1 - k0, vectors, in(p.D), scores, Q, false);
+    for (int64_t key = 0; pairs && key < k1 - k0; ++key) {
+      T* row = scores + key * Q;
+      for (int64_t e = 0; e < vectors; ++e) store(row + e * lanes, load(row + e * lanes) * scale_after);
+    }
     if (p.bias) {
       const T* bias = static_cast<const T*>(p.bias) + b * p.bias_stride_b + j * p.bias_stride_j + h * p.bias_stride_h +
                       q0 * p.bias_stride_q;
@@ -263,7 +283,7 @@ struct Core {
     T* lse_out = static_cast<T*>(p.lse) + ((b * p.J + j) * p.H + h) * p.Nq;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t q0 = block * Q, count = p.Nq - q0 < Q ? p.Nq - q0 : Q, vectors = (count + lanes - 1) / lanes;
-      const T* columns = take_queries(b, j, h, block);
+      const O* columns = take_queries(b, j, h, block);
       fill(top, Q, static_cast<T>(-INFINITY));
       fill(sum, Q, T{0});
       if (keys == 0) fill(out_rows, Q * Dp, T{0});
@@ -273,7 +293,8 @@ struct Core {
         if (k0 == 0) prefetch_written(p.out, item, q0, q0 + count);
         softmax_block(k1 - k0, vectors, count, k0 > 0);
         if (k0 == 0) prefetch_share(next, block, false);
-        multiply<true>(scores, Q, v + k0 * value_stride, value_stride, count, Dp / lanes, k1 - k0, out_rows, Dp, k0 > 0);
+        const O* values = v + k0 / deep * value_stride;
+        multiply<true>(weights(), Q, values, value_stride, count, Dp / lanes, in(k1 - k0), out_rows, Dp, k0 > 0);
       }
       for (int64_t i = 0; i < count; ++i) {
         // A query with nothing to attend to has sum 0: its output is 0, its lse -inf.
@@ -284,7 +305,11 @@ struct Core {
     }
   }
 
-  // One step of online softmax: scores become exp(score - maximum), sum and out_rows are rescaled to the new maximum.
+  // The scores' place, where operands across take theirs: two rows of scores make one row of pairs.
+  O* weights() const { return reinterpret_cast<O*>(scores); }
+
+  // One step of online softmax: scores become exp(score - maximum), as operands across; sum and out_rows are rescaled to the
+  // new maximum.
   void softmax_block(int64_t count_keys, int64_t vectors, int64_t count, bool rescale) {
     switch (vectors) {
       case 1: return softmax_vectors<1>(count_keys, count, rescale);
@@ -311,13 +336,14 @@ struct Core {
     for (int64_t first = 0; first < count_keys; first += kShortSum) {
       const int64_t last = count_keys - first < kShortSum ? count_keys : first + kShortSum;
       vec part[V] = {};
-      for (int64_t key = first; key < last; ++key) {
+      for (int64_t key = first; key < last; key += deep) {
 #pragma GCC unroll 3
         for (int v = 0; v < V; ++v) {
-          T* score = scores + key * Q + v * lanes;
-          const vec weight = vexp(load(score) - minus[v]);
-          part[v] += weight;
-          store(score, weight);
+          vec weight[deep] = {};
+          for (int64_t i = 0; i < deep && key + i < last; ++i) {
+            part[v] += weight[i] = vexp(load(scores + (key + i) * Q + v * lanes) - minus[v]);
+          }
+          Pack::put_across(weights() + key / deep * Q + v * lanes, weight);
         }
       }
       for (int v = 0; v < V; ++v) total[v] += part[v];
@@ -344,32 +370,34 @@ struct Core {
     const bool whole = keys <= kKeys;  // all keys in one block
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t q0 = block * Q, count = p.Nq - q0 < Q ? p.Nq - q0 : Q, vectors = (count + lanes - 1) / lanes;
-      const T* columns = take_queries(b, j, h, block);
+      const O* columns = take_queries(b, j, h, block);
       pack_columns(grad + q0 * p.grad_out.stride_n, p.grad_out.stride_n, count, T{1}, grad_columns);
       fill(delta, Q, T{0});
-      fill(lse, Q, T{0});
+      fill(lse, Q, static_cast<T>(-INFINITY));  // lanes past `count` are queries with nothing to attend to
       for (int64_t i = 0; i < count; ++i) {
-        pack_row<E>(query + (q0 + i) * p.query.stride_n, p.D, static_cast<T>(p.scale), query_rows + i * Dp);
-        pack_row<E>(grad + (q0 + i) * p.grad_out.stride_n, p.D, T{1}, grad_rows + i * Dp);
+        const S* grad_row = grad + (q0 + i) * p.grad_out.stride_n;
+        Pack::across(query + (q0 + i) * p.query.stride_n, p.D, scale_before, i, query_rows, Dp);
+        Pack::across(grad_row, p.D, T{1}, i, grad_rows, Dp);
         if (p.grad_lse) delta[i] = -static_cast<const T*>(p.grad_lse)[row0 + q0 + i];
         lse[i] = static_cast<const T*>(p.lse)[row0 + q0 + i];
         const S* out_row = out + (q0 + i) * p.out.stride_n;
-        for (int64_t d = 0; !whole && d < p.D; ++d) delta[i] += grad_rows[i * Dp + d] * E::get(out_row[d]);
+        for (int64_t d = 0; !whole && d < p.D; ++d) delta[i] += E::get(grad_row[d]) * E::get(out_row[d]);
       }
       for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
         const int64_t k1 = keys - k0 < kKeys ? keys : k0 + kKeys, n = k1 - k0;
         score(b, j, h, q0, count, k0, k1, columns);
-        multiply<false>(v + k0 * value_stride, value_stride, grad_columns, Q, n, vectors, p.D, grad_scores, Q, false);
+        multiply<false>(v + k0 * value_stride, value_stride, grad_columns, Q, n, vectors, in(p.D), grad_scores, Q, false);
         softmax_gradient(n, vectors, whole);
         if (k0 == 0) prefetch_share(next, block, true);
-        multiply<false>(scores, Q, grad_rows, Dp, n, Dp / lanes, count, grad_value_rows + k0 * Dp, Dp, block > 0);
-        multiply<false>(grad_scores, Q, query_rows, Dp, n, Dp / lanes, count, grad_key_rows + k0 * Dp, Dp, block > 0);
+        multiply<false>(weights_along, in(Q), grad_rows, Dp, n, Dp / lanes, in(count), grad_value_rows + k0 * Dp, Dp, block > 0);
+        multiply<false>(grads_along, in(Q), query_rows, Dp, n, Dp / lanes, in(count), grad_key_rows + k0 * Dp, Dp, block > 0);
         if (k0 == 0) {
           if (!query_sum) prefetch_written(p.grad_query, item, q0, q0 + count);
           prefetch_written(p.grad_key, item, p.Nk * block / blocks, p.Nk * (block + 1) / blocks);
           prefetch_written(p.grad_value, item, p.Nk * block / blocks, p.Nk * (block + 1) / blocks);
         }
-        multiply<true>(grad_scores, Q, k + k0 * key_stride, key_stride, count, Dp / lanes, n, grad_query, Dp, k0 > 0);
+        const O* across = k_across + k0 / deep * across_stride;
+        multiply<true>(grads_across, Q, across, across_stride, count, Dp / lanes, in(n), grad_query, Dp, k0 > 0);
         if (bias_sum) add_bias_gradients(bias_sum + q0 * p.S, count, k0, k1);
         if (p.grad_bias) add_bias_gradients(static_cast<T*>(p.grad_bias) + (row0 + q0) * p.S, count, k0, k1);
         if (p.grad_key_bias) key_bias_gradients(b, j, h, count, k0, k1);
@@ -377,13 +405,14 @@ struct Core {
       if (keys == 0) fill(grad_query, Q * Dp, T{0});
       write_grad_query(b, j, h, q0, count, query_sum);
     }
-    if (p.grad_key.data) write_grad_rows(p.grad_key, grad_key_rows, b, j, h);
-    if (p.grad_value.data) write_grad_rows(p.grad_value, grad_value_rows, b, j, h);
+    if (p.grad_key.data) write_grad_rows(p.grad_key, grad_key_rows, scale_after, b, j, h);
+    if (p.grad_value.data) write_grad_rows(p.grad_value, grad_value_rows, T{1}, b, j, h);
   }
 
   // Scores become probabilities; grad_scores, so far grad_out . v, become the gradients of the logits. With the whole
   // row at hand, grad_out . o is taken from the probabilities: o may have been rounded to a half type.
   void softmax_gradient(int64_t count_keys, int64_t vectors, bool whole) {
+    const bool exact = p.bias || p.key_bias;  // whether the gradients are wanted as numbers, too
     for (int64_t e = 0; e < vectors; ++e) {
       T *s = scores + e * lanes, *g = grad_scores + e * lanes;
       const vec log_sum = load(lse + e * lanes);
@@ -397,10 +426,16 @@ struct Core {
       // The total is 1 but for the rounding of lse, which is no small part of gradients where one key takes all.
       const vec inverse = whole ? (empty ? vec{} : splat(T{1}) / total) : splat(T{1});
       shift += dot * inverse;
-      for (int64_t key = 0; key < count_keys; ++key) {
-        const vec weight = load(s + key * Q) * inverse;
-        store(s + key * Q, weight);
-        store(g + key * Q, weight * (load(g + key * Q) - shift));
+      for (int64_t key = 0; key < count_keys; key += deep) {
+        vec grads[deep] = {};
+        for (int64_t i = 0; i < deep && key + i < count_keys; ++i) {
+          const vec weight = load(s + (key + i) * Q) * inverse;
+          grads[i] = weight * (load(g + (key + i) * Q) - shift);
+          Pack::put_along(weights_along + (key + i) * in(Q) + e * in(lanes), weight);
+          if constexpr (pairs) Pack::put_along(grads_along + (key + i) * in(Q) + e * in(lanes), grads[i]);
+          if (!pairs || exact) store(g + (key + i) * Q, grads[i]);
+        }
+        if constexpr (pairs) Pack::put_across(grads_across + key / deep * Q + e * lanes, grads);
       }
     }
   }
@@ -442,7 +477,7 @@ struct Core {
   }
 
   // Gradients of the packed keys to the tokens they came from; a token in several slots gets their sum, in order.
-  void write_grad_rows(const HeadsView& to, const T* rows, int64_t b, int64_t j, int64_t h) {
+  void write_grad_rows(const HeadsView& to, const T* rows, T factor, int64_t b, int64_t j, int64_t h) {
     S* out = at(to, b, j, h);
     const int64_t *start = p.start + b * p.start_stride_b, *slots = p.slots + b * p.slots_stride_b;
     if (p.index) {
@@ -451,7 +486,7 @@ struct Core {
     for (int64_t n = 0, key = 0; n < p.Nk; ++n) {
       const bool absent = masked<T>(p, b, j, n);
       if (!p.index && !absent) {
-        write_row(out + n * to.stride_n, rows + key++ * Dp, T{1});
+        write_row(out + n * to.stride_n, rows + key++ * Dp, factor);
         continue;
       }
       fill(out_rows, Dp, T{0});
@@ -459,14 +494,14 @@ struct Core {
         const T* row = rows + place[slots[e]] * Dp;
         for (int64_t d = 0; d < Dp; d += lanes) store(out_rows + d, load(out_rows + d) + load(row + d));
       }
-      write_row(out + n * to.stride_n, out_rows, T{1});
+      write_row(out + n * to.stride_n, out_rows, factor);
     }
   }
 };
 
-template <class E>
+template <class E, class O>
 void forward_items(const Attention& p, int64_t begin, int64_t end, void* scratch) {
-  Core<E> core(p, scratch, false);
+  Core<E, O> core(p, scratch, false);
   const int64_t sequences = p.B * p.J;
   const auto item = [&](int64_t t) {
     // Heads inside: a token's heads lie side by side. With one query for all sequences, they go inside instead.
@@ -476,10 +511,10 @@ void forward_items(const Attention& p, int64_t begin, int64_t end, void* scratch
   for (int64_t t = begin; t < end; ++t) core.forward(item(t), item(t + 1 < end ? t + 1 : t));
 }
 
-template <class E>
+template <class E, class O>
 void backward_items(const Attention& p, int64_t begin, int64_t end, void* scratch) {
   using T = typename E::Compute;
-  Core<E> core(p, scratch, true);
+  Core<E, O> core(p, scratch, true);
   const int64_t sequences = p.B * p.J;
   const auto item = [&](int64_t s, int64_t h) { return Item{s / p.J, s % p.J, h}; };
   for (int64_t t = begin; t < end; ++t) {

@@ -90,6 +90,12 @@ inline Vec<E> load_some_as(const typename E::Stored* p, int64_t count) {
   return load(buffer);
 }
 
+// The first `left` values, however many those are; zeros after them.
+template <class E>
+inline Vec<E> load_up_to(const typename E::Stored* p, int64_t left) {
+  return left < kLanes<E> ? load_some_as<E>(p, left) : load_as<E>(p);
+}
+
 template <class E>
 inline void store_some_as(typename E::Stored* p, Vec<E> v, int64_t count) {
   typename E::Compute buffer[kLanes<E>];

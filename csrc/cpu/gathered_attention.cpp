@@ -61,9 +61,7 @@ struct Each {
   }
 
   // The row's D values in vector e: the last one may be short.
-  vec part(const S* x, int64_t d) const {
-    return d + lanes <= p.D ? load_as<E>(x + d) : load_some_as<E>(x + d, p.D - d);
-  }
+  vec part(const S* x, int64_t d) const { return load_up_to<E>(x + d, p.D - d); }
 
   void take_index(int64_t b, int64_t j, int64_t h, int64_t i) {
     const int64_t* index = p.index + b * p.index_stride_b + j * p.index_stride_j + h * p.index_stride_h + i * p.index_stride_q;
@@ -246,6 +244,17 @@ struct Each {
   }
 };
 
+// Calls body<E, O>() for a problem's elements and the operands of its products.
+template <class Body>
+void with_operands(const Attention& p, const Body& body) {
+#if HK_BF16_PAIRS && defined(__AVX512F__)
+  if (p.dtype == DType::bf16 && p.bf16_pairs) return body.template operator()<BF16, Pair>();
+#endif
+  with_element(p.dtype, [&](auto element) {
+    body.template operator()<decltype(element), typename decltype(element)::Compute>();
+  });
+}
+
 // Calls step(worker, b, j, i) for items [begin, end) of B * J * per.
 template <class Step>
 void each_item(const Attention& p, int64_t per, int64_t begin, int64_t end, void* scratch, const Step& step) {
@@ -259,16 +268,16 @@ void each_item(const Attention& p, int64_t per, int64_t begin, int64_t end, void
 
 int64_t attention_scratch(const Attention& p, bool backward) {
   int64_t bytes = 0;
-  with_element(p.dtype, [&](auto element) { Core<decltype(element)>(p, nullptr, backward, &bytes); });
+  with_operands(p, [&]<class E, class O>() { Core<E, O>(p, nullptr, backward, &bytes); });
   return bytes;
 }
 
 void attention_fwd(const Attention& p, int64_t begin, int64_t end, void* scratch) {
-  with_element(p.dtype, [&](auto element) { forward_items<decltype(element)>(p, begin, end, scratch); });
+  with_operands(p, [&]<class E, class O>() { forward_items<E, O>(p, begin, end, scratch); });
 }
 
 void attention_bwd(const Attention& p, int64_t begin, int64_t end, void* scratch) {
-  with_element(p.dtype, [&](auto element) { backward_items<decltype(element)>(p, begin, end, scratch); });
+  with_operands(p, [&]<class E, class O>() { backward_items<E, O>(p, begin, end, scratch); });
 }
 
 int64_t attention_per_query_scratch(const Attention& p) {

@@ -14,6 +14,7 @@ struct Attention {
   int64_t B, J, H, Nq, Nk, D;
   int64_t S;                // slots of a query: Nk without an index, else the index's last dim
   DType dtype;              // of query, key, value, out and their gradients; "compute" below is float32, float64 for f64
+  bool bf16_pairs;          // whether the processor has AVX512-BF16, and it shall be used (not for keys per query)
   HeadsView query, key, value, out;
   const int64_t* index;     // null = dense; values in [-1, Nk); slots contiguous
   bool index_per_query;     // else one set per (b, j, h)

@@ -78,8 +78,8 @@ def recovery_attention(
     Raises:
         ValueError, TypeError: ``recovery_attention: <arg> must be <expected>, got <actual>``.
 
-    Numerics: softmax and sums in float32 (float64 for float64); deterministic, forward and backward. On GPUs as
-    `gathered_attention`.
+    Numerics: softmax and sums in float32 (float64 for float64); deterministic, forward and backward. On GPUs, and in
+    bfloat16, as `gathered_attention`.
 
     Cost: a shared query is read, scaled and packed once per thread, or on a GPU once per program that serves several
     sequences; no [L, M] tensor is kept.
