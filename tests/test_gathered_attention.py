@@ -83,23 +83,24 @@ def test_bfloat16_in_pairs(backend: str, Nq: int, Nk: int, D: int) -> None:
     """Pairs of channels, keys and queries that lack one, and several blocks of keys, under a bias and a mask."""
     args = [t.bfloat16() for t in (*heads(2, Nq=Nq, Nk=Nk, D=D), torch.randn(2, Nq, Nk), torch.randn(2, Nk))]
     args[4][:, 1] = -torch.inf
-    args[4][1, 0] = 1e4  # exp(1e4), where no query's own maximum is subtracted, would be infinite
+    args[4][1, 0] = 88.5  # its exponential would be infinite, where no query's maximum is subtracted
 
-    def ours(*a: Tensor) -> Tensor:
-        return gathered_attention(*a[:3], bias=a[3], key_bias=a[4], backend=backend)
+    def ours(*a: Tensor) -> tuple[Tensor, ...]:
+        return gathered_attention(*a[:3], bias=a[3], key_bias=a[4], return_lse=True, backend=backend)
 
-    def eager(*a: Tensor) -> Tensor:
-        return attend(*a[:3], bias=a[3], key_bias=a[4])[0]
+    def eager(*a: Tensor) -> tuple[Tensor, ...]:
+        return attend(*a[:3], bias=a[3], key_bias=a[4])
 
     answer, theirs, truth = gradients(ours, *args), gradients(eager, *args), gradients(eager, *upcast(args))
-    for i, (a, b, exact) in enumerate(zip(answer, theirs, truth, strict=True)):
-        allowed = (b.double() - exact).abs().max() * (2 if i == 0 else 3) + rounding_floor(a.dtype, tensor_cores=False) * exact.abs().max()
-        assert (a.double() - exact).abs().max() <= allowed
+    assert_close(answer[1:2], truth[1:2])  # lse is float32, and no input of its products was rounded
+    for a, b, exact, factor in zip(answer, theirs, truth, (2, 2, 3, 3, 3, 3, 3), strict=True):
+        floor = rounding_floor(a.dtype, tensor_cores=False) * exact.abs().max()
+        assert (a.double() - exact).abs().max() <= factor * (b.double() - exact).abs().max() + floor
     floats = [t.float() for t in args]
     as_floats = gradients(ours, *floats)
     backends.instruction_set("avx512")  # the fixture puts it back
     assert_equal(gradients(ours, *floats), as_floats)
-    assert Nk == 2 or not any(torch.equal(a, b) for a, b in zip(gradients(ours, *args)[:4], answer, strict=False))
+    assert Nk == 2 or not any(torch.equal(a, b) for a, b in zip(gradients(ours, *args)[2:5], answer[2:5], strict=True))
 
 
 @on_every_cpp
