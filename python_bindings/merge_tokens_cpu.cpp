@@ -20,12 +20,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& assign
   const auto kernel = HK_CPU_DISPATCH(set, merge_tokens_fwd);
   parallel(p.B, [&](int64_t begin, int64_t end) { sum_weights(p, begin, end); });
   const int64_t chunks = (p.C + kChannels - 1) / kChannels;
+  const int64_t bytes = HK_CPU_DISPATCH(set, merge_tokens_scratch)(p, std::min(p.C, kChannels));
   parallel(p.B * chunks, [&](int64_t begin, int64_t end) {
-    Tensor scratch =
-        allocate(x, {call.half() ? p.M * std::min(p.C, kChannels) : 0}, ScalarType::Float);
+    Tensor scratch = allocate(x, {bytes}, ScalarType::Byte);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t c = t % chunks * kChannels;
-      kernel(p, t / chunks, c, std::min(p.C, c + kChannels), scratch.mutable_data_ptr<float>());
+      kernel(p, t / chunks, c, std::min(p.C, c + kChannels), scratch.mutable_data_ptr());
     }
   });
   return {call.out, call.total, call.mean};

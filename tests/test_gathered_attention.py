@@ -448,7 +448,11 @@ def test_many_sequences(backend: str, kind: str, count: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_any_threads_and_batch(backend: str, kind: str, dtype: torch.dtype, threads: None) -> None:
     """A sample's answer and gradients depend on nothing but the sample; the sums over the batch on no thread count."""
-    args = (*(t.to(dtype) for t in heads(5, 3, Nq=63, Nk=39)), torch.randn(2, 63, 39 if kind == "dense" else 9), torch.randn(5, 3, 39))
+    args = (
+        *(t.to(dtype) for t in heads(5, 3, Nq=63, Nk=39)),
+        torch.randn(2, 63, 39 if kind == "dense" else 9),
+        torch.randn(5, 3, 39),
+    )
     index = index_of(kind, (5, 3), 2, 63, 39, 9)
 
     def call(some: slice) -> Callable[..., Any]:

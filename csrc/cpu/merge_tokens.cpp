@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "element.h"
+#include "scratch.h"
 
 namespace hotkernels::HK_ISA {
 
@@ -28,32 +29,79 @@ void merge_tokens_total(const MergeTokens& p, int64_t begin, int64_t end) {
   });
 }
 
-void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t c_end, float* scratch) {
+namespace {
+
+struct Scratch {
+  int64_t* left;  // [M] tokens of each cluster still to come
+  bool* begun;    // [M] whether its sums hold any
+  float* sums;    // [M, channels], of half types
+
+  Scratch(const MergeTokens& p, int64_t channels, void* scratch, int64_t* bytes = nullptr) {
+    const bool half = p.dtype == DType::f16 || p.dtype == DType::bf16;
+    Arena a{reinterpret_cast<uintptr_t>(scratch)};
+    left = a.take<int64_t>(p.M), begun = a.take<bool>(p.M), sums = a.take<float>(half ? p.M * channels : 0);
+    if (bytes) *bytes = static_cast<int64_t>(a.next);
+  }
+};
+
+}  // namespace
+
+int64_t merge_tokens_scratch(const MergeTokens& p, int64_t channels) {
+  int64_t bytes = 0;
+  Scratch(p, channels, nullptr, &bytes);
+  return bytes;
+}
+
+void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t c_end, void* scratch) {
+  const int64_t* assignment = p.assignment + b * p.N;
+  const int64_t count = c_end - c_begin, out_row = b * p.M * p.C + c_begin;
+  const Scratch s(p, count, scratch);
+  memset(s.left, 0, static_cast<size_t>(p.M) * sizeof *s.left);
+  memset(s.begun, 0, static_cast<size_t>(p.M));
+  for (int64_t n = 0; n < p.N; ++n) {
+    if (assignment[n] >= 0) ++s.left[assignment[n]];
+  }
   with_element(p.dtype, [&](auto element) {
     using E = decltype(element);
     using T = typename E::Stored;
     using Sum = typename E::Compute;
-    const T* weight = static_cast<const T*>(p.weight);
-    const Sum* total = static_cast<const Sum*>(p.total) + b * p.M;
-    const int64_t* assignment = p.assignment + b * p.N;
-    const int64_t count = c_end - c_begin;
-    T* out = static_cast<T*>(p.out) + b * p.M * p.C + c_begin;
     constexpr bool in_place = sizeof(T) == sizeof(Sum);
-    Sum* sums = in_place ? reinterpret_cast<Sum*>(out) : reinterpret_cast<Sum*>(scratch);
-    const int64_t stride = in_place ? p.C : count;
-    for (int64_t m = 0; m < p.M; ++m) memset(sums + m * stride, 0, static_cast<size_t>(count) * sizeof(Sum));
-    for (int64_t n = 0; n < p.N; ++n) {
-      if (assignment[n] < 0) continue;
-      const Sum w = weight ? E::get(weight[b * p.N + n]) : Sum{1};
-      const T* __restrict x = static_cast<const T*>(p.x) + b * p.x_stride_b + n * p.x_stride_n + c_begin;
-      Sum* __restrict sum = sums + assignment[n] * stride;
-      for (int64_t c = 0; c < count; ++c) sum[c] += w * E::get(x[c]);
-    }
+    const T* weight = static_cast<const T*>(p.weight);
+    T* out = static_cast<T*>(p.out) + out_row;
+    const Sum* total = static_cast<const Sum*>(p.total) + b * p.M;
+    const auto sums_of = [&](int64_t m) {
+      if constexpr (in_place) return out + m * p.C; else return s.sums + m * count;
+    };
     for (int64_t m = 0; m < p.M; ++m) {
+      if (s.left[m] == 0 || !in_place) memset(sums_of(m), 0, static_cast<size_t>(count) * sizeof(Sum));
+    }
+    for (int64_t n = 0; n < p.N; ++n) {
+      const int64_t m = assignment[n];
+      if (m < 0) continue;
+      const T* __restrict x = static_cast<const T*>(p.x) + b * p.x_stride_b + n * p.x_stride_n + c_begin;
+      const Sum w = weight ? E::get(weight[b * p.N + n]) : Sum{1}, scale = Sum{1} / total[m];
+      Sum* __restrict sum = sums_of(m);
+      const auto add = [&](auto first, auto last) {
+        for (int64_t c = 0; c < count; ++c) {
+          const Sum value = first ? w * E::get(x[c]) : sum[c] + w * E::get(x[c]);
+          sum[c] = last ? value * scale : value;
+        }
+      };
+      constexpr std::true_type yes;
+      constexpr std::false_type no;
+      if constexpr (in_place) {  // no passes over the result before and after: its first token sets, its last one divides
+        const bool first = !s.begun[m], last = --s.left[m] == 0;
+        s.begun[m] = true;
+        if (first) last ? add(yes, yes) : add(yes, no); else last ? add(no, yes) : add(no, no);
+      } else {
+        add(no, no);
+      }
+    }
+    for (int64_t m = 0; m < p.M && !in_place; ++m) {
       const Sum scale = Sum{1} / total[m];
       for (int64_t c = 0; c < count; ++c) {
-        const Sum mean = sums[m * stride + c] * scale;
-        if (!in_place && p.mean) static_cast<Sum*>(p.mean)[(b * p.M + m) * p.C + c_begin + c] = mean;
+        const Sum mean = sums_of(m)[c] * scale;
+        if (p.mean) static_cast<Sum*>(p.mean)[out_row + m * p.C + c] = mean;
         out[m * p.C + c] = E::put(mean);
       }
     }

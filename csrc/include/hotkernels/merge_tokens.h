@@ -30,9 +30,10 @@ struct MergeTokens {
 
 // Sums the weights of samples [begin, end) into total.
 HK_CPU_KERNEL(void merge_tokens_total(const MergeTokens& p, int64_t begin, int64_t end))
-// Sums channels [c_begin, c_end) of sample b, tokens in ascending order. scratch: M * (c_end - c_begin) floats where x
-// is float16 or bfloat16, else unused.
-HK_CPU_KERNEL(void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t c_end, float* scratch))
+// Bytes of scratch for as many channels at a time.
+HK_CPU_KERNEL(int64_t merge_tokens_scratch(const MergeTokens& p, int64_t channels))
+// Averages channels [c_begin, c_end) of sample b, tokens in ascending order.
+HK_CPU_KERNEL(void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t c_end, void* scratch))
 // Gradients of tokens [begin, end) of the B * N tokens.
 HK_CPU_KERNEL(void merge_tokens_bwd(const MergeTokens& p, int64_t begin, int64_t end))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...backends import Kernel, choose, differentiable_once, fake, register, wants_grad
-from ...errors import FLOATING, INTEGER, check_index, check_tensor, fail, matches
+from ...errors import FLOATING, HALF, INTEGER, check_index, check_tensor, fail, matches
 from .reference import gather_tokens_reference
 
 _OP = "gather_tokens"
@@ -40,7 +40,10 @@ class GatherTokens(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.hotkernels.gather_tokens_bwd(grad_out, index, ctx.num_tokens)
         if ctx.needs_input_grad[2]:
-            grad_pos = grad_out.sum([0, *range(2, grad_out.dim() - 1)])
+            grad_pos, between = grad_out, list(range(2, grad_out.dim() - 1))
+            if between:  # first: over dims that lie apart PyTorch sums seven times as long
+                grad_pos = grad_pos.sum(between, dtype=torch.float32 if grad_out.dtype in HALF else None)
+            grad_pos = grad_pos.sum(0).to(grad_out.dtype)
         return grad_x, None, grad_pos
 
 
