@@ -2,6 +2,9 @@
 // _is_intel() says whose the processor is: MKL, with which PyTorch multiplies, looks at that.
 #include <atomic>
 #include <cstdlib>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "check.h"
 
@@ -10,13 +13,23 @@ namespace {
 
 constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512_bf16"};
 
+#if defined(__x86_64__)
+bool has_f16c() {  // a name that Clang learned late
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 Isa widest() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return HK_BF16_PAIRS && __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+#if HK_BF16_PAIRS  // where it is not, the compiler may not know the name
+    if (__builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+#endif
+    return Isa::avx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return Isa::avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) return Isa::avx2;
 #endif
   return Isa::base;
 }
