@@ -111,8 +111,9 @@ def test_only_products_of_pairs_need_avx512_bf16() -> None:
         for name, code in re.findall(r"<(\w+)>:\n(.*?)(?=\n\n|\Z)", tool("objdump", "-d", path), re.DOTALL):
             functions.setdefault(name, set()).update(re.findall(r"vdpbf16ps|vcvtne2?ps2bf16", code))
     using = {name for name, instructions in functions.items() if instructions}
-    assert set().union(*functions.values()) == {"vdpbf16ps", "vcvtneps2bf16", "vcvtne2ps2bf16"}
     assert all("4Pair" in name for name in using), using
+    if "clang" not in tool("readelf", "-p", ".comment", path):  # which has none of them
+        assert set().union(*functions.values()) == {"vdpbf16ps", "vcvtneps2bf16", "vcvtne2ps2bf16"}
 
 
 @pytest.mark.parametrize("isa", SETUP.ISA_FLAGS)

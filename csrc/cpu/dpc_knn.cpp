@@ -29,6 +29,9 @@ constexpr int64_t kListPad = 16;    // floats before a list: the last of them is
 constexpr float kInf = __builtin_inff();
 static_assert(kBlock % P == 0 && kDense % P == 0 && W % R == 0);
 
+// Of a type of this file, so that what the compiler makes of std's algorithms stays in it: one copy per instruction set.
+constexpr auto kAscending = [](auto a, auto b) { return a < b; };
+
 struct Rank {  // densest first: by key, then tie, then token
   uint64_t key;
   uint32_t tie;
@@ -307,7 +310,7 @@ void dense_densities(const DpcKnn& p, Sample& s, const Runner& runner) {
     float* row = part.row;
     for (int64_t i = j; i < std::min(j + W, s.n); ++i) {
       std::copy(s.dense + i * side, s.dense + i * side + s.n, row);
-      std::partial_sort(row, row + k, row + s.n);
+      std::partial_sort(row, row + k, row + s.n, kAscending);
       double sum = 0;  // of as many terms as there are tokens
       for (int64_t e = 0; e < k; ++e) sum += row[e];
       s.r[i] = static_cast<float>(sum) / denominator;
@@ -558,7 +561,7 @@ void select(const DpcKnn& p, int64_t b, Sample& s) {
   std::fill(s.slot, s.slot + s.n, -1);
   const int64_t* keep = p.keep ? p.keep + b * p.keep_stride_b : nullptr;
   const auto token_at = [&](int64_t position) -> int64_t {
-    const int32_t* found = std::lower_bound(s.position, s.position + s.n, static_cast<int32_t>(position));
+    const int32_t* found = std::lower_bound(s.position, s.position + s.n, static_cast<int32_t>(position), kAscending);
     return found < s.position + s.n && *found == position ? found - s.position : -1;
   };
   for (int64_t e = 0; e < p.num_keep; ++e) {
@@ -585,7 +588,7 @@ void select(const DpcKnn& p, int64_t b, Sample& s) {
     const int64_t t = token_at(keep[e]);
     if (t >= 0 && s.slot[t] == 0) s.kept[s.kept_count++] = static_cast<int32_t>(t), s.slot[t] = -1;  // once
   }
-  if (p.ordered) std::sort(s.kept, s.kept + s.kept_count);
+  if (p.ordered) std::sort(s.kept, s.kept + s.kept_count, kAscending);
   for (int64_t m = 0; m < s.kept_count; ++m) s.slot[s.kept[m]] = static_cast<int32_t>(m);
 }
 
