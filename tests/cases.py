@@ -154,7 +154,7 @@ OPS.append(
                 "x": torch.randn(4, 17, 8).to(dtype),
                 "index": _index(9, 4, 17).int().T,
             },
-            "pos [1, M, C] in float32": lambda dtype: {
+            "pos [1, M, C]": lambda dtype: {
                 "x": torch.randn(2, 17, 3, 8).to(dtype),
                 "index": _index(2, 9, 17),
                 "pos": torch.randn(1, 9, 8).to(dtype),

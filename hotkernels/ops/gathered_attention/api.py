@@ -256,8 +256,8 @@ def gathered_attention(
             sample. [*batch, Nq, K]: per query. [*batch, H, Nq, K]: per head and query. Keys may repeat, and count each
             time. An InvertedIndex saves the backward pass the inversion.
         bias: added to the logits of the slots, broadcastable to [*batch, H, Nq, Nk or M or K].
-        key_bias: [*batch, Nk], added to the logits of a key wherever it appears; -inf masks it: then
-            nothing in it or its value matters, not even NaN, as where no index names it.
+        key_bias: [*batch, Nk], each dim whole or 1, added to the logits of a key wherever it appears; -inf masks it:
+            then nothing in it or its value matters, not even NaN, as where no index names it.
         scale: of the logits; None = 1 / sqrt(D).
         dropout_p: dropout on the probabilities, always applied if > 0 (on the torch backend).
         return_lse: return (out, lse).
