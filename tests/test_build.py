@@ -104,7 +104,7 @@ def test_kernels_hold_the_instructions_of_their_set(isa: str, has: str, lacks: s
     assert any(has in code for code in codes.values()), "nothing was vectorised"
 
 
-def test_only_products_of_pairs_need_avx512_bf16() -> None:
+def test_only_products_of_pairs_hold_instructions_of_avx512_bf16() -> None:
     # They lie in the library for AVX-512: any other function with such an instruction would stop machines without it.
     functions: dict[str, set[str]] = {}
     for path in kernel_objects("avx512"):
