@@ -150,7 +150,7 @@ def test_masked_tokens_are_in_the_first_cluster(kind: torch.dtype) -> None:
 
 def test_too_few_valid_tokens_are_filled_with_masked_ones() -> None:
     x = tokens(3, 12, 4)
-    mask = torch.zeros(3, 12)
+    mask = torch.full((3, 12), -1.0)
     mask[0, [3, 7]] = 1
     mask[1] = 1
     index, idx_cluster = hot.cluster_dpc_knn(x, 5, 2, mask)
@@ -221,6 +221,9 @@ def test_origins_return_what_theirs_do() -> None:
         assert torch.equal(assigned, idx_cluster)
         assert cluster_num == 8
     assert torch.equal(idx_cluster.gather(1, index), torch.arange(8).expand(2, -1))
+    _, of_five = seeded(0, lambda: hot.cluster_dpc_knn(x, 8, 5))[0]
+    for function, tokens_of in ((tcformer, {"x": x}), (chat_univi, {"x": x}), (prunevid, x)):
+        assert torch.equal(seeded(0, lambda f=function, t=tokens_of: f.cluster_dpc_knn(t, 8))[0][0], of_five)
 
 
 def test_chat_univi_clamps_k_and_takes_the_mask_of_the_dict() -> None:
@@ -290,6 +293,9 @@ def test_merge_leaves_out_tokens_in_no_cluster() -> None:
     there = idx_cluster[0] >= 0
     torch.testing.assert_close(out["x"], torch.stack([x[:, 0], x[:, [1, 3, 5]].mean(1)], 1))
     torch.testing.assert_close(out["agg_weight"][0, :, 0], torch.where(there, torch.tensor([1, *[1 / 3] * 5]), 0.0))
+    weightless = tcformer.merge_tokens(dict_of(x, (2, 3)), idx_cluster, 2, torch.zeros(1, 6, 1))
+    assert not weightless["x"].any()
+    assert not weightless["agg_weight"].any()
 
 
 def test_tcformer_stages() -> None:

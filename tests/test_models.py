@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from hotkernels import gather_tokens
 from hotkernels.models import HoTMixSTE, HoTMotionBERT, strategies
 from hotkernels.models.eager import HoTMixSTEEager, HoTMotionBERTEager
-from hotkernels.nn.linear import add_linear, linear
+from hotkernels.models.layers import Mlp
+from hotkernels.nn.linear import _HAS_ONEDNN, add_linear, linear
 
 SMALL: dict[str, Any] = {"frames": 27, "token_num": 9, "channels": 64, "depth": 4, "layer_index": 2}
 PAIRS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module], int]] = {
@@ -195,17 +196,19 @@ def test_uniform() -> None:
 
 def test_attention_is_the_attention_received() -> None:
     x = torch.randn(2, 27, 17, 64)
-    attention = scene(x).attention
-    qkv = attention.qkv(x).reshape(2, 27, 17, 3, 8, 8)
+    attention, norm = scene(x).attention, nn.LayerNorm(64)
+    nn.init.normal_(norm.weight)
+    qkv = attention.qkv(norm(x)).reshape(2, 27, 17, 3, 8, 8)
     logits = torch.einsum("bfjhd,bgjhd->bjhfg", qkv[..., 0, :, :], qkv[..., 1, :, :]) * attention.scale
     expected = logits.softmax(-1).mean((1, 2, 3)).topk(9).indices.sort(1).values
-    at = strategies.Scene(x, None, nn.Identity(), attention)
+    at = strategies.Scene(x, None, norm, attention)
     assert torch.equal(strategies.attention(x, 9, at), expected)
 
 
-def test_interpolation_of_each_sequence() -> None:
-    index = torch.stack([torch.randperm(30)[:7].sort().values for _ in range(3)])
-    poses = torch.randn(3, 7, 17, 3, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("kept", [1, 7])
+def test_interpolation_of_each_sequence(kept: int) -> None:
+    index = torch.stack([torch.randperm(30)[:kept].sort().values for _ in range(3)])
+    poses = torch.randn(3, kept, 17, 3, dtype=torch.float64, requires_grad=True)
     out = strategies.interpolate(poses, index, 30)
     for b in range(3):
         column = poses[b].detach().flatten(1).T.numpy()
@@ -214,12 +217,27 @@ def test_interpolation_of_each_sequence() -> None:
     assert torch.autograd.gradcheck(lambda p: strategies.interpolate(p, index, 30)[:, ::7, :2], poses, fast_mode=True)
 
 
-def test_a_choice_of_your_own() -> None:
+@pytest.mark.parametrize("make", [HoTMixSTE, HoTMotionBERT])
+def test_a_choice_of_your_own(make: Callable[..., Any]) -> None:
+    """It is told of the frames that are left: their poses, the place of the centre, the attention that comes next."""
+    scenes: list[strategies.Scene] = []
+
     def last(x: Tensor, token_num: int, at: strategies.Scene) -> Tensor:
+        scenes.append(at)
         return torch.arange(x.shape[1] - token_num, x.shape[1]).expand(len(x), -1)
 
-    _, index = HoTMixSTE(**SMALL, select=last, recover=None)(torch.randn(2, 27, 17, 2))
-    assert index.tolist() == [list(range(18, 27))] * 2
+    options = SMALL | {"frames": 28, "token_num": (15, 6), "layer_index": (1, 3)}
+    model = make(**options, center=True, select=last, recover=None)
+    x = torch.randn(2, 28, 17, model.in_channels)
+    _, index = model(x)
+    assert index.tolist() == [list(range(22, 28))] * 2
+    for at, layer, first, keep in zip(scenes, (1, 3), (0, 13), (13, 0), strict=True):
+        block = model.TTEblocks[layer] if make is HoTMixSTE else model.blocks_ts[layer]
+        which = "" if make is HoTMixSTE else "_t"
+        assert torch.equal(at.poses, x[:, first:, :, :2])
+        assert at.keep is not None
+        assert (at.keep == keep).all()
+        assert (at.norm, at.attention) == (getattr(block, "norm1" + which), getattr(block, "attn" + which))
 
 
 def test_index_of_an_earlier_pass_is_used() -> None:
@@ -280,6 +298,21 @@ def test_autocast_training() -> None:
         assert (own - expected).norm() <= 0.3 * expected.norm(), name
 
 
+@pytest.mark.parametrize("make", [HoTMixSTE, HoTMotionBERT])
+def test_options_reach_every_layer(make: Callable[..., nn.Module]) -> None:
+    model = make(**SMALL, n_joints=5, num_heads=4, mlp_ratio=3.0, in_channels=4, drop=0.2, attn_drop=0.4)
+    assert model.select is strategies.cluster
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            assert module.p == (0.4 if name.endswith("attn_drop") else 0.2), name
+        assert getattr(module, "num_heads", 4) == 4, name
+        assert not name.endswith("fc1") or module.out_features == 192, name
+    embedded: list[Tensor] = []
+    model.pos_drop.register_forward_hook(lambda module, args, out: embedded.append(out))
+    assert model(torch.randn(2, 27, 5, 4)).shape == (2, 27, 5, 3)
+    assert len(embedded) == (2 if make is HoTMixSTE else 1)
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 def test_dropout(grad: bool) -> None:
     """On the output of the attention, between the layers of the MLP and after them, with the same random numbers."""
@@ -295,7 +328,7 @@ def test_dropout(grad: bool) -> None:
     torch.testing.assert_close(out, expected)
 
 
-class Halved(nn.Module):
+class Halved(nn.Dropout):
     """What a user may put in a Dropout's place."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -308,7 +341,7 @@ def test_what_stands_in_the_place_of_dropout_runs(grad: bool) -> None:
     blocks: Any = HoTMixSTE(**SMALL).eval().TTEblocks
     block, x, index = blocks[0], torch.randn(2, 27, 17, 64), torch.tensor([[1, 5, 20], [0, 2, 3]])
     attention, mlp = block.attn, block.mlp
-    attention.proj_drop = Halved()
+    attention.proj_drop = Halved(0.0)
     mlp.drop.register_forward_hook(lambda module, args, out: out / 2)
     with torch.set_grad_enabled(grad):
         expected = x + attention.proj(attention.attend(block.norm1(x), -3)) / 2
@@ -323,15 +356,21 @@ def test_what_stands_in_the_place_of_dropout_runs(grad: bool) -> None:
         torch.testing.assert_close(seen, [expected - attended])
 
 
-@pytest.mark.parametrize("drops", [None, "attn.proj_drop", "mlp.drop"])
+class OwnMlp(Mlp):
+    pass
+
+
+@pytest.mark.parametrize("drops", [None, "attn.proj_drop", "mlp.drop", "mlp"])
 def test_frames_that_are_left_out_carry_no_gradient(drops: str | None) -> None:
     """Before pruning, what follows attention runs for the choice, then with gradients for what is kept.
 
-    With dropout it runs once, as it would drop something else the second time.
+    With dropout it runs once, as it would drop something else the second time; so does another MLP, whatever it does.
     """
     model = HoTMixSTE(**SMALL)
     blocks: Any = model.TTEblocks
-    if drops:
+    if drops == "mlp":
+        blocks[1].mlp = OwnMlp(64, 128)
+    elif drops:
         blocks[1].get_submodule(drops).p = 0.5
     calls: list[tuple[bool, int]] = []
     whole: list[Any] = []
@@ -355,6 +394,7 @@ def test_frames_that_are_left_out_carry_no_gradient(drops: str | None) -> None:
         ({"token_num": 28}, "token_num must be in [1, 27], got 28"),
         ({"token_num": (9, 15), "layer_index": (1, 2)}, "token_num must be in [1, 9], got 15"),
         ({"token_num": (9, 5)}, "layer_index must be one layer for each of token_num, got (2,) for (9, 5)"),
+        ({"token_num": (9, 5), "layer_index": (2, 2)}, "layer_index must be in [3, 3], got 2"),
         ({"layer_index": 0}, "layer_index must be in [1, 3], got 0"),
         ({"layer_index": 4}, "layer_index must be in [1, 3], got 4"),
         ({"recover": "copy"}, "recover must be 'attention', 'interpolation' or None, got 'copy'"),
@@ -423,11 +463,14 @@ def test_linear_added(shape: tuple[int, ...], bias: bool, mkl_is_fast: bool, mon
             torch.testing.assert_close(into, expected)
 
 
-def test_linear_with_hooks_runs_them() -> None:
+@pytest.mark.parametrize("mkl_is_fast", [True, False])
+def test_linear_with_hooks_runs_them(mkl_is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotkernels.nn.linear._MKL_IS_FAST", mkl_is_fast)
     layer, residual = nn.Linear(5, 7), torch.randn(3, 7)
     layer.register_forward_hook(lambda module, args, out: out + 1)
     x = torch.randn(3, 5)
     torch.testing.assert_close(linear(layer, x), layer(x))
+    torch.testing.assert_close(linear(layer, x, gelu=True), nn.functional.gelu(layer(x)))
     with torch.no_grad():
         torch.testing.assert_close(add_linear(residual, layer, x, torch.empty(3, 7)), residual + layer(x))
     normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 7))
@@ -451,6 +494,25 @@ def test_linear_leaves_other_weights_to_pytorch() -> None:
     with torch.no_grad():
         torch.testing.assert_close(linear(layer, x, gelu=True), nn.functional.gelu(expected))
         torch.testing.assert_close(add_linear(torch.ones(3, 7), layer, x, torch.empty(3, 7)), 1 + expected)
+
+
+@torch.no_grad()
+def test_linear_heeds_autocast_and_the_switch_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = nn.Linear(5, 7), torch.randn(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(layer, x, gelu=True).dtype == torch.bfloat16
+    monkeypatch.delattr("hotkernels.nn.linear._onednn")
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    torch.testing.assert_close(linear(layer, x, gelu=True), nn.functional.gelu(layer(x)))
+
+
+@pytest.mark.skipif(not _HAS_ONEDNN, reason="torch has no oneDNN")
+def test_a_linear_layer_of_onednn_is_differentiable_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotkernels.nn.linear._MKL_IS_FAST", False)
+    x = torch.randn(3, 5, requires_grad=True)
+    (grad,) = torch.autograd.grad(linear(nn.Linear(5, 7), x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("make", [HoTMixSTE, HoTMotionBERT, HoTMixSTEEager, HoTMotionBERTEager])

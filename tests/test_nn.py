@@ -60,6 +60,10 @@ def test_attention(options: dict[str, Any], shape: tuple[int, ...]) -> None:
     assert_as_published(ours, eager, lambda m, x: m(x), [torch.randn(shape)])
 
 
+def test_the_widest_head() -> None:
+    assert Attention(256, num_heads=1)(torch.randn(1, 3, 256)).shape == (1, 3, 256)
+
+
 @each_option
 def test_attention_along_joints_and_along_frames(options: dict[str, Any]) -> None:
     ours, eager = pair(Attention, AttentionEager, 32, **options)
@@ -207,6 +211,8 @@ def test_dropout_in_training_and_not_in_evaluation(which: str) -> None:
         (TokenRecovery, TokenRecoveryEager, (16, 7), (2, 3, 2, 16)),
     ):
         a, b = pair(ours, eager, *args, **{which: 0.4})
+        drops, published = ([m.p for m in each.modules() if isinstance(m, nn.Dropout)] for each in (a, b))
+        assert drops == published
         x = torch.randn(shape)
         plain = a.eval()(x)
         torch.testing.assert_close(plain, b.eval()(x))
@@ -232,7 +238,7 @@ def test_token_pruning(center: bool) -> None:
     module = TokenPruning(8, 9, center=center)
     nn.init.normal_(module.pos_embed_token)
     assert module.pos_embed_token.shape == (1, 9, 8)
-    x = torch.randn(4, 27, 5, 8, requires_grad=True)
+    x = torch.randn(4, 28, 5, 8, requires_grad=True)
     pruned, index = module(x)
     assert index.shape == (4, 9)
     assert (index.diff() > 0).all()
@@ -248,6 +254,14 @@ def test_token_pruning(center: bool) -> None:
     flipped, again = module(x.flip(-1), index)
     assert torch.equal(again, index)
     torch.testing.assert_close(flipped, gather_tokens(x.flip(-1), index) + module.pos_embed_token[:, :, None])
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 5}, {"seed": 3}])
+def test_the_choice_is_by_the_mean_of_the_joints(options: dict[str, int]) -> None:
+    """Of frames that come twice, which have equal densities for k = 2: the seed orders them."""
+    x = torch.randn(4, 14, 3, 4).repeat_interleave(2, 1)
+    expected = hotkernels.dpc_knn(x.mean(2), 9, **{"k": 2, **options}, ordered=True).index
+    assert torch.equal(TokenPruning(4, 9, **options)(x)[1], expected)
 
 
 def test_frames_that_are_no_numbers_are_chosen_where_others_are_too_few() -> None:
@@ -358,6 +372,15 @@ def test_what_is_patched_onto_inner_layers_runs() -> None:
     assert module.proj in seen
 
 
+@pytest.mark.parametrize("when", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_hooks_of_inner_layers_run(when: str) -> None:
+    module, seen = Attention(16, num_heads=2), []
+    for layer in (module.qkv, module.proj):
+        getattr(layer, f"register_{when}_hook")(lambda layer, *_: seen.append(layer))
+    module(torch.randn(2, 5, 16, requires_grad=True)).sum().backward()
+    assert seen in ([module.qkv, module.proj], [module.proj, module.qkv])
+
+
 def test_what_a_hook_sees_is_not_overwritten() -> None:
     module, seen = TokenRecovery(16, 9, num_heads=2), []
     nn.init.normal_(module.x_token)
@@ -380,7 +403,12 @@ def test_what_a_hook_sees_is_not_overwritten() -> None:
         (lambda: TokenPruning(16, 0), r"^TokenPruning: token_num must be at least 1, got 0$"),
         (lambda: Attention(16)(torch.zeros(5, 16)), r"^Attention: x must be \[.+, got \[5, 16\]$"),
         (lambda: Attention(16)(torch.zeros(2, 5, 16), along=-3), r"^Attention: x must be \[.+, got \[2, 5, 16\]$"),
+        (lambda: Attention(16)(torch.zeros(2, 5, 3, 1, 16), along=-3), r"^Attention: x must be .+ \[2, 5, 3, 1, 16\]$"),
         (lambda: Attention(16)(torch.zeros(2, 5, 3, 16), along=0), r"^Attention: \w+ must be .+, got .+$"),
+        (
+            lambda: CrossAttention(16)(torch.zeros(1, 5, 16).expand(2, -1, -1), *torch.zeros(2, 3, 4, 16)),
+            r"^CrossAttention: x_1 must be \[B, L, C\] with x_2's B = 3, got \[2, 5, 16\]$",
+        ),
         (lambda: TokenPruning(16, 3)(torch.zeros(2, 5, 16)), r"^TokenPruning: x must be \[.+, got \[2, 5, 16\]$"),
         (lambda: TokenRecovery(16, 9)(torch.zeros(2, 5, 16)), r"^TokenRecovery: x must be \[.+, got \[2, 5, 16\]$"),
         (lambda: TokenRecovery(16, 9)(torch.zeros(2, 5, 3, 8)), r"^TokenRecovery: x must be \[.+, got \[2, 5, 3, 8\]$"),

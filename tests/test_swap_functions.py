@@ -79,6 +79,19 @@ class M(nn.Module):
             "forward: cluster_dpc_knn: its answers are of no published form",
         ),
         (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k=7, token_mask=None):\n"
+            "    return theirs(x.float(), cluster_num, k, token_mask)[1], cluster_num",
+            "cluster_dpc_knn(x, 3)",
+            "forward: cluster_dpc_knn: its arguments (x, cluster_num, k=7, token_mask=None) are of no published form",
+        ),
+        (
+            "from hotkernels.compat.tcformer import merge_tokens as theirs\n"
+            "def merge_tokens(token_dict, idx_cluster, cluster_num, token_weight=None):\n"
+            "    return theirs(token_dict, idx_cluster, cluster_num)",
+            "merge_tokens(x, x, 3)",
+            "forward: merge_tokens: its answers are of no published form",
+        ),
+        (
             "def cluster_dpc_knn(x, cluster_num, coords): return x",
             "cluster_dpc_knn(x, 3, None)",
             "forward: cluster_dpc_knn: its arguments (x, cluster_num, coords) are of no published form",
@@ -102,8 +115,10 @@ def test_functions_left_alone(define: str, call: str, reason: str) -> None:
     ("define", "call", "ours"),
     [
         ("", "(lambda y: cluster_dpc_knn(y, 3, 4))(x)", "hot.cluster_dpc_knn"),
+        ("", "cluster_dpc_knn(x, 3, 4), torch.rand(2)", "hot.cluster_dpc_knn"),
         ("def choose(x): return cluster_dpc_knn(x, 3, 4)", "choose(x)", "hot.cluster_dpc_knn"),
         ("chosen = cluster_dpc_knn", "chosen(x, 3, 4)", "hot.cluster_dpc_knn"),
+        ("def f(x): return f(x[None]) if x.dim() < 3 else cluster_dpc_knn(x, 3, 4)", "f(x)", "hot.cluster_dpc_knn"),
         ("", "[cluster_dpc_knn_center(y, 3, k=4, center=4) for y in (x,)]", "hot.cluster_dpc_knn_center"),
         (
             "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k): return theirs(x, cluster_num, k)",
@@ -137,6 +152,7 @@ def test_functions_found(define: str, call: str, ours: str) -> None:
     expected = model(x)
     report = hotkernels.swap(model, example_inputs=x)
     assert [what.rpartition("hotkernels.compat.")[2] for _, what in report.functions] == [ours]
+    model.forward.__globals__.update(dict.fromkeys(functions.FORMS))  # theirs are not called
     torch.manual_seed(0)
     assert str(model(x)) == str(expected)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import hotkernels
 from hotkernels.baselines import AttentionEager, CrossAttentionEager
 from hotkernels.models import eager
+from hotkernels.swap import twins
 
 # What looks like plain attention and is not. All of it would pass a look at a fresh module's output or at its layers.
 
@@ -120,6 +121,11 @@ class ShortSequence(eager.MotionBERTAttention):
         return super().forward(x, seqlen) * (1.0 if (seqlen if self.mode == "temporal" else x.shape[1]) <= 243 else 0.5)
 
 
+class OtherLength(eager.MotionBERTAttention):
+    def forward(self, x: Tensor, seqlen: int = 2) -> Tensor:
+        return super().forward(x, seqlen)
+
+
 class ShortCross(CrossAttentionEager):
     def forward(self, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tensor:
         return super().forward(x_1, x_2[:, :243], x_3[:, :243])
@@ -202,6 +208,16 @@ def replaced_forward() -> nn.Module:
 def hooked_probabilities() -> nn.Module:
     module = AttentionEager(32, 4)
     module.attn_drop.register_forward_hook(lambda *_: None)
+    return module
+
+
+class OwnDropout(nn.Dropout):
+    pass
+
+
+def own_dropout() -> nn.Module:
+    module = AttentionEager(32, 4)
+    module.attn_drop = OwnDropout()
     return module
 
 
@@ -293,6 +309,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "needs a mask": (lambda: NeedsMask(32, 4), "its forward takes x, mask"),
     "windows": (lambda: Window(32, 4), "its forward or its gradient fails (RuntimeError)"),
     "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its mode is vanilla, not spatial or temporal"),
+    "other default": (
+        lambda: OtherLength(32, 4, "temporal"),
+        "its output differs from attention over frames or joints",
+    ),
     "ratio per side": (lambda: with_ratio((2, 4)), "sr_ratio is (2, 4)"),
     "ratio on qkv": (lambda: with_reduced_qkv(), "it has sr, a Conv2d"),
     "reduced otherwise": (lambda: with_ratio(2, nn.Conv1d(32, 32, 2)), "it has sr, a Conv1d"),
@@ -309,6 +329,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "ours": (lambda: hotkernels.nn.Attention(32, 4), "it is fused as it is"),
     "instance forward": (replaced_forward, "its forward was replaced on the instance"),
     "hooked probabilities": (hooked_probabilities, "attn_drop has hooks, which see the probabilities"),
+    "own dropout": (own_dropout, "attn_drop is test_swap_twins.OwnDropout"),
     "quantised": (
         lambda: with_qkv(torch.ao.nn.quantized.dynamic.Linear(32, 96)),
         "qkv is torch.ao.nn.quantized.dynamic.modules.linear.Linear",
@@ -336,10 +357,25 @@ def test_left_alone_with_a_reason(what: str) -> None:
     assert reason in str(error.value)
 
 
+def test_a_twin_that_differs_leaves_a_module_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unlike(hotkernels.Twin):
+        kind = "unlike"
+        fits = staticmethod(lambda module: isinstance(module, AttentionEager))
+        examples = staticmethod(lambda module: [(torch.randn(2, 5, 32),)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    monkeypatch.setattr(twins, "TWINS", [Unlike, *twins.TWINS])
+    assert hotkernels.swap(AttentionEager(32, 4)).replaced == [("", "attention")]
+
+
 def test_a_verdict_is_for_modules_that_hold_the_same() -> None:
-    """It is reached once for all modules that differ in their parameters alone."""
+    """It is reached once for all modules that differ in the values of their parameters alone."""
     report = hotkernels.swap(nn.Sequential(Times(1.0), Times(2.0), Times(1.0)))
     assert [name for name, _ in report.replaced] == ["0", "2"]
+    assert report.left == [("1", "its output differs from attention")]
+    report = hotkernels.swap(nn.Sequential(WiderInHalf(64, 4), WiderInHalf(64, 4).bfloat16()))
     assert report.left == [("1", "its output differs from attention")]
 
 
