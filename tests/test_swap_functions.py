@@ -157,6 +157,12 @@ def test_functions_found(define: str, call: str, ours: str) -> None:
     assert str(model(x)) == str(expected)
 
 
+def test_a_function_that_calls_itself_is_called_as_it_was_from_inside() -> None:
+    define = "def f(x): return f(x[None]) if x.dim() < 3 else cluster_dpc_knn(x, 3, 4)"
+    report = hotkernels.swap(file_with(define + MODULE.format(call="f(x)"))())
+    assert report.left == [("", "forward: f: from inside itself, it is called as it was")]
+
+
 UTILS = """
 import math
 def helper(x): return cluster_dpc_knn(x, 3, 4)

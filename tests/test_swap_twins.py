@@ -167,12 +167,14 @@ class WiderInHalf(AttentionEager):
 
 
 class Times(AttentionEager):
-    def __init__(self, factor: float) -> None:
+    def __init__(self, factor: float | Tensor, name: str = "factor") -> None:
         super().__init__(32, 4)
-        self.factor = factor
+        self.name = name
+        setattr(self, name, factor)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.factor
+        factor = getattr(self, self.name)
+        return super().forward(x) * (factor[1000] if isinstance(factor, Tensor) else factor)
 
 
 class NeedsMask(AttentionEager):
@@ -375,6 +377,10 @@ def test_a_verdict_is_for_modules_that_hold_the_same() -> None:
     report = hotkernels.swap(nn.Sequential(Times(1.0), Times(2.0), Times(1.0)))
     assert [name for name, _ in report.replaced] == ["0", "2"]
     assert report.left == [("1", "its output differs from attention")]
+    ones = torch.ones(2000)  # of which a text shows the ends
+    for factors, name in (((1.0, 2.0), "_factor"), ((ones, ones.index_fill(0, torch.tensor(1000), 2.0)), "factor")):
+        report = hotkernels.swap(nn.Sequential(*(Times(factor, name) for factor in factors)))
+        assert report.left == [("1", "its output differs from attention")]
     report = hotkernels.swap(nn.Sequential(WiderInHalf(64, 4), WiderInHalf(64, 4).bfloat16()))
     assert report.left == [("1", "its output differs from attention")]
 

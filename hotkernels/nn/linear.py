@@ -1,8 +1,8 @@
 """Linear layers on the CPU by the faster of oneDNN and MKL: float32, bias and GELU within the matrix product.
 
 PyTorch multiplies float32 with MKL, which leaves AMD cores with AVX-512 partly idle: 94 against 195 GF/s on a Zen 5,
-84 against 103 on a Zen 4. On a Xeon both reach 145 GF/s, and with the backward pass MKL 140, oneDNN 122: there oneDNN is
-called for GELU alone, which it computes on the way (8,262 tokens from 512 to 1,024 channels: 77 ms, not 94).
+84 against 103 on a Zen 4. On a Xeon both reach 145 GF/s, and with the backward pass MKL 140, oneDNN 122: there oneDNN
+is called for GELU alone, which it computes on the way (8,262 tokens from 512 to 1,024 channels: 77 ms, not 94).
 """
 
 from __future__ import annotations

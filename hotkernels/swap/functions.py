@@ -172,6 +172,10 @@ def _find_renames(function: FunctionType, callers: tuple[FunctionType, ...], ref
             refused[path] = found
         elif found:
             renames.append((path, found))
+    if renames:
+        refused.update(
+            (path, "from inside itself, it is called as it was") for path, f in targets.items() if f is function
+        )
     wrapped = vars(function).get("__wrapped__")
     for name, held in _closure(function).items():
         inner: dict[str, str] = {}

@@ -164,13 +164,26 @@ def stored(module: nn.Module, before: dict[str, list[Any]]) -> str | None:
     return None
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """What a probe's verdict depends on: equal for modules that differ in the values of parameters alone."""
-    plain = [(k, repr(v)) for k, v in vars(module).items() if not k.startswith("_") and k != "training"]
-    tensors = [
-        (k, t.shape, t.dtype, t.device)
-        for k, t in (*module._parameters.items(), *module._buffers.items())
-        if t is not None
-    ]
+    """What a probe's verdict depends on: equal for modules that differ in the values of parameters alone.
+
+    An attribute or buffer that is not a plain value must be the same object in both.
+    """
+    held = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+    others = [(k, _value(v)) for k, v in (*held.items(), *module._buffers.items())]
+    parameters = [(k, p.shape, p.dtype, p.device) for k, p in module._parameters.items() if p is not None]
     children = [(name, fingerprint(child)) for name, child in module.named_children()]
-    return type(module), *plain, *tensors, *children
+    return type(module), *others, *parameters, *children
+
+
+def _value(attribute: Any) -> Any:
+    """Plain values by what they say, and containers of them; anything else by identity."""
+    if isinstance(attribute, (list, tuple)):
+        return type(attribute), *map(_value, attribute)
+    if isinstance(attribute, dict):
+        return dict, *((key, _value(value)) for key, value in attribute.items())
+    plain = isinstance(attribute, (bool, int, float, str, type(None), torch.dtype, torch.device))
+    return (type(attribute), repr(attribute)) if plain else id(attribute)
