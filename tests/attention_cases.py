@@ -118,12 +118,14 @@ def _broadcast(dtype: torch.dtype) -> Args:
     }
 
 
-def _value_broadcast(dtype: torch.dtype) -> Args:
-    return {
-        "query": torch.randn(3, 2, 17, 8).to(dtype),
-        "key": torch.randn(3, 2, 9, 8).to(dtype),
-        "value": torch.randn(1, 2, 9, 8).to(dtype),
-    }
+def _for_all_samples(name: str) -> Make:
+    """Of one head, so that a kernel which keeps what it packed meets the same tensor beside another one at once."""
+
+    def make(dtype: torch.dtype) -> Args:
+        batch = {"query": 3, "key": 3, "value": 3, name: 1}
+        return {n: torch.randn(batch[n], 1, N, 7).to(dtype) for n, N in (("query", 17), ("key", 9), ("value", 9))}
+
+    return make
 
 
 def _stride_zero(kind: str) -> Make:
@@ -244,7 +246,7 @@ OPS.append(
             "qkv": _qkv,
             "frames of joints": _along_frames,
             "batch dims of size 1": _broadcast,
-            "a value for all samples": _value_broadcast,
+            **{f"a {name} for all samples": _for_all_samples(name) for name in ("key", "value")},
             **{f"stride 0, {kind}": _stride_zero(kind) for kind in KINDS},
             "nothing to attend to": _attention((2,), 2, 5, 9, 16, "set", 4, absent=1.0, bias=(5, 4), key_bias=(2,)),
             "nothing, per query": _attention((2,), 2, 5, 9, 16, "query", 4, absent=1.0, bias=(5, 4), key_bias=(2,)),

@@ -369,7 +369,7 @@ OPS.append(
             "C=1": _peaks(2, 39, 1, 13),
             "k=1": _peaks(2, 39, 5, 13, 1),
             "k=N": _peaks(2, 39, 5, 13, 39),
-            "k=N with lists": _peaks(1, 400, 5, 13, 400),
+            "k=N with lists, some masked": _peaks(1, 450, 5, 13, 450, mask=lambda: torch.rand(1, 450) < 0.95),
             "B=0": _peaks(0, 17, 5, 4),
             "39 around 0, masked": _peaks(2, 39, 5, 13, data=torch.randn, mask=lambda: torch.rand(2, 39) < 0.7),
             "no place left": _peaks(2, 39, 5, 1, keep=lambda: [-1]),

@@ -32,10 +32,12 @@ def test_copies_are_exact(backend: str) -> None:
     assert not out[0, 1].view(torch.int32).any()
 
 
-def test_the_result_is_contiguous(backend: str) -> None:
+def test_copies_from_any_strides_are_contiguous(backend: str) -> None:
     index = torch.tensor([[2, -1], [0, 4]])
     for view in layouts(torch.randn(2, 5, 3, 4)).values():
-        assert gather_tokens(view, index, backend=backend).is_contiguous()
+        out = gather_tokens(view, index, backend=backend)
+        assert out.is_contiguous()
+        assert torch.equal(out, gather_tokens(view.contiguous(), index, backend=backend))
 
 
 def test_an_absent_place_still_gets_its_position(backend: str) -> None:

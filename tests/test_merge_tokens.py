@@ -199,7 +199,7 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
         "weight": lambda: fwd(x, assignment, 3, torch.ones(2, 8), 0.0, False),
         "weight ": lambda: fwd(x, assignment, 3, torch.ones(2, 9).double(), 0.0, False),
         "grad_out": lambda: bwd(out[:, :2], out, total, x, assignment, None, False),
-        "mean": lambda: bwd(out, out[..., :3], total, x, assignment, None, False),
+        "mean": lambda: bwd(out, out[..., :3].contiguous(), total, x, assignment, None, False),
         "mean ": lambda: bwd(out, out[0], total, x, assignment, None, False),
         "total": lambda: bwd(out, out, total[:1], x, assignment, None, False),
         "total  ": lambda: bwd(out, out, torch.zeros(2, 6)[:, ::2], x, assignment, None, False),

@@ -135,7 +135,15 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
     for bias in (torch.zeros(2, 8), torch.zeros(9), torch.zeros(2, 9).double(), torch.zeros(3, 9)):
         with pytest.raises((ValueError, RuntimeError)):
             ops.recovery_attention_fwd(query, key, value, bias, 0.3)
-    for grad, o, s in ((out[:1], out, lse), (out, out[:, :, 1:], lse), (out, out, lse[:1]), (out.half(), out, lse)):
+    for grad, o, s in (
+        (out[:1], out, lse),
+        (out, out[:, :, 1:], lse),
+        (out, out.mT.contiguous().mT, lse),
+        (out, out, lse[:1]),
+        (out, out, lse.transpose(0, 1)),
+        (out.half(), out, lse),
+        (out.half(), out.half(), lse),
+    ):
         with pytest.raises((ValueError, RuntimeError)):
             ops.recovery_attention_bwd(grad, query, key, value, o, s, None, 0.3)
 
