@@ -184,7 +184,8 @@ def test_one_token_in_a_thousand_slots_is_its_value(backend: str, kind: str) -> 
     query, key, value = heads(1, Nq=3, Nk=5)
     index = torch.full({"set": (1, 1000), "query": (1, 3, 1000), "head": (1, 2, 3, 1000)}[kind], 4)
     out = gathered_attention(query, key, value, index, backend=backend)
-    torch.testing.assert_close(out, value[:, :, 4:].expand_as(out), rtol=9e-6, atol=0)
+    rtol = 3e-5 if backend == "torch" else 9e-6  # PyTorch's product sums so on some processors (MKL on a Zen 4)
+    torch.testing.assert_close(out, value[:, :, 4:].expand_as(out), rtol=rtol, atol=0)
 
 
 @each_kind
