@@ -7,8 +7,18 @@
 namespace hotkernels {
 namespace {
 
-constexpr int64_t kChannels = 128;  // channels per task: 512 bytes of a row, enough for the prefetcher to follow
-constexpr int64_t kGrain = 64;      // tokens per task at least
+constexpr int64_t kChannels = 128;      // channels per task at least: 512 bytes of a row, enough for the prefetcher to follow
+constexpr int64_t kSums = 128 * 1024;   // of a task's sums: half a megabyte, which the second-level cache keeps
+constexpr int64_t kGrain = 64;          // tokens per task at least
+
+// Whole rows are read fastest, but sums should stay in the cache and every thread should have a task.
+int64_t channels_per_task(const MergeTokens& p) {
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  int64_t chunks = 1;
+  const auto size = [&] { return (p.C + chunks * kChannels - 1) / (chunks * kChannels) * kChannels; };
+  while (size() > kChannels && (p.M * size() > kSums || p.B * chunks < threads)) ++chunks;
+  return std::max<int64_t>(std::min(size(), p.C), 1);
+}
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& assignment, int64_t num_clusters,
                                            const std::optional<Tensor>& weight, double eps, bool need_mean) {
@@ -19,13 +29,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& assign
   const auto sum_weights = HK_CPU_DISPATCH(set, merge_tokens_total);
   const auto kernel = HK_CPU_DISPATCH(set, merge_tokens_fwd);
   parallel(p.B, [&](int64_t begin, int64_t end) { sum_weights(p, begin, end); });
-  const int64_t chunks = (p.C + kChannels - 1) / kChannels;
-  const int64_t bytes = HK_CPU_DISPATCH(set, merge_tokens_scratch)(p, std::min(p.C, kChannels));
+  const int64_t channels = channels_per_task(p), chunks = (p.C + channels - 1) / channels;
+  const int64_t bytes = HK_CPU_DISPATCH(set, merge_tokens_scratch)(p, channels);
   parallel(p.B * chunks, [&](int64_t begin, int64_t end) {
     Tensor scratch = allocate(x, {bytes}, ScalarType::Byte);
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t c = t % chunks * kChannels;
-      kernel(p, t / chunks, c, std::min(p.C, c + kChannels), scratch.mutable_data_ptr());
+      const int64_t c = t % chunks * channels;
+      kernel(p, t / chunks, c, std::min(p.C, c + channels), scratch.mutable_data_ptr());
     }
   });
   return {call.out, call.total, call.mean};
