@@ -187,9 +187,9 @@ struct Core {
       const int64_t n = index ? index[s] : s;
       if (n < 0 || masked<T>(p, b, j, n)) continue;
       const S *key_row = key + n * p.key.stride_n, *value_row = value + n * p.value.stride_n;
-      Pack::along(key_row, p.D, T{1}, key_rows + keys * Da);
+      Pack::along(key_row, p.D, key_rows + keys * Da);
       if (has_gradients) {
-        Pack::along(value_row, p.D, T{1}, value_rows + keys * Da);
+        Pack::along(value_row, p.D, value_rows + keys * Da);
         if constexpr (pairs) Pack::across(key_row, p.D, T{1}, keys, keys_across, Dp);
       } else {
         Pack::across(value_row, p.D, T{1}, keys, value_rows, Dp);

@@ -27,7 +27,7 @@ struct Packing {
   static void put(O* to, vec operands, T scale) { store(to, operands * scale); }
 
   // Packs one row of D elements; across as row n of its matrix.
-  static void along(const S* x, int64_t D, T scale, O* row) { pack_row<E>(x, D, scale, row); }
+  static void along(const S* x, int64_t D, O* row) { pack_row<E>(x, D, T{1}, row); }
   static void across(const S* x, int64_t D, T scale, int64_t n, O* rows, int64_t stride) {
     pack_row<E>(x, D, scale, rows + n * stride);
   }
@@ -49,7 +49,7 @@ struct Packing<BF16, Pair> {  // unscaled: the product of unrounded factors is w
   }
   static void put(Pair* to, vf operands, float) { store(to, (vu)operands); }
 
-  static void along(const uint16_t* x, int64_t D, float, Pair* row) {
+  static void along(const uint16_t* x, int64_t D, Pair* row) {
     for (int64_t d = 0; d < D; d += 2 * W) store(row + d / 2, (vu)take(x + d, D - d));
   }
   static void across(const uint16_t* x, int64_t D, float, int64_t n, Pair* rows, int64_t stride) {

@@ -1,7 +1,7 @@
 // The matrix product that fits in registers: R rows times V vectors of columns, accumulated over the depth.
 //
 // Its operands are numbers or, where the processor has AVX512-BF16, pairs of bfloat16 that are neighbours along the depth:
-// one instruction adds both products to a float, without rounding between them, twice as many per second (on Zen 4 and 5).
+// one instruction adds both products to a float, without rounding between them, twice as many per second (on a Zen 5).
 #pragma once
 #include "simd.h"
 

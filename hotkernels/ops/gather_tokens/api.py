@@ -41,7 +41,7 @@ class GatherTokens(torch.autograd.Function):
             grad_x = torch.ops.hotkernels.gather_tokens_bwd(grad_out, index, ctx.num_tokens)
         if ctx.needs_input_grad[2]:
             grad_pos, between = grad_out, list(range(2, grad_out.dim() - 1))
-            if between:  # first: over dims that lie apart PyTorch sums seven times as long
+            if between:  # first: over dims that lie apart PyTorch sums seven times as long on a CPU
                 grad_pos = grad_pos.sum(between, dtype=torch.float32 if grad_out.dtype in HALF else None)
             grad_pos = grad_pos.sum(0).to(grad_out.dtype)
         return grad_x, None, grad_pos
