@@ -305,7 +305,8 @@ OPS.append(
 
 
 def _recovery(batch: tuple[int, ...], H: int, L: int, M: int, D: int, own: bool = False, **options: Any) -> Make:
-    """`own`: each sample has its own query. Options: `masked`, the share of masked keys; `scale`; `layout`."""
+    """`own`: each sample has its own query. Options: `masked`, the share of masked keys; `scale`; `layout`; `once`, the
+    arguments whose first batch dim is 1."""
 
     def make(dtype: torch.dtype) -> Args:
         masked, layout = options.get("masked"), options.get("layout")
@@ -318,7 +319,7 @@ def _recovery(batch: tuple[int, ...], H: int, L: int, M: int, D: int, own: bool 
             args["key_mask"] = torch.rand(*batch, M) >= masked
         if "scale" in options:
             args["scale"] = options["scale"]
-        return args
+        return args | {name: args[name][:1] for name in options.get("once", ())}
 
     return make
 
@@ -333,7 +334,9 @@ def _recovery_definition(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     bias = None if key_mask is None else torch.zeros(key_mask.shape).to(key).masked_fill(~key_mask, -torch.inf)
-    return attend(query.expand(*key.shape[:-2], *query.shape[-2:]), key, value, key_bias=bias, scale=scale)[0]
+    batch = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))
+    query, key, value = (t.expand(*batch, *t.shape[-3:]) for t in (query, key, value))
+    return attend(query, key, value, key_bias=bias, scale=scale)[0]
 
 
 def _recovery_raw(args: Args) -> list[tuple[str, tuple]]:
@@ -367,6 +370,12 @@ OPS.append(
             "1000 kept": _recovery((2,), 1, 63, 1000, 16, masked=0.1),
             "its own query": _recovery((3,), 2, 63, 17, 48, own=True, masked=0.3),
             "its own query, two batch dims": _recovery((2, 3), 2, 17, 9, 32, own=True),
+            "query [1, H, L, D], mask [1, M]": _recovery(
+                (3,), 2, 17, 9, 16, own=True, masked=0.3, once=("query", "key_mask")
+            ),
+            "query of one frame's joints": _recovery((2, 3), 2, 17, 9, 16, own=True, once=("query",)),
+            "key and value for all": _recovery((3, 2), 2, 17, 9, 16, own=True, once=("key", "value")),
+            "value for all": _recovery((3, 2), 2, 17, 9, 16, once=("value",)),
             "one sequence": _recovery((1,), 2, 63, 17, 16),
             "more sequences than parts": _recovery((9, 4), 1, 5, 3, 8),
             "D=80": _recovery((2,), 1, 17, 9, 80),
@@ -386,12 +395,13 @@ OPS.append(
         },
         bad=[
             *_heads_bad(),
-            Bad("value", lambda a: {"value": a["value"][:1]}),
-            Bad("query", lambda a: {"query": a["query"].expand(3, -1, -1, -1)}),
+            Bad("the batch dims of query, key and value", lambda a: {"value": a["value"].repeat(2, 1, 1, 1)}),
+            Bad("the batch dims of query, key and value", lambda a: {"query": a["query"].expand(3, -1, -1, -1)}),
             Bad("key_mask", lambda a: {"key_mask": [True]}, TypeError),
             Bad("key_mask", lambda a: {"key_mask": a["key_mask"].float()}, TypeError),
             Bad("key_mask", lambda a: {"key_mask": a["key_mask"][:, :-1]}),
-            Bad("key_mask", lambda a: {"key_mask": a["key_mask"][:1]}),
+            Bad("key_mask", lambda a: {"key_mask": a["key_mask"].repeat(2, 1)}),
+            Bad("key_mask", lambda a: {"key_mask": a["key_mask"][0]}),
             Bad("key_mask", lambda a: {"key_mask": a["key_mask"].to("meta")}),
         ],
     )

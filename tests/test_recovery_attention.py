@@ -148,12 +148,20 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
             ops.recovery_attention_bwd(grad, query, key, value, o, s, None, 0.3)
 
 
-def test_batches_that_differ_in_their_second_dim(backend: str) -> None:
+def test_batches_that_do_not_broadcast(backend: str) -> None:
     key = torch.randn(2, 3, 2, 9, 8)
-    for wrong in ({"query": key[:, :1]}, {"value": key[:, :1]}):
-        (arg,) = wrong
-        with pytest.raises(ValueError, match=rf"^recovery_attention: {arg} must be of key's batch \[2, 3\], got .+$"):
+    for wrong in ({"query": key[:, :2]}, {"value": key[:, :2]}):
+        with pytest.raises(ValueError, match=r"^recovery_attention: the batch dims of .+ must be broadcastable, got .+$"):
             recovery_attention(**{"query": key, "key": key, "value": key, **wrong}, backend=backend)
+
+
+def test_a_query_of_batch_1_is_shared(backend: str) -> None:
+    """Its gradient is summed by the kernel; nothing of the size of the batch is made for it."""
+    query, key, value = heads(5, Nq=21, Nk=9)
+    assert_equal(
+        gradients(lambda q, k, v: recovery_attention(q[None], k, v, backend=backend), query[0], key, value),
+        gradients(lambda *a: recovery_attention(*a, backend=backend), query[0], key, value),
+    )
 
 
 def test_a_masked_key_and_its_value_may_be_nan(backend: str) -> None:

@@ -299,7 +299,7 @@ def gathered_attention(
     Nk = shape[-2]
     batch: tuple[int, ...] = shape[:-3]
     if value.shape != shape or query.shape[:-3] != batch:  # they broadcast, which takes PyTorch 12 us and more to say
-        batch = _common_batch(query, key, value)
+        batch = common_batch(_OP, query, key, value)
         query, key, value = (t.expand(*batch, *t.shape[-3:]) for t in (query, key, value))
     start = slots = None
     if isinstance(index, InvertedIndex):
@@ -312,7 +312,7 @@ def gathered_attention(
         bias = _checked_bias(bias, (*batch, H, Nq, num_slots), query.device).to(_computed(query.dtype))
     if key_bias is not None:
         check_tensor(_OP, "key_bias", key_bias, "[*batch, Nk]", FLOATING, device=query.device)
-        if key_bias.dim() != len(batch) + 1 or not _broadcastable(key_bias.shape, (*batch, Nk)):
+        if key_bias.dim() != len(batch) + 1 or not broadcastable(key_bias.shape, (*batch, Nk)):
             fail(_OP, "key_bias", f"[*batch, Nk] = {[*batch, Nk]}", list(key_bias.shape))
         if key_bias.shape[-1] != Nk:
             key_bias = key_bias.expand(*key_bias.shape[:-1], Nk)
@@ -336,18 +336,17 @@ def _computed(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _common_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+def common_batch(op: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
     """The batch dims of query, key and value, broadcast."""
     try:
         return tuple(torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3]))
     except RuntimeError:
         shapes = [list(t.shape[:-3]) for t in (query, key, value)]
-        fail(
-            _OP, "the batch dims of query, key and value", "broadcastable", f"{shapes[0]}, {shapes[1]} and {shapes[2]}"
-        )
+        fail(op, "the batch dims of query, key and value", "broadcastable", f"{shapes[0]}, {shapes[1]} and {shapes[2]}")
 
 
-def _broadcastable(shape: torch.Size, to: tuple[int, ...]) -> bool:
+def broadcastable(shape: torch.Size, to: tuple[int, ...]) -> bool:
+    """Whether a shape of as many dims as `to` is whole or 1 in each."""
     for a, b in zip(shape, to, strict=True):  # noqa: SIM110  a plain loop: this runs in every call
         if a not in (1, b):
             return False
@@ -369,7 +368,7 @@ def _checked_index(index: Tensor, batch: tuple[int, ...], H: int, Nq: int, devic
     else:
         fail(_OP, "index", f"{meanings}, batch being {list(batch)}", list(index.shape))
     query_dim = index.dim() - 2
-    if not _broadcastable(index.shape[:-1], full) or (index.dim() > 2 and index.shape[query_dim] != Nq):
+    if not broadcastable(index.shape[:-1], full) or (index.dim() > 2 and index.shape[query_dim] != Nq):
         fail(_OP, "index", f"{[*full, 'slots']}".replace("'", ""), list(index.shape))
     if index.shape[-1] < 1:
         fail(_OP, "index", "of at least one slot", list(index.shape))
@@ -378,7 +377,7 @@ def _checked_index(index: Tensor, batch: tuple[int, ...], H: int, Nq: int, devic
 
 def _checked_bias(bias: Tensor, full: tuple[int, ...], device: torch.device) -> Tensor:
     check_tensor(_OP, "bias", bias, "[*batch, H, Nq, slots]", FLOATING, device=device)
-    if bias.dim() > len(full) or not _broadcastable(bias.shape, full[len(full) - bias.dim() :]):
+    if bias.dim() > len(full) or not broadcastable(bias.shape, full[len(full) - bias.dim() :]):
         fail(_OP, "bias", f"broadcastable to [*batch, H, Nq, slots] = {list(full)}", list(bias.shape))
     return bias if bias.dim() == len(full) else bias[(None,) * (len(full) - bias.dim())]
 

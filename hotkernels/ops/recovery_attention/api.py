@@ -9,7 +9,15 @@ from torch import Tensor
 
 from ...backends import TRITON_DEVICE, Kernel, differentiable_once, fake, implement_in_triton, register, wants_grad
 from ...errors import FLOATING, check_tensor, fail
-from ..gathered_attention.api import TRITON_DTYPES, check_scale, checked_heads, choose_attention, distinct
+from ..gathered_attention.api import (
+    TRITON_DTYPES,
+    broadcastable,
+    check_scale,
+    checked_heads,
+    choose_attention,
+    common_batch,
+    distinct,
+)
 from .reference import mask_bias, recovery_attention_reference
 
 _OP = "recovery_attention"
@@ -63,9 +71,12 @@ def recovery_attention(
         out = torch.softmax(logits.masked_fill(~key_mask[..., None, None, :], -torch.inf), -1) @ value
 
     Args:
-        query: [H, L, D], shared by the whole batch, or [*batch, H, L, D]; float32, float16, bfloat16 or float64.
+        query: [H, L, D] or [1, H, L, D], shared by the whole batch, or [*batch, H, L, D]; float32, float16, bfloat16 or
+            float64.
         key, value: [*batch, H, M, D], one or two batch dims, any strides with a contiguous last dim. D from 1 to 256.
-        key_mask: [*batch, M] bool, True = attend; None = all. What is in a masked key or its value does not matter.
+            Batch dims of query, key and value broadcast.
+        key_mask: [*batch, M] bool, each dim whole or 1, True = attend; None = all. What is in a masked key or its value
+            does not matter.
         scale: of the logits; None = 1 / sqrt(D).
         dropout_p: dropout on the probabilities, always applied if > 0 (on the torch backend).
         backend: "torch", "cpp", "triton", or None for the fastest that can serve the call.
@@ -95,12 +106,21 @@ def recovery_attention(
     """
     query, key, value = checked_heads(_OP, query, key, value, (3,))
     scale = check_scale(_OP, scale, query.shape[-1])
-    batch, M = key.shape[:-3], key.shape[-2]
-    for arg, t in (("value", value), ("query", query)):
-        if t.dim() > 3 and t.shape[:-3] != batch:
-            fail(_OP, arg, f"of key's batch {list(batch)}", list(t.shape))
+    M = key.shape[-2]
+    batch: tuple[int, ...] = key.shape[:-3]
+    if value.shape != key.shape or query.shape[:-3] not in (batch, ()):
+        batch = common_batch(_OP, query, key, value)
+        key, value = (t.expand(*batch, *t.shape[-3:]) for t in (key, value))
+        if all(size == 1 for size in query.shape[:-3]):
+            query = query[(0,) * (query.dim() - 3)]
+        else:
+            query = query.expand(*batch, *query.shape[-3:])
     if key_mask is not None:
-        check_tensor(_OP, "key_mask", key_mask, "[*batch, M]", (torch.bool,), shape=(*batch, M), device=key.device)
+        check_tensor(_OP, "key_mask", key_mask, "[*batch, M]", (torch.bool,), device=key.device)
+        if key_mask.dim() != len(batch) + 1 or not broadcastable(key_mask.shape, (*batch, M)):
+            fail(_OP, "key_mask", f"[*batch, M] = {[*batch, M]}", list(key_mask.shape))
+        if key_mask.shape[-1] != M:
+            key_mask = key_mask.expand(*key_mask.shape[:-1], M)
     if choose_attention(_OP, query, dropout_p, backend) == "torch":
         return recovery_attention_reference(query, key, value, key_mask, scale, dropout_p)
     key_bias = None if key_mask is None else mask_bias(key_mask, key)
