@@ -103,10 +103,11 @@ def _check_sample(
 
     r_least, r_most = (1 - 4 * EPS) * exponent(near2), (1 + 4 * EPS) * exponent(far2)
     least, most = torch.exp(-r_most) * (1 - 4 * EPS), torch.exp(-r_least) * (1 + 4 * EPS)
-    if noise is not None:
-        error = EPS * (most + noise[valid].abs())
-        least, most = least + noise[valid] - error, most + noise[valid] + error
-    assert ((least - 1e-44 <= density) & (density <= most + 1e-44)).all(), "density"
+    rounding = 1e-44
+    if noise is not None:  # the sum is rounded where it is returned, but orders as it was
+        least, most = torch.exp(-r_most) + noise[valid], torch.exp(-r_least) + noise[valid]
+        rounding = 1e-44 + EPS * (torch.exp(-r_least) + noise[valid].abs())
+    assert ((least - rounding <= density) & (density <= most + rounding)).all(), "density"
     if noise is None:
         least, most = -r_most, -r_least
 
@@ -123,7 +124,7 @@ def _check_sample(
     # Score and the choice.
     assert ((score - density * delta).abs() <= 4 * EPS * score.abs() + 1e-44).all(), "score"
     if noise is not None:
-        least = most = density.clamp(min=0).log()
+        least, most = least.clamp(min=0).log(), most.clamp(min=0).log()
     lowest, highest = least + delta.log() - 8 * EPS, most + delta.log() + 8 * EPS
     place_of = {int(position): token for token, position in enumerate(positions)}
     tail = [place_of[position] for position in dict.fromkeys(keep) if position in place_of]

@@ -54,6 +54,15 @@ def position_hash(seed: int, n: int) -> list[int]:
 # ---- the strict total order ------------------------------------------------------------------------------------------
 
 
+def delta_of(x: Tensor, order: list[int]) -> Tensor:
+    """The distance of each token of `order`, densest first, to the nearest before it; 0 of the others."""
+    d = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
+    delta = torch.zeros(len(x), dtype=torch.float64)
+    for place, i in enumerate(order):
+        delta[i] = d[i, order[:place]].min() if place else d[order][:, order].max()
+    return delta
+
+
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 3])
 @pytest.mark.parametrize(("N", "share"), [(63, 1.0), (63, 0.6), (500, 1.0), (600, 0.9)])
 def test_equal_densities_are_ordered_by_the_hash(backend: str, N: int, share: float, seed: int) -> None:
@@ -62,12 +71,8 @@ def test_equal_densities_are_ordered_by_the_hash(backend: str, N: int, share: fl
     out = dpc_knn(x, 5, 1, seed=seed, mask=mask, backend=backend)
     assert torch.equal(out.density, mask.float())
     hashes = position_hash(seed, N)
-    d = torch.cdist(x[0].double(), x[0].double(), compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(7)
     order = sorted(mask[0].nonzero()[:, 0].tolist(), key=lambda i: (hashes[i], i))
-    expected = torch.zeros(N, dtype=torch.float64)
-    for place, i in enumerate(order):
-        expected[i] = d[i, order[:place]].min() if place else d[order][:, order].max()
-    assert_close(out.delta[0], expected)
+    assert_close(out.delta[0], delta_of(x[0], order))
     check_dpc_knn({"x": x, "num_clusters": 5, "k": 1, "mask": mask}, out)
 
 
@@ -127,6 +132,16 @@ def test_same_choice_as_the_published_function(backend: str, N: int, C: int, M: 
     index, assignment = cluster_dpc_knn_eager(x.double(), M, k, noise.double())
     assert torch.equal(ours.index, index)
     assert torch.equal(ours.assignment, assignment)
+
+
+@pytest.mark.parametrize("N", [243, 500])
+def test_noise_orders_where_float32_would_round_it_away(backend: str, N: int) -> None:
+    """With k = 1 every density is 1 + noise, of which float32 knows a step of 1e-7. The noise has steps of 1e-9."""
+    x, order = cloud(1, N, 7), torch.randperm(N)
+    noise = torch.empty(1, N).scatter(1, order[None], -1e-9 * torch.arange(N)[None])
+    out = dpc_knn(x, 5, 1, noise=noise, backend=backend)
+    assert len(out.density.unique()) < 10
+    assert_close(out.delta[0], delta_of(x[0], order.tolist()))
 
 
 def test_noise_orders_first(backend: str) -> None:

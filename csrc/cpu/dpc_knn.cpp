@@ -33,8 +33,7 @@ static_assert(kBlock % P == 0 && kDense % P == 0 && W % R == 0);
 constexpr auto kAscending = [](auto a, auto b) { return a < b; };
 
 struct Rank {  // densest first: by key, then tie, then token
-  uint64_t key;
-  uint32_t tie;
+  uint64_t key, tie;
   int32_t token;
   bool operator<(const Rank& o) const {
     return key != o.key ? key < o.key : tie != o.tie ? tie < o.tie : token < o.token;
@@ -72,7 +71,7 @@ struct Sample {
   float* r;                // [Np] mean of the k smallest squared distances
   int32_t* rank;           // [Np] 0 = densest
   float* delta2;           // [Np] squared distance to the nearest denser token
-  float* density;          // [N]
+  double* density;         // [N] exp(-r) + noise; float32 would round noise of 1e-6 to a few steps
   Rank* order;             // [N]
   Candidate* candidates;   // [N]
   int32_t* kept;           // [M] chosen tokens, in the order of index
@@ -100,7 +99,7 @@ struct Sample {
     r = a.take<float>(np);
     rank = a.take<int32_t>(np);
     delta2 = a.take<float>(np);
-    density = a.take<float>(p.N);
+    density = a.take<double>(p.N);
     order = a.take<Rank>(p.N);
     candidates = a.take<Candidate>(p.N);
     kept = a.take<int32_t>(p.M);
@@ -540,17 +539,19 @@ inline uint32_t ascending_bits(float x) {  // unsigned integers in the order of 
   return u >> 31 ? ~u : u | 0x80000000u;
 }
 
+inline uint64_t descending_bits(double x) {  // the larger, the smaller
+  const uint64_t u = bits_as<uint64_t>(x + 0.0);
+  return u >> 63 ? u : ~(u | uint64_t{1} << 63);
+}
+
 void rank_by_density(const DpcKnn& p, int64_t b, Sample& s) {
   const uint32_t seed = mix32(static_cast<uint32_t>(p.seed) ^ mix32(static_cast<uint32_t>(p.seed >> 32)));
   for (int64_t i = 0; i < s.n; ++i) {
-    s.density[i] = std::exp(-s.r[i]);
-    uint64_t key = ascending_bits(s.r[i]);
-    const uint32_t hash = mix32(static_cast<uint32_t>(s.position[i]) + seed);
-    if (p.noise) {
-      s.density[i] += p.noise[b * p.N + s.position[i]];
-      key |= static_cast<uint64_t>(ascending_bits(-s.density[i])) << 32;
-    }
-    s.order[i] = {key, hash, static_cast<int32_t>(i)};
+    s.density[i] = std::exp(-static_cast<double>(s.r[i]));
+    const uint64_t r = ascending_bits(s.r[i]);
+    const uint64_t hash = mix32(static_cast<uint32_t>(s.position[i]) + seed);
+    if (p.noise) s.density[i] += static_cast<double>(p.noise[b * p.N + s.position[i]]);
+    s.order[i] = {p.noise ? descending_bits(s.density[i]) : r, r << 32 | hash, static_cast<int32_t>(i)};
   }
   std::sort(s.order, s.order + s.n);
   for (int64_t i = 0; i < s.n; ++i) s.rank[s.order[i].token] = static_cast<int32_t>(i);
@@ -572,7 +573,7 @@ void select(const DpcKnn& p, int64_t b, Sample& s) {
   for (int64_t i = 0; i < s.n; ++i) {
     if (s.slot[i] >= 0) continue;
     const double log_density = !p.noise             ? -static_cast<double>(s.r[i])
-                               : s.density[i] > 0 ? std::log(static_cast<double>(s.density[i]))
+                               : s.density[i] > 0 ? std::log(s.density[i])
                                                   : -HUGE_VAL;
     const double log_delta = 0.5 * std::log(static_cast<double>(s.delta2[i]) / static_cast<double>(p.C));
     // Infinite noise on a token at distance 0 makes NaN, which a sort must not see.
@@ -624,7 +625,7 @@ void dpc_knn_fwd(const DpcKnn& p, int64_t b, void* scratch, const Runner& runner
   std::fill(score, score + p.N, 0.0f);
   for (int64_t i = 0; i < s.n; ++i) {
     const int64_t at = s.position[i];
-    density[at] = s.density[i];
+    density[at] = static_cast<float>(s.density[i]);
     delta[at] = std::sqrt(s.delta2[i] / static_cast<float>(p.C));
     score[at] = density[at] * delta[at];
   }

@@ -489,8 +489,8 @@ __global__ void __launch_bounds__(kTile) density_kernel(const Large s) {
   const float inverse = scale_of(s, t.b).inverse;
   const float r = sum / (static_cast<float>(k) * static_cast<float>(p.C)) * inverse * inverse;
   const int64_t position = s.position[t.at], at = t.b * p.N + position;
-  const float density = density_of(r, p.noise ? p.noise + at : nullptr);
-  p.density[at] = density;
+  const double density = density_of(r, p.noise ? p.noise + at : nullptr);
+  p.density[at] = static_cast<float>(density);
   s.r[t.at] = r;
   s.order[t.at] = density_key(r, density, p.noise != nullptr, p.seed, position);
   s.kept_by[t.at] = INT_MAX;
@@ -625,7 +625,7 @@ __global__ void __launch_bounds__(kTile) score_kernel(const Large s) {
   const float density = p.density[at], delta = sqrtf(delta2 / static_cast<float>(p.C));
   p.delta[at] = delta;
   p.score[at] = density * delta;
-  s.score[t.at] = score_key(s.r[t.at], density, p.noise != nullptr, delta2, p.C);
+  s.score[t.at] = score_key(s.r[t.at], p.noise ? p.noise + at : nullptr, delta2, p.C);
 }
 
 // The M best of a sample: the score of the last of them by radix selection, then all up to it by position; after them

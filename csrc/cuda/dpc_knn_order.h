@@ -52,39 +52,43 @@ __device__ inline uint32_t ascending_bits(float x) {  // unsigned integers in th
   return u >> 31 ? ~u : u | 0x80000000u;
 }
 
+__device__ inline uint64_t descending_bits(double x) {  // the larger, the smaller; ~0 of no number
+  const uint64_t u = static_cast<uint64_t>(__double_as_longlong(x + 0.0));
+  return u >> 63 ? u : ~(u | uint64_t{1} << 63);
+}
+
 // A token's place in the strict total order: larger density (if there is noise), smaller r, smaller hash, which no two
 // positions share: they differ in 32 bits, and mix32 maps these one to one.
 struct alignas(16) DensityKey {
-  uint64_t key;
-  uint32_t hash;
+  uint64_t key, tie;
 };
 constexpr uint64_t kLeastDense = ~uint64_t{0};  // of tokens that do not count: after all that do
 
-__device__ inline float density_of(float r, const float* noise) { return noise ? expf(-r) + *noise : expf(-r); }
+// With noise, in float64: float32 would round noise of 1e-6 to a few steps.
+__device__ inline double density_of(float r, const float* noise) {
+  return noise ? exp(-static_cast<double>(r)) + static_cast<double>(*noise) : static_cast<double>(expf(-r));
+}
 
 // `noise`: whether there is any; density is read only then.
-__device__ inline DensityKey density_key(float r, float density, bool noise, int64_t seed, int64_t position) {
-  const uint64_t first = noise ? ascending_bits(-density) : 0;
-  return {first << 32 | ascending_bits(r), position_hash(seed, position)};
+__device__ inline DensityKey density_key(float r, double density, bool noise, int64_t seed, int64_t position) {
+  const uint64_t least_r = ascending_bits(r);
+  return {noise ? descending_bits(density) : least_r, least_r << 32 | position_hash(seed, position)};
 }
 
 __device__ inline bool denser(const DensityKey& a, const DensityKey& b) {  // without branches
-  return (a.key < b.key) | ((a.key == b.key) & (a.hash < b.hash));
+  return (a.key < b.key) | ((a.key == b.key) & (a.tie < b.tie));
 }
 
 // ---- best first ---------------------------------------------------------------------------------------------------
 
 // Smaller is better: log density + log delta in float64, where nothing underflows, descending. Ties go to the position.
 // delta2 is the squared distance before its division by the number of channels.
-__device__ inline uint64_t score_key(float r, float density, bool noise, float delta2, int64_t channels) {
-  const double log_density = !noise        ? -static_cast<double>(r)
-                             : density > 0 ? log(static_cast<double>(density))
-                                           : -INFINITY;
+__device__ inline uint64_t score_key(float r, const float* noise, float delta2, int64_t channels) {
+  const double density = noise ? density_of(r, noise) : 0;
+  const double log_density = noise == nullptr ? -static_cast<double>(r) : density > 0 ? log(density) : -INFINITY;
   double log_score = log_density + 0.5 * log(static_cast<double>(delta2) / static_cast<double>(channels));
   if (!(log_score < INFINITY)) log_score = INFINITY;  // NaN too: infinite noise on a token at distance 0
-  const uint64_t u = static_cast<uint64_t>(__double_as_longlong(log_score + 0.0));
-  const uint64_t descending = u >> 63 ? u : ~(u | uint64_t{1} << 63);
-  return descending < ~uint64_t{1} ? descending : ~uint64_t{1};
+  return descending_bits(log_score);
 }
 constexpr uint64_t kNotACandidate = ~uint64_t{0};  // after every score, be it log 0
 

@@ -219,9 +219,9 @@ struct Choice {
   const int n;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   const int num_keep = static_cast<int>(p.num_keep), stride = row_stride(ceil_div(n, kTile));
-  const bool noisy = p.noise != nullptr;
   const Rows<Team> mine{team, n};
 
+  __device__ const float* noise_of(int position) const { return p.noise ? p.noise + b * p.N + position : nullptr; }
   __device__ float* row(int i) const { return team.rows + (i - mine.first) * stride; }
   // In each step a lane meets every 32nd token, and itself where there is none: what it reads then decides nothing, and
   // the reads need not wait for a branch.
@@ -271,9 +271,9 @@ struct Choice {
     if (thread < n) {
       const float r = s.r_far[thread].x;
       const int position = s.position[thread];
-      const float density = density_of(r, noisy ? p.noise + b * p.N + position : nullptr);
-      s.density[thread] = density;
-      s.key[thread] = density_key(r, density, noisy, p.seed, position);
+      const double density = density_of(r, noise_of(position));
+      s.density[thread] = static_cast<float>(density);
+      s.key[thread] = density_key(r, density, p.noise != nullptr, p.seed, position);
       s.keep[thread] = kNever;
     }
     __syncthreads();
@@ -309,7 +309,8 @@ struct Choice {
     const int i = mine.first + thread / Team::kSize;
     if (i >= mine.last) return;
     const bool candidate = s.keep[i] == kNever;
-    const uint64_t score = candidate ? score_key(s.r_far[i].x, s.density[i], noisy, s.delta2[i], p.C) : kNotACandidate;
+    const float* noise = noise_of(s.position[i]);
+    const uint64_t score = candidate ? score_key(s.r_far[i].x, noise, s.delta2[i], p.C) : kNotACandidate;
     team.tell(kScoresTold, thread % Team::kSize, s.score + i, score);
   }
 

@@ -65,13 +65,14 @@ def dpc_knn_reference(
 
     r = torch.cat([density_exponent(rows) for rows in blocks], 1)
     density = torch.exp(-r)
-    if noise is not None:
-        density = density + noise.to(density.dtype)
+    if noise is not None:  # in float64: float32 would round noise of 1e-6 to a few steps
+        noisy = torch.exp(-r.double()) + noise.double()
+        density = noisy.to(r.dtype)
 
     # 3. The strict total order, by stable sorts from the last key to the first: position, hash, r, density, validity.
     order = position_hash(seed, N, x.device).argsort(stable=True).expand(B, N)
-    for key in [r, *([] if noise is None else [-density]), ~valid]:
-        order = order.gather(1, key.gather(1, order).to(r.dtype).argsort(dim=1, stable=True))
+    for key in [r, *([] if noise is None else [-noisy]), ~valid]:
+        order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
     rank = order.argsort(1)
 
     # 4. delta: distance to the nearest denser token; for the densest, the largest distance of all.
@@ -85,7 +86,7 @@ def dpc_knn_reference(
     delta = torch.where(rank == 0, farthest[:, None], torch.cat(delta2, 1)).sqrt()
 
     # 5. Score, and the M best: in float64 and logarithms, where nothing underflows.
-    log_density = -r.double() if noise is None else density.clamp(min=0).double().log()
+    log_density = -r.double() if noise is None else noisy.clamp(min=0).log()
     log_score = log_density + delta.double().log()
     log_score = log_score.nan_to_num(torch.inf, torch.inf, -torch.inf)  # infinite noise on a token at distance 0
     density, delta = (torch.where(valid, t, 0.0) for t in (density, delta))
