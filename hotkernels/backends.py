@@ -26,7 +26,8 @@ from torch.autograd import forward_ad
 from .errors import fail, names
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")  # fastest first
-_FROM_ENVIRONMENT = os.environ.get("HOTKERNELS_BACKEND") or None
+FROM_ENVIRONMENT = os.environ.get("HOTKERNELS_BACKEND") or None
+"""The backend of HOTKERNELS_BACKEND, for all calls that name none."""
 
 
 def _load(library: str) -> str | None:
@@ -96,7 +97,7 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
     """The backend that serves a call on x: the named one, or the first that can. Raises ValueError if it cannot."""
     device, dtype = x.device.type, x.dtype
     if backend is None:
-        backend = _FROM_ENVIRONMENT
+        backend = FROM_ENVIRONMENT
     if backend is None:
         kernels = OPS[op]
         for name in BACKENDS:
@@ -201,18 +202,58 @@ def instruction_set(force: str | None = None) -> str | None:
     return None if LIBRARIES["_C_cpu"] is not None else str(torch.ops.hotkernels._isa(force))
 
 
+def is_transformed() -> bool:
+    """Whether torch.func transforms the code that runs."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether a call on these is recorded for a backward pass; if not, it can skip its autograd.Function (7 us)."""
-    if forward_ad._current_level >= 0:
-        return True  # the Function refuses forward mode; a raw operator would return a derivative of zero
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise RuntimeError(_DIFFERENTIABLE_ONCE)  # a raw operator would return a derivative of zero
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
+                if not torch.compiler.is_compiling() and is_transformed():
+                    raise RuntimeError(_DIFFERENTIABLE_ONCE)
                 return True
     return False
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+_DIFFERENTIABLE_ONCE = (
+    "hotkernels: a fused operator is differentiable once, by a backward pass; plain PyTorch is in every way: "
+    "backend='torch' for a call, HOTKERNELS_BACKEND=torch in the environment for a model"
+)
+_COMPOSITE = torch.library.Library("hotkernels", "FRAGMENT")
+
+
+def composite(schema: str) -> Callable[[F], F]:
+    """Make a function of raw operators and autograd.Functions an operator, too, under torch.export and torch.func.
+
+    Of an autograd.Function, an exported program keeps the raw operators, and vmap sees tensors that need no gradient:
+    both would compute without one, in silence. An operator of its own is one node of the program, which trains, and
+    which `run_decompositions` makes raw operators of; vmap calls it sample by sample.
+    """
+
+    def decorate(function: F) -> F:
+        if LIBRARIES["_C_cpu"] is not None:
+            return function
+        _COMPOSITE.define(schema)
+        name = schema.partition("(")[0]
+        _COMPOSITE.impl(name, function, "CompositeImplicitAutograd")
+        operator = getattr(torch.ops.hotkernels, name)
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            exporting = torch.compiler.is_exporting() if torch.compiler.is_compiling() else is_transformed()
+            return operator(*args) if exporting else function(*args)
+
+        return cast(F, call)
+
+    return decorate
 
 
 class _Refusing(torch.autograd.Function):
@@ -224,7 +265,7 @@ class _Refusing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        raise RuntimeError("hotkernels: a fused operator is differentiable once; backend='torch' is, twice")
+        raise RuntimeError(_DIFFERENTIABLE_ONCE)
 
 
 def differentiable_once(backward: F) -> F:

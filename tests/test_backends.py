@@ -70,21 +70,24 @@ def test_a_named_backend_that_cannot_serve() -> None:
 
 
 def test_environment_is_read_at_import_and_import_prints_nothing() -> None:
-    code = "import hotkernels; from hotkernels import backends as b; print(b._FROM_ENVIRONMENT, b.instruction_set())"
+    code = """
+import hotkernels
+from hotkernels import backends, nn
+print(backends.FROM_ENVIRONMENT, backends.instruction_set(), nn.linear._HAS_ONEDNN)"""
     done = python(code, HOTKERNELS_BACKEND="torch", HOTKERNELS_ISA="base")
     isa = "base" if backends.LIBRARIES["_C_cpu"] is None else None
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"torch {isa}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"torch {isa} False\n", "")
 
 
 def test_backend_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, 9, 2)
-    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "torch")
+    monkeypatch.setattr(backends, "FROM_ENVIRONMENT", "torch")
     assert hotkernels.explain("dpc_knn", x).chosen == "torch"
-    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "triton")
+    monkeypatch.setattr(backends, "FROM_ENVIRONMENT", "triton")
     with pytest.raises(ValueError, match=r"got 'triton' \(dpc_knn has no triton kernel\)$"):
         hotkernels.dpc_knn(x, 2)
     hotkernels.dpc_knn(x, 2, backend="torch")  # the argument goes before the environment
-    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "fpga")
+    monkeypatch.setattr(backends, "FROM_ENVIRONMENT", "fpga")
     with pytest.raises(ValueError, match=r"^dpc_knn: backend must be None, 'cuda', .+, got 'fpga'$"):
         hotkernels.dpc_knn(x, 2)
 

@@ -230,7 +230,7 @@ def test_forward_mode_is_refused(op: OpCase, backend: str, dtype: torch.dtype, c
     args = op.inputs[case](dtype)
     with forward_ad.dual_level():
         args[op.differentiable[0]] = forward_ad.make_dual(*[args[op.differentiable[0]]] * 2)
-        with pytest.raises(NotImplementedError, match="jvp"):
+        with pytest.raises(RuntimeError, match="differentiable once"):
             op.function(**args, backend=backend)
 
 
@@ -322,8 +322,42 @@ def test_exports(op: OpCase, backend: str) -> None:
         def forward(self, **kwargs: Tensor) -> list[Tensor]:
             return tensors(op.function(**kwargs, **fixed, backend=backend))
 
-    exported = torch.export.export(Module(), (), given)
-    assert_same(exported.module()(**given), op.function(**args, backend=backend))
+    program = torch.export.export(Module(), (), given).module()
+    assert_same(program(**given), op.function(**args, backend=backend))
+    if wanted := wanted_by(op, args):
+        theirs = gradients(lambda **a: program(**{name: a[name] for name in given}), args, wanted)
+        assert_same(theirs, gradients(lambda **a: op.function(**a, backend=backend), args, wanted))
+
+
+@each_op_on(*FUSED)
+def test_vmap_keeps_gradients(op: OpCase, backend: str) -> None:
+    args = op.inputs["small"](torch.float32)
+    for name in wanted_by(op, args):
+
+        def first(x: Tensor, name: str = name) -> Tensor:
+            return tensors(op.function(**{**args, name: x}, backend=backend))[0]
+
+        samples = torch.stack([args[name], 2 * args[name]]).requires_grad_()
+        one_by_one = torch.stack([first(x) for x in samples])
+        at_once = torch.func.vmap(first)(samples)
+        assert_same(at_once, one_by_one)
+        assert_same(
+            torch.autograd.grad(at_once.square().sum(), samples),
+            torch.autograd.grad(one_by_one.square().sum(), samples),
+        )
+
+
+@each_op_on(*FUSED)
+def test_other_transforms_are_refused(op: OpCase, backend: str) -> None:
+    args = op.inputs["small"](torch.float32)
+    for name in wanted_by(op, args):
+
+        def total(x: Tensor, name: str = name) -> Tensor:
+            return tensors(op.function(**{**args, name: x}, backend=backend))[0].sum()
+
+        for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+            with pytest.raises(RuntimeError, match=r"differentiable once, .+HOTKERNELS_BACKEND=torch"):
+                transform(total)(args[name])
 
 
 @each_op_on("torch", *FUSED)

@@ -506,6 +506,17 @@ def test_linear_heeds_autocast_and_the_switch_of_onednn(monkeypatch: pytest.Monk
     torch.testing.assert_close(linear(layer, x, gelu=True), nn.functional.gelu(layer(x)))
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian, torch.func.jacfwd, torch.func.vmap])
+def test_linear_leaves_transforms_to_pytorch(transform: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotkernels.nn.linear._MKL_IS_FAST", False)
+    layer, x = nn.Linear(5, 7), torch.randn(3, 5)
+    ours, theirs = (transform(lambda x, f=f: f(x).square().sum())(x) for f in (lambda x: linear(layer, x), layer))
+    torch.testing.assert_close(ours, theirs)
+    if transform is torch.func.vmap:
+        for a, b in zip(*(torch.autograd.grad(y.sum(), layer.parameters()) for y in (ours, theirs)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.skipif(not _HAS_ONEDNN, reason="torch has no oneDNN")
 def test_a_linear_layer_of_onednn_is_differentiable_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hotkernels.nn.linear._MKL_IS_FAST", False)

@@ -151,7 +151,9 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
 def test_batches_that_do_not_broadcast(backend: str) -> None:
     key = torch.randn(2, 3, 2, 9, 8)
     for wrong in ({"query": key[:, :2]}, {"value": key[:, :2]}):
-        with pytest.raises(ValueError, match=r"^recovery_attention: the batch dims of .+ must be broadcastable, got .+$"):
+        with pytest.raises(
+            ValueError, match=r"^recovery_attention: the batch dims of .+ must be broadcastable, got .+$"
+        ):
             recovery_attention(**{"query": key, "key": key, "value": key, **wrong}, backend=backend)
 
 

@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..backends import LIBRARIES, differentiable_once, wants_grad
+from ..backends import FROM_ENVIRONMENT, LIBRARIES, differentiable_once, is_transformed, wants_grad
 
 _PLAIN = (Tensor, nn.Parameter)
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and FROM_ENVIRONMENT != "torch"
+)
 _MKL_IS_FAST = LIBRARIES["_C_cpu"] is None and torch.ops.hotkernels._is_intel()
 # oneDNN is called from so many multiplications and rows on: a call takes 15 us more than MKL's, and packs the weight
 # (measured on a Xeon; the 32 rows are what its speed on an EPYC makes of that, by arithmetic).
@@ -101,6 +106,8 @@ def _served(x: Tensor, weight: Tensor) -> bool:
         and x.numel() * weight.shape[0] >= _LEAST
         and x.numel() >= _LEAST_ROWS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
+        and not is_transformed()
+        and forward_ad._current_level < 0
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import Kernel, choose, differentiable_once, fake, register, wants_grad
+from ...backends import Kernel, choose, composite, differentiable_once, fake, register, wants_grad
 from ...errors import FLOATING, HALF, INTEGER, check_index, check_tensor, fail, matches
 from .reference import gather_tokens_reference
 
@@ -104,6 +104,11 @@ def gather_tokens(x: Tensor, index: Tensor, pos: Tensor | None = None, *, backen
         check_index(_OP, "index", index, N)
     if chosen == "torch":
         return gather_tokens_reference(x, index, pos)
+    return _fused(x, index, pos)
+
+
+@composite("gather_tokens(Tensor x, Tensor index, Tensor? pos) -> Tensor")
+def _fused(x: Tensor, index: Tensor, pos: Tensor | None) -> Tensor:
     if not wants_grad(x, pos):
         return torch.ops.hotkernels.gather_tokens_fwd(x, index, pos)
     return GatherTokens.apply(x, index, pos)

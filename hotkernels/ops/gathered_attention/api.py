@@ -11,6 +11,7 @@ from ...backends import (
     TRITON_DEVICE,
     Kernel,
     choose,
+    composite,
     differentiable_once,
     fake,
     implement_in_triton,
@@ -128,6 +129,11 @@ def packed_attention(qkv: Tensor, scale: float, dropout_p: float = 0.0) -> Tenso
     if choose_attention(_OP, qkv, dropout_p, None) == "torch":
         query, key, value = unpack(qkv)
         return gathered_attention_reference(query, key, value, scale=scale, dropout_p=dropout_p)[0]
+    return _packed(qkv, scale)
+
+
+@composite("packed_attention(Tensor qkv, float scale) -> Tensor")
+def _packed(qkv: Tensor, scale: float) -> Tensor:
     if not wants_grad(qkv):
         return torch.ops.hotkernels.gathered_attention_fwd(*unpack(qkv), None, None, None, scale)[0]
     return PackedAttention.apply(qkv, scale)
@@ -323,12 +329,30 @@ def gathered_attention(
         check_index(_OP, "index", index, Nk)
     if chosen == "torch":
         out, lse = gathered_attention_reference(query, key, value, index, bias, key_bias, scale, dropout_p)
-    elif not wants_grad(query, key, value, bias, key_bias):
-        out, lse = torch.ops.hotkernels.gathered_attention_fwd(query, key, value, index, bias, key_bias, scale)
     else:
-        query, key, value = distinct(query, key, value)
-        out, lse = GatheredAttention.apply(query, key, value, index, start, slots, bias, key_bias, scale)
+        out, lse = _fused(query, key, value, index, start, slots, bias, key_bias, scale)
     return (out, lse) if return_lse else out
+
+
+@composite(
+    "gathered_attention(Tensor query, Tensor key, Tensor value, Tensor? index, Tensor? start, Tensor? slots, "
+    "Tensor? bias, Tensor? key_bias, float scale) -> (Tensor out, Tensor lse)"
+)
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None,
+    start: Tensor | None,
+    slots: Tensor | None,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    if not wants_grad(query, key, value, bias, key_bias):
+        return torch.ops.hotkernels.gathered_attention_fwd(query, key, value, index, bias, key_bias, scale)
+    query, key, value = distinct(query, key, value)
+    return GatheredAttention.apply(query, key, value, index, start, slots, bias, key_bias, scale)
 
 
 def _computed(dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import Kernel, choose, differentiable_once, fake, register, wants_grad
+from ...backends import Kernel, choose, composite, differentiable_once, fake, register, wants_grad
 from ...errors import FLOATING, HALF, INTEGER, check_float, check_index, check_int, check_tensor, fail, matches
 from .reference import merge_tokens_reference
 
@@ -113,6 +113,11 @@ def merge_tokens(
         check_index(_OP, "assignment", assignment, num_clusters)
     if chosen == "torch":
         return merge_tokens_reference(x, assignment, num_clusters, weight, eps)
+    return _fused(x, assignment, num_clusters, weight, eps)
+
+
+@composite("merge_tokens(Tensor x, Tensor assignment, int num_clusters, Tensor? weight, float eps) -> Tensor")
+def _fused(x: Tensor, assignment: Tensor, num_clusters: int, weight: Tensor | None, eps: float) -> Tensor:
     if not wants_grad(x, weight):
         return torch.ops.hotkernels.merge_tokens_fwd(x, assignment, num_clusters, weight, eps, False)[0]
     return MergeTokens.apply(x, assignment, num_clusters, weight, eps)

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import TRITON_DEVICE, Kernel, differentiable_once, fake, implement_in_triton, register, wants_grad
+from ...backends import (
+    TRITON_DEVICE,
+    Kernel,
+    composite,
+    differentiable_once,
+    fake,
+    implement_in_triton,
+    register,
+    wants_grad,
+)
 from ...errors import FLOATING, check_tensor, fail
 from ..gathered_attention.api import (
     TRITON_DTYPES,
@@ -123,7 +132,11 @@ def recovery_attention(
             key_mask = key_mask.expand(*key_mask.shape[:-1], M)
     if choose_attention(_OP, query, dropout_p, backend) == "torch":
         return recovery_attention_reference(query, key, value, key_mask, scale, dropout_p)
-    key_bias = None if key_mask is None else mask_bias(key_mask, key)
+    return _fused(query, key, value, None if key_mask is None else mask_bias(key_mask, key), scale)
+
+
+@composite("recovery_attention(Tensor query, Tensor key, Tensor value, Tensor? key_bias, float scale) -> Tensor")
+def _fused(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
     if not wants_grad(query, key, value):
         return torch.ops.hotkernels.recovery_attention_fwd(query, key, value, key_bias, scale)[0]
     return RecoveryAttention.apply(*distinct(query, key, value), key_bias, scale)
