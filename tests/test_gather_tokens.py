@@ -47,9 +47,12 @@ def test_an_absent_place_still_gets_its_position(backend: str) -> None:
 
 
 def test_no_tokens_to_gather_from(backend: str) -> None:
-    out = gather_tokens(torch.zeros(2, 0, 4), torch.full((2, 3), -1), backend=backend)
+    x = torch.zeros(2, 0, 4, requires_grad=True)
+    out = gather_tokens(x, torch.full((2, 3), -1), backend=backend)
     assert out.shape == (2, 3, 4)
     assert not out.any()
+    out.sum().backward()
+    assert x.grad.shape == x.shape
     pos = torch.randn(3, 4)
     assert torch.equal(
         gather_tokens(torch.zeros(2, 0, 4), torch.full((2, 3), -1), pos, backend=backend), pos.expand(2, 3, 4)

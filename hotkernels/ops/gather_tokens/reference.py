@@ -11,7 +11,7 @@ def gather_tokens_reference(x: Tensor, index: Tensor, pos: Tensor | None = None)
     B, N = x.shape[:2]
     there = ((index >= 0) & (index < N)).reshape(*index.shape, *[1] * (x.dim() - 2))
     if N == 0:
-        out = x.new_zeros(B, index.shape[1], *x.shape[2:])
+        out = x.sum(1, keepdim=True).expand(-1, index.shape[1], *x.shape[2:])  # zeros, with a gradient for x
     else:
         out = torch.where(there, x[torch.arange(B, device=x.device)[:, None], index.clamp(0, N - 1)], 0)
     if pos is not None:
