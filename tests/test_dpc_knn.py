@@ -100,6 +100,7 @@ def test_mutual_nearest_neighbours_tie(backend: str, N: int, seed: int) -> None:
 def test_seed_breaks_ties_and_nothing_else(backend: str) -> None:
     x = motion(1, 243, 16)
     first, other = (dpc_knn(x, 81, 2, seed=seed, backend=backend) for seed in (0, 1))
+    assert_same(first, dpc_knn(x, 81, 2, backend=backend))
     assert torch.equal(first.density, other.density)
     assert not torch.equal(first.delta, other.delta)
     x = cloud(1, 243, 16)
@@ -465,9 +466,15 @@ def test_raw_operator_checks_for_itself(backend: str) -> None:
     good = {"x": x, "num_clusters": 4, "k": 3, "mask": None, "keep": None, "noise": None}
     places = torch.zeros(2, 2, dtype=torch.int64)
     wrong: list[tuple[str, Any]] = [
-        *[("x", t) for t in (x[0], x[None], x.double(), x.long(), x[:, :0], x[..., :0])],
+        *[
+            ("x", t)
+            for t in (x[0], x[None], x.double(), x.long(), x[:, :0], x[..., :0], x[:1, :1, :1].expand(1, 1 << 31, 1))
+        ],
         *[(name, value) for name in ("num_clusters", "k") for value in (-1, 0, 10)],
-        *[("mask", t) for t in (ones, ones[:1] > 0, ones[:, 1:] > 0, ones[0] > 0, ones.T.contiguous().T > 0)],
+        *[
+            ("mask", t)
+            for t in (ones, ones[:1] > 0, ones[:, 1:] > 0, ones[0] > 0, ones[..., None] > 0, ones.T.contiguous().T > 0)
+        ],
         *[("noise", t) for t in (ones.double(), ones[:, 1:].contiguous(), ones[:1], ones.T.contiguous().T)],
         *[
             ("keep", t)

@@ -180,13 +180,20 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
     x, index = torch.zeros(2, 9, 4), torch.zeros(2, 5, dtype=torch.int64)
     calls = {
         "x": lambda: fwd(x[0], index, None),
+        "x ": lambda: fwd(x.to(torch.complex64), index, None),
+        "x  ": lambda: fwd(x.long(), index, torch.zeros(5, 4, dtype=torch.int64)),
         "index ": lambda: fwd(x, index.int(), None),
         "index  ": lambda: fwd(x, index[:1], None),
         "index    ": lambda: fwd(x, torch.zeros(2, 10, dtype=torch.int64)[:, ::2], None),
+        "index      ": lambda: fwd(x, index[..., None], None),
+        "index       ": lambda: bwd(x[:, :5], index[:1], 9),
         "pos": lambda: fwd(x, index, torch.zeros(4, 4)),
+        "pos   ": lambda: fwd(x, index, torch.zeros(5, 3)),
+        "pos    ": lambda: fwd(x, index, torch.zeros(5, 4, 1)),
         "pos ": lambda: fwd(x, index, torch.zeros(5, 4).half()),
         "pos  ": lambda: fwd(x, index, torch.zeros(4, 5).T),
         "grad_out": lambda: bwd(x, index, 9),
+        "grad_out ": lambda: bwd(x[:, :5].long(), index, 9),
         "num_tokens": lambda: bwd(x[:, :5], index, -1),
     }
     if backend == "cpp":  # a GPU would have to be waited for

@@ -162,6 +162,15 @@ def test_a_bias_of_the_whole_row_changes_nothing(backend: str, kind: str, shape:
 
 
 @each_kind
+def test_one_key_bias_for_all_keys_changes_nothing(backend: str, kind: str) -> None:
+    query, key, value = heads(2)
+    index, key_bias = index_of(kind, (2,), 2, 17, 9, 5), torch.randn(2, 1)
+    out, grad = gradients(lambda b: gathered_attention(query, key, value, index, key_bias=b, backend=backend), key_bias)
+    torch.testing.assert_close(out, gathered_attention(query, key, value, index, backend=backend))
+    torch.testing.assert_close(grad, torch.zeros(2, 1), rtol=0, atol=5e-5)
+
+
+@each_kind
 def test_one_key_is_its_value(backend: str, kind: str) -> None:
     query, key, value = heads(2, Nk=1)
     index = None if kind == "dense" else index_of(kind, (2,), 2, 17, 1, 1, absent=0.0)
@@ -502,29 +511,41 @@ def test_an_inverted_index_changes_no_bit(backend: str, kind: str) -> None:
 @only_cpp
 def test_an_inverse_of_something_else_is_refused(backend: str) -> None:
     args = [t.requires_grad_() for t in heads(2)]
-    index, other = random_slots((2, 5), 9, 0.0), random_slots((2, 5), 9, 0.0)
-    right = invert_index(index, 9)
-    for wrong in (
-        right._replace(slots=right.slots + 1),
-        right._replace(slots=right.slots - 9),
-        right._replace(start=right.start + 1),
-        right._replace(start=right.start - 1),
+    index, other = torch.tensor([[3, 0, 3, 8, 0], [0, 5, 5, 1, -1]]), random_slots((2, 5), 9, 0.0)
+    right, one = invert_index(index, 9), invert_index(index[:1], 9)
+    per_slot = {name: getattr(one, name)[:, None].expand(-1, 5, -1).contiguous() for name in ("start", "slots")}
+    longer = invert_index(torch.cat([index, index], -1), 9)._replace(index=index)
+    of_other_sizes = [
+        longer,
+        longer._replace(start=right.start),
+        one._replace(**per_slot),
+        *[right._replace(start=t) for t in (right.start[:, :-1].contiguous(), F.pad(right.start, (0, 1)))],
+        *[right._replace(slots=t) for t in (right.slots[:, :-1].contiguous(), right.slots[..., None])],
+        *[right._replace(start=t) for t in (right.start[:1], right.start.int(), right.start.mT.contiguous().mT)],
+        *[right._replace(slots=t) for t in (right.slots[:1], right.slots.int(), right.slots.mT.contiguous().mT)],
+    ]
+    # Of row 0: a token's slots are not in order, one is there twice, one is the first of row 1, which has that token.
+    rows = torch.tensor([[4, 1, 0, 2, 3], [1, 1, 0, 2, 3], [1, 5, 0, 2, 3]])
+    of_something_else = [
+        *[right._replace(slots=torch.stack([row, right.slots[1]])) for row in rows],
+        *[right._replace(slots=right.slots + n) for n in (1, -9, -(1 << 40))],
         right._replace(slots=torch.cat([right.slots[:1], right.slots[1:].flip(1)])),
+        right._replace(slots=right.slots.gather(1, right.start[:, :1].expand(-1, 5))),
+        # The first entry of token 0 left out; starts that are not ascending.
+        *[right._replace(start=right.start.index_fill(1, torch.tensor(n), at)) for n, at in ((0, 1), (1, -(1 << 40)))],
+        *[right._replace(start=right.start + n) for n in (1, -1)],
         right._replace(start=torch.cat([right.start[:1], right.start[:1]])),
         right._replace(start=right.start * 0),
         right._replace(start=right.start.flip(-1)),
         right._replace(start=right.start.clamp(max=int(right.start[:, -1].min()) - 1)),
-        right._replace(slots=right.slots.gather(1, right.start[:, :1].expand(-1, 5))),
-        right._replace(start=right.start[:, :-1].contiguous()),
-        right._replace(slots=right.slots.int()),
-        right._replace(slots=right.slots[:1]),
         right._replace(index=other),
         right._replace(index=torch.full_like(other, -1)),
-        invert_index(torch.cat([index, index], -1), 9)._replace(index=index),
-    ):
-        out = gathered_attention(*args, wrong, backend=backend)
-        with pytest.raises(ValueError, match=r"^gathered_attention: start and slots must be .+, got .+"):
-            out.sum().backward()
+    ]
+    for expected, inverses in (("as invert_index return", of_other_sizes), ("the inverse of this", of_something_else)):
+        for wrong in inverses:
+            out = gathered_attention(*args, wrong, backend=backend)
+            with pytest.raises(ValueError, match=f"^gathered_attention: start and slots must be {expected}.+, got .+"):
+                out.sum().backward()
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------
@@ -564,12 +585,13 @@ def test_the_definition_takes_what_is_out_of_range_for_absent() -> None:
     assert_equal(gathered_attention_reference(*args, index), gathered_attention_reference(*args, absent))
 
 
+@pytest.mark.parametrize("place", [0, -1])
 @pytest.mark.parametrize("wrong", [9, -2, 1 << 40])
 @pytest.mark.parametrize("kind", ["set", "query", "head"])
-def test_nothing_is_read_before_the_index_is_checked(backend: str, kind: str, wrong: int) -> None:
+def test_nothing_is_read_before_the_index_is_checked(backend: str, kind: str, wrong: int, place: int) -> None:
     """One wrong entry anywhere is an error, with the value in it."""
     args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)
-    index.view(-1)[-1] = wrong
+    index.view(-1)[place] = wrong
     with (
         checked(),
         pytest.raises(ValueError, match=rf"^gathered_attention: index must be -1 or in \[0, 9\), got {wrong}$"),
@@ -620,6 +642,62 @@ def test_the_function_to_build_on(backend: str, kind: str) -> None:
     args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)
     out, lse = GatheredAttention.apply(*args, index, None, None, None, None, 0.25)
     assert_equal((out, lse), gathered_attention(*args, index, scale=0.25, return_lse=True, backend=backend))
+
+
+@only_cpp
+def test_raw_operators_check_for_themselves(backend: str) -> None:
+    """Someone who calls torch.ops directly gets an error too, which names the argument."""
+    fwd, bwd = torch.ops.hotkernels.gathered_attention_fwd, torch.ops.hotkernels.gathered_attention_bwd
+    query, key, value = heads(2, 3)
+    index, bias, key_bias = random_slots((2, 3, 2, 17, 5), 9), torch.zeros(2, 3, 2, 17, 5), torch.zeros(2, 3, 9)
+    good = {"query": query, "key": key, "value": value, "index": index, "bias": bias, "key_bias": key_bias}
+    out, lse = fwd(*good.values(), 0.3)
+    start, slots = torch.ops.hotkernels.invert_index(index.flatten(-2), 9)
+    all_three = {name: good[name] for name in ("query", "key", "value")}
+    blamed = {  # where an argument has one dim twice as long
+        "query": ["query", "query", "query", "index", "query"],
+        "key": ["query", "query", "query", "value", "query"],
+        "value": ["value"] * 5,
+        "index": ["index"] * 4 + ["bias"],
+        "bias": ["bias"] * 5,
+        "key_bias": ["key_bias"] * 3,
+    }
+    wrong: list[tuple[str, dict[str, Tensor]]] = [
+        *[(arg, {n: torch.cat([good[n]] * 2, dim)}) for n, args in blamed.items() for dim, arg in enumerate(args)],
+        *[(name, {name: t[None]}) for name, t in good.items()],
+        *[(name, {name: good[name].double()}) for name in ("bias", "key_bias")],
+        *[("key and value", {name: good[name].double()}) for name in ("key", "value")],
+        ("query", {"query": query[..., :0, :]}),
+        ("key", {"key": key[..., :0, :], "value": value[..., :0, :]}),
+        ("query", {name: t.int() for name, t in all_three.items()}),
+        ("query", {name: t[..., :0] for name, t in all_three.items()}),
+        ("query", {name: F.pad(t, (0, 241)) for name, t in all_three.items()}),
+        *[("index", {"index": t}) for t in (index.int(), index.mT.contiguous().mT, index + 9)],
+        *[("index", {"index": t}) for t in (index[..., :0], index[..., :1, :].contiguous())],
+        ("key_bias", {"key_bias": key_bias[..., :1]}),
+    ]
+    saved = {"grad_out": out, "grad_lse": lse, **all_three, "out": out, "lse": lse, "index": index, "start": start}
+    saved |= {"slots": slots, "bias": bias, "key_bias": key_bias}
+    for arg, changed in wrong:
+        with pytest.raises((ValueError, RuntimeError), match=f"^gathered_attention: {arg} must be .+, got .+"):
+            fwd(*{**good, **changed}.values(), 0.3)
+    wrong = [
+        *[(name, {name: t}) for name in ("grad_out", "out") for t in (out[:1], out[..., 1:], out[None])],
+        *[("out and grad_out", {name: out.half()}) for name in ("grad_out", "out")],
+        ("out and grad_out", {"grad_out": out.half(), "out": out.half()}),
+        ("out and grad_out", {"out": out.mT.contiguous().mT}),
+        *[(name, {name: t}) for name in ("grad_lse", "lse") for t in (lse[:1], torch.cat([lse, lse]), lse.double())],
+        ("lse", {"lse": lse.mT.contiguous().mT}),
+        ("query", {"query": query[0, 0]}),  # shared, where the index is per query
+    ]
+    for arg, changed in wrong:
+        with pytest.raises((ValueError, RuntimeError), match=f"^gathered_attention: {arg} must be .+, got .+"):
+            bwd(*{**saved, **changed}.values(), 0.3, True, True)
+    for other in (query, query[0, 0]):  # of another length than key, or without its batch
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"^gathered_attention: query must be of key's shape, got .+"
+        ):
+            torch.ops.hotkernels.gathered_attention_packed_bwd(out, other, key, value, out, lse, 0.3)
 
 
 def _shapes(draw: random.Random) -> dict[str, Any]:

@@ -87,13 +87,13 @@ def test_a_gpu_without_our_library() -> None:
 def test_raw_operator_checks_for_itself(backend: str) -> None:
     raw = torch.ops.hotkernels.invert_index
     index = torch.zeros(2, 5, dtype=torch.int64)
-    calls = [(index.int(), 3), (index.T, 3), (index[0, 0], 3), (index, -1)]
+    calls = [("index", index.int(), 3), ("index", index.T, 3), ("index", index[0, 0], 3), ("num_tokens", index, -1)]
     if backend == "cpp":  # a GPU would have to be waited for
-        calls += [(index, 0), (index + 3, 3), (index - 2, 3), (index + (1 << 62), 3)]
+        calls += [("index", index, 0), *[("index", index + n, 3) for n in (3, -2, 1 << 62)]]
     else:
-        calls += [(index, 1 << 30)]
-    for wrong, N in calls:
-        with pytest.raises((ValueError, RuntimeError), match=r"invert_index: \w+ must be .+, got .+"):
+        calls += [("num_tokens", index, 1 << 30)]
+    for arg, wrong, N in calls:
+        with pytest.raises((ValueError, RuntimeError), match=rf"invert_index: {arg} must be .+, got .+"):
             raw(wrong, N)
 
 

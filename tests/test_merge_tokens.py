@@ -68,10 +68,11 @@ def test_the_result_may_be_changed_in_place(backend: str) -> None:
     assert torch.equal(torch.autograd.grad(out.sum(), x)[0], expected[0])
 
 
-def test_eps_counts(backend: str) -> None:
+@pytest.mark.parametrize(("options", "eps"), [({"eps": 0.5}, 0.5), ({}, 1e-6)])
+def test_eps_counts(backend: str, options: dict[str, float], eps: float) -> None:
     x = torch.ones(1, 2, 3, dtype=torch.float64)
-    out = merge_tokens(x, torch.zeros(1, 2, dtype=torch.int64), 1, eps=0.5, backend=backend)
-    torch.testing.assert_close(out, torch.full((1, 1, 3), 2 / 2.5, dtype=torch.float64))
+    out = merge_tokens(x, torch.zeros(1, 2, dtype=torch.int64), 1, **options, backend=backend)
+    torch.testing.assert_close(out, torch.full((1, 1, 3), 2 / (2 + eps), dtype=torch.float64))
 
 
 def test_half_types_are_summed_in_float32(backend: str) -> None:
@@ -192,16 +193,19 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
     out, total, _ = fwd(x, assignment, 3, None, 1e-6, False)
     calls = {
         "x": lambda: fwd(x[0], assignment, 3, None, 0.0, False),
+        "x ": lambda: fwd(x.long(), assignment, 3, None, 0.0, False),
         "num_clusters": lambda: fwd(x, assignment, 0, None, 0.0, False),
         "assignment ": lambda: fwd(x, assignment[:1], 3, None, 0.0, False),
         "assignment  ": lambda: fwd(x, assignment.int(), 3, None, 0.0, False),
         "assignment     ": lambda: fwd(x, torch.zeros(2, 18, dtype=torch.int64)[:, ::2], 3, None, 0.0, False),
+        "assignment      ": lambda: fwd(x, assignment[..., None], 3, None, 0.0, False),
         "weight": lambda: fwd(x, assignment, 3, torch.ones(2, 8), 0.0, False),
         "weight ": lambda: fwd(x, assignment, 3, torch.ones(2, 9).double(), 0.0, False),
         "grad_out": lambda: bwd(out[:, :2], out, total, x, assignment, None, False),
         "mean": lambda: bwd(out, out[..., :3].contiguous(), total, x, assignment, None, False),
         "mean ": lambda: bwd(out, out[0], total, x, assignment, None, False),
         "total": lambda: bwd(out, out, total[:1], x, assignment, None, False),
+        "total   ": lambda: bwd(out, out, total[..., None], x, assignment, None, False),
         "total  ": lambda: bwd(out, out, torch.zeros(2, 6)[:, ::2], x, assignment, None, False),
         "total ": lambda: bwd(out, out, total.double(), x, assignment, None, False),
         "mean  ": lambda: bwd(out, out.double(), total, x, assignment, None, True),
