@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from hotkernels.motion import generate_motion, normalise
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -58,17 +61,41 @@ def test_two_processes() -> None:
     assert "both processes hold the same parameters" in done.stdout
 
 
-def test_convergence(tmp_path: Path, run: Callable[[str, str], tuple[Any, str]]) -> None:
+def test_convergence(
+    tmp_path: Path, run: Callable[[str, str], tuple[Any, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
+    convergence = importlib.import_module("bench.convergence")
+    windows, motions = convergence.windows, []
+    monkeypatch.setattr(convergence, "windows", lambda seeds, *rest: (motions.append(seeds), windows(seeds, *rest))[1])
     arguments = "--seeds 1 --steps 20 --frames 27 --channels 32 --depth 2 --motions 2 --seconds 6"
     result, _ = run("bench.convergence", f"{arguments} --out {tmp_path}")
+    trained, unseen = map(set, motions)
+    assert unseen - trained == unseen != set()
     (learnt,) = result["runs"]
     eager, ours = learnt["eager"], learnt["ours"]
     assert eager["losses"][-1] < 0.7 * eager["losses"][0]
+    a, b = (convergence.smooth(run["losses"]) for run in (eager, ours))
+    assert learnt["largest_gap_percent"] == pytest.approx(100 * float(((a - b).abs() / a).max()))
     assert learnt["largest_gap_percent"] < 2
     assert abs(eager["mpjpe_mm"] - ours["mpjpe_mm"]) < 0.05 * eager["mpjpe_mm"]
     assert (tmp_path / "convergence.json").exists()
     assert (tmp_path / "convergence.png").exists()
+
+
+def test_convergence_is_measured_in_mm_on_windows_of_one_motion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    convergence = importlib.import_module("bench.convergence")
+    inputs, targets = convergence.windows(range(2), 2.0, 27)
+    assert len(inputs) == len(targets) == 2 * 9
+    motion = generate_motion(1, 2.0)
+    torch.testing.assert_close(inputs[10].double(), torch.tensor(normalise(motion.keypoints_2d, 1000, 1000)[9:36]))
+    relative = motion.positions_3d - motion.positions_3d[:, :1]
+    torch.testing.assert_close(targets[10].double(), torch.tensor(relative[9:36]))
+    moved = targets[:17].clone()
+    moved[16] += torch.tensor([0.03, 0.0, -0.04])  # metres, in the last window, which is the only one of its batch
+    assert convergence.evaluate(torch.nn.Identity(), (moved, targets[:17])) == pytest.approx(50 / 17)
+    assert convergence.smooth([1.0, 2.0, 6.0], 2).tolist() == [1.5, 4.0]
 
 
 def test_whole_model_bench(run: Callable[[str, str], tuple[Any, str]]) -> None:
