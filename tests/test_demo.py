@@ -5,14 +5,28 @@ import io
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from hotkernels import demo
+from hotkernels import demo, explain
+from hotkernels.bench.timing import Timing
 from hotkernels.demo import frames, hourglass, measure
-from hotkernels.motion import JOINTS, PARENTS, generate_motion, load_keypoints, looks_like_pixels, normalise
+from hotkernels.demo.measure import Pair
+from hotkernels.demo.report import Result, report
+from hotkernels.motion import (
+    JOINTS,
+    LEFT,
+    PARENTS,
+    RIGHT,
+    Keypoints,
+    generate_motion,
+    load_keypoints,
+    looks_like_pixels,
+    normalise,
+)
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/cmu_01_01_17joints.npz"
 SMALL = ["--seconds", "3", "--frames", "60", "--keep", "20", "--channels", "32", "--rounds", "2"]
@@ -23,6 +37,13 @@ def poses(T=12, seed=0):
 
 
 # ---- The generated motion
+
+
+def test_the_skeleton_is_symmetric():
+    other = dict(zip(RIGHT, LEFT, strict=True))
+    for right, left in other.items():
+        assert JOINTS[left] == JOINTS[right].replace("right", "left") != JOINTS[right]
+        assert PARENTS[left] == other.get(PARENTS[right], PARENTS[right]) < left
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -50,6 +71,38 @@ def test_motion_sits_and_turns():
     hips = joints[:, 4] - joints[:, 1]
     facing = np.unwrap(np.arctan2(hips[:, 2], hips[:, 0]))
     assert np.ptp(facing) > 2.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_motion_walks_as_a_body_does(seed):
+    """Forwards and upright, each arm with the other leg, on a foot that stays; knees and elbows bend their way."""
+    motion = generate_motion(seed)
+    joints = motion.positions_3d
+    ahead = np.cross(joints[:, 4] - joints[:, 1], joints[:, 8] - joints[:, 0])
+    ahead /= np.linalg.norm(ahead, axis=-1, keepdims=True)
+    velocity = np.gradient(joints, axis=0) * motion.fps
+    walking = (velocity[:, 0] * ahead).sum(-1) > 0.6
+
+    def before(joint, other):
+        return ((joints[:, joint] - joints[:, other]) * ahead).sum(-1)
+
+    def together(joint, other):
+        return np.corrcoef(before(joint, 8)[walking], before(other, 8)[walking])[0, 1]
+
+    assert walking.mean() > 0.2
+    assert all((before(hip + 1, hip) > before(hip + 2, hip + 1)).all() for hip in (1, 4))
+    assert (before(12, 11) < before(13, 12)).all()
+    assert (before(15, 14) < before(16, 15)).mean() > 0.8  # but where that hand is raised
+    assert together(3, 6) < -0.5
+    assert together(16, 6) > 0.2
+    assert together(13, 3) > 0.2
+    assert (joints[:, 10, 1] < joints[:, 0, 1]).all()
+    assert (joints[:, 0, 1] < joints[:, [3, 6], 1].max(1)).all()
+    assert (joints[:, 16, 1] < joints[:, 8, 1]).any()
+    assert (joints[:, 13, 1] > joints[:, 8, 1]).all()
+    slower_foot = np.linalg.norm(velocity[:, [3, 6]], axis=-1).min(1)
+    assert slower_foot.mean() < 0.3
+    np.testing.assert_allclose(motion.keypoints_2d, 500 + 1145 * joints[..., :2] / joints[..., 2:])
 
 
 def test_motion_depends_on_the_seed_only():
@@ -80,6 +133,14 @@ def test_load_plain_array(tmp_path, key):
     np.testing.assert_array_equal(loaded.xy[4], xy[4].astype(np.float64))
 
 
+@pytest.mark.parametrize("size", [[640], [640, 480, 3], ["640", "480"]])
+@pytest.mark.parametrize("fps", [[25, 30], "25"])
+def test_an_image_size_or_rate_of_another_kind_is_left_alone(tmp_path, size, fps):
+    np.savez(tmp_path / "a.npz", keypoints_2d=poses(), image_size=np.array(size), fps=np.array(fps))
+    loaded = load_keypoints(tmp_path / "a.npz")
+    assert (loaded.image_size, loaded.fps) == (None, None)
+
+
 def test_load_nested_pickle_only_when_asked(tmp_path):
     tree = {"S1": {"Walk": [poses(seed=1), poses(seed=2)]}, "S5": {"Sit": [poses(seed=3)]}}
     np.savez(tmp_path / "a.npz", positions_2d=np.array(tree, dtype=object))
@@ -88,8 +149,9 @@ def test_load_nested_pickle_only_when_asked(tmp_path):
     first = load_keypoints(tmp_path / "a.npz", allow_pickle=True)
     np.testing.assert_array_equal(first.xy, poses(seed=1))
     assert first.source == "a.npz/S1/Walk/0"
-    named = load_keypoints(tmp_path / "a.npz", allow_pickle=True, sequence="S5/Sit/0")
-    np.testing.assert_array_equal(named.xy, poses(seed=3))
+    for name, seed in (("S1/Walk/1", 2), ("S5/Sit/0", 3)):
+        named = load_keypoints(tmp_path / "a.npz", allow_pickle=True, sequence=name)
+        np.testing.assert_array_equal(named.xy, poses(seed=seed))
     with pytest.raises(ValueError, match=r"demo: --sequence must be .* with one of S1, S5 after ''"):
         load_keypoints(tmp_path / "a.npz", allow_pickle=True, sequence="S9/Sit/0")
 
@@ -246,6 +308,100 @@ def test_embedding_is_seeded_and_leaves_the_global_generator_alone():
     assert not torch.equal(one, other)
 
 
+def test_standardised_tokens_are_centred_and_scaled_by_one_number():
+    tokens, valid = torch.randn(50, 8) * torch.arange(1.0, 9) + 5, torch.ones(50, dtype=torch.bool)
+    valid[10:20] = False
+    tokens[10:20] = 1e4
+    out = frames.standardise(tokens, valid)[valid]
+    torch.testing.assert_close(out.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
+    assert float(out.square().mean()) == pytest.approx(1)
+    scale = out.std(0) / tokens[valid].std(0)
+    torch.testing.assert_close(scale, scale[:1].expand(8))
+
+
+def prepared(xy, *options):
+    argv = ["--channels", "16", "--keep", "5", *options]
+    return frames.prepare(Keypoints(xy, "", (1000, 500)), demo.parse(argv), lambda: None)
+
+
+def test_a_token_is_the_mean_of_its_joints():
+    xy, there = poses(160), torch.arange(160) != 100
+    xy[100, 3] = np.nan
+    p = prepared(xy, "--frames", "80")
+    assert p.starts == [0, 80]
+    assert torch.equal(p.valid.flatten(), there)
+    joints = p.joint_tokens([0, 1])
+    torch.testing.assert_close(frames.standardise(joints.mean(2).flatten(0, 1), there), p.x.flatten(0, 1))
+    assert torch.equal(p.joint_tokens([1])[0], joints[1])
+
+
+def test_a_sequence_shorter_than_a_window_keeps_the_same_share():
+    p = prepared(poses(12), "--frames", "60", "--keep", "20", "-k", "15")
+    assert (p.starts, p.keep, p.k) == ([0], 4, 12)
+
+
+def test_the_definition_knows_mask_noise_and_k():
+    xy = poses(120)
+    xy[5:9] = np.nan
+    p = prepared(xy, "--frames", "60", "-k", "3")
+    noise = 0.03 * torch.rand(p.valid.shape)
+    kept = frames.chosen_by_hotkernels(p.x.double(), p.valid, p.keep, p.k, noise)
+    assert torch.equal(frames.definition(p, noise).index.sort().values, torch.stack(kept))
+
+
+def test_the_image_is_as_wide_and_high_as_given_or_as_the_file_says():
+    xy = 250 * (poses(20) + 1)
+    for options, size in (((), (1000, 500)), (("--width", "800"), (800, 500)), (("--height", "700"), (1000, 700))):
+        p = prepared(xy, "--frames", "20", *options)
+        np.testing.assert_allclose(p.poses, normalise(xy, *size), rtol=0, atol=1e-6)
+
+
+# What each figure of a choice is, in windows of 4 frames of which the last one is missing.
+CHOSEN = [torch.tensor([0, 3]), torch.tensor([0, 2])]
+JUDGED = {
+    "error": 5 / 7,
+    "error_percent": 100 * 5 / 7 / 20,
+    "score": (4 * 9 * 1 * 3) ** (1 / 4),
+    "total_score": (13 + 4) / 2,
+    "best": 3 / 5,
+    "coverage": (4 + 8 + 1) / 3 / 7,
+}
+
+
+def hand_made():
+    """A window with one frame a distance of 5 off the line between those kept, and one along a line."""
+    xy = np.zeros((8, 17, 2))
+    xy[1], xy[7] = (3, 4), np.nan
+    x = torch.zeros(2, 4, 9)
+    x[..., 0] = torch.tensor([[0.0, 6, 10, 2], [0, 1, 5, 1000]])
+    valid = torch.tensor([[True] * 4, [True] * 3 + [False]])
+    exact = SimpleNamespace(
+        index=torch.tensor([[0, 1, 2], [0, 2, -1]]), score=torch.tensor([[4.0, 1, 1, 9], [1, 2, 3, 7]])
+    )
+    return SimpleNamespace(xy=xy, height=20.0, starts=[0, 4], x=x, valid=valid), exact
+
+
+def test_what_a_choice_is_judged_by():
+    choice = frames.judge(*hand_made(), CHOSEN)
+    assert vars(choice) == pytest.approx(JUDGED)
+    twice = frames.Choice(**{name: 3 * value for name, value in JUDGED.items()})
+    assert vars(frames.mean_choice([choice, choice, twice])) == pytest.approx({n: 5 / 3 * v for n, v in JUDGED.items()})
+
+
+def test_figures_are_in_ms_and_mib_the_published_ones_first(monkeypatch, threads):
+    def interleaved(contenders, seconds, least, tick):
+        return {name: Timing(call(), 8.0, 9.0, least) for name, call in contenders.items()}
+
+    monkeypatch.setattr(measure, "interleaved", interleaved)
+    monkeypatch.setattr(measure, "peak_memory", lambda call: call())
+    calls = {"a": (lambda: 0.25, torch.get_num_threads), "b": (lambda: 4, lambda: 2)}
+    before = torch.get_num_threads()
+    assert measure.times(calls, 3, 2, lambda: None) == {"a": Pair(250, 3000), "b": Pair(4000, 2000)}
+    assert measure.peaks((lambda: 3 << 20, lambda: torch.get_num_threads() << 20)) == Pair(3, 1)
+    assert measure.peaks((lambda: 3 << 20, lambda: None)) is None
+    assert torch.get_num_threads() == before
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -299,6 +455,82 @@ def test_the_comparison_sees_a_difference(monkeypatch):
     assert worse.float64_error.hotkernels > 1e-3 > worse.float64_error.eager
 
 
+def test_what_the_comparison_measures(monkeypatch):
+    measured = {}
+    x, index = hourglass_input()
+    monkeypatch.setattr(hourglass, "_relative", lambda value, to: (value.shape, to.dtype))
+    monkeypatch.setattr(hourglass, "times", lambda calls, *rest: measured.update(calls))
+    monkeypatch.setattr(hourglass, "peaks", lambda calls: measured.update(memory=calls))
+    told = hourglass.compare(x, index, 2, 0, 2, lambda: None)
+    assert told.difference == (x.shape, torch.float32)
+    assert told.float64_error == Pair(*[(x[:1].shape, torch.float64)] * 2)
+    for kind in (hourglass.Hourglass, hourglass.HourglassEager):
+        for stage in ("prune", "attend", "recover", "forward"):
+            monkeypatch.setattr(kind, stage, lambda self, x, stage=stage: (stage, type(self)))
+    stages = {stage: stage for stage in ("prune", "attend", "recover")} | {"whole": "forward", "memory": "forward"}
+    both = (hourglass.HourglassEager, hourglass.Hourglass)
+    assert {name: [call() for call in pair] for name, pair in measured.items()} == {
+        name: [(stage, kind) for kind in both] for name, stage in stages.items()
+    }
+
+
+def test_relative_difference():
+    assert hourglass._relative(torch.tensor([1.0, -9.0, 3.0]), torch.tensor([1.0, -8.0, 3.0])) == 1 / 8
+
+
+# ---- The report and the picture
+
+
+def test_the_report_says_which_figure_is_whose():
+    def choice(x):
+        return frames.Choice(4 * x, 2 * x, 0.5 * x, 10 * x, 0.1 * x, 0.3 / x)
+
+    result = Result(
+        source="a", unit="pixels", skeleton_height=300.0, frames=90, missing_frames=0, windows=2, window=60, keep=20,
+        k=3, channels=32, seed=0, backend="cpp", instruction_set="avx2", identical=0.75, times_ms={2: Pair(6, 2)},
+        choices={"hotkernels": choice(1), "eager": choice(2), "uniform": choice(0.8), "random": choice(0.4)},
+        memory_mib=Pair(8, 3),
+        hourglass=hourglass.Comparison([2, 60, 17, 32], 20, 8, 1e-6, Pair(2e-7, 3e-7), {"whole": Pair(2, 8)}, None),
+    )  # fmt: skip
+    lines = [" ".join(line.split()) for line in report(result).splitlines()]
+    for line in (
+        "2 windows of 60 frames; 20 kept in each by dpc_knn (k = 3, cpp backend, avx2); the rest interpolated",
+        "hotkernels 4 pixels (2.00 %) 0.500000 10.0000 10.0% 0.300000",
+        "eager PyTorch 8 pixels (4.00 %) 1.000000 20.0000 20.0% 0.150000",
+        "error of dpc_knn's choice: 25% more than uniform's, 2.5 times random's",
+        "hotkernels against eager, same noise: 75.0% of the kept frames are the same; "
+        "score -50.0%, total -50.0%, coverage +100.0%",
+        "time to choose, 2 threads, [2, 60, 32]: eager 6.00 ms, hotkernels 2.00 ms: 3.0x as fast",
+        "peak extra memory: eager 8.0 MiB, hotkernels 3.0 MiB",
+        "hourglass, 60 -> 20 -> 60 frames of 17 joints by attention: [2, 60, 17, 32], 8 heads, float32,",
+        "whole 2.0 ms 8.0 ms 4.0x as long",
+        "from float64 (one window): eager 2.0e-07, hotkernels 3.0e-07",
+    ):
+        assert line in lines
+    result.choices["uniform"] = choice(2)
+    assert "error of dpc_knn's choice: 50% less than uniform's" in report(result)
+
+
+def test_the_picture_shows_the_busiest_window_upright(tmp_path, monkeypatch):
+    picture = pytest.importorskip("hotkernels.demo.picture")
+    xy = 250 * (poses(60) + 1)
+    xy[:30] = xy[:1] + np.arange(30)[:, None, None]
+    p = prepared(xy, "--frames", "30")
+    assert picture.busiest_window(p) == 1
+    drawn = []
+    monkeypatch.setattr(picture.Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    chosen = {"hotkernels": [torch.arange(5)] * 2, "uniform": [torch.arange(0, 30, 6)] * 2}
+    run = SimpleNamespace(source="", windows=2, k=2, channels=16, unit="pixels")
+    picture.draw_choice(tmp_path / "a.png", run, p, chosen, torch.rand(2, 30), None)
+    top, _, errors = drawn[0].axes
+    told = [text.get_text() for text in errors.get_legend().get_texts()]
+    lost = (frames.joint_error(xy[30:], frames.interpolate(xy[30:], kept[1].numpy(), 30)) for kept in chosen.values())
+    assert told == [f"{who}, mean {error:.2g}" for who, error in zip(("dpc_knn", "uniform"), lost, strict=True)]
+    heads = [line.get_ydata()[0] for line in top.lines if line.get_marker() == "o"]
+    scale = 2.7 / np.ptp(xy[30:, :, 1], axis=1).max()
+    assert heads[0] == pytest.approx((xy[30, :, 1].max() - xy[30, 10, 1]) * scale)
+
+
 # ---- The whole run
 
 
@@ -319,6 +551,33 @@ def test_demo_end_to_end(tmp_path, capsys):
     assert saved["hourglass"]["difference"] < 1e-5
     if importlib.util.find_spec("matplotlib"):  # the picture needs the extra "plot"
         assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_demo_times_and_compares_the_published_code_and_ours(monkeypatch):
+    """In this order, with the published noise; the random choices are several, and the same on every run."""
+    keypoints, args = Keypoints(poses(120), ""), demo.parse([*SMALL, "--keypoints", "a.npz"])
+    monkeypatch.setattr(demo, "chosen_by_eager", lambda *call: 3)
+    monkeypatch.setattr(demo, "chosen_by_hotkernels", lambda *call: 2)
+    monkeypatch.setattr(
+        demo, "times", lambda calls, n, *rest: {name: (n, *(c() for c in calls[name])) for name in calls}
+    )
+    monkeypatch.setattr(demo, "peaks", lambda calls: [call() for call in calls])
+    monkeypatch.setattr(demo, "compare", lambda x, index, *rest: (x, index))
+    monkeypatch.setattr(demo, "mean_choice", lambda choices: choices)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    (result, p, chosen, score), (again, *_) = (demo.run(keypoints, args) for _ in range(2))
+    noise = 1e-6 * torch.rand(2, 60, generator=torch.Generator().manual_seed(args.seed))
+    assert torch.equal(score, frames.definition(p, noise).score)
+    assert result.times_ms == {1: (1, 3, 2), 4: (4, 3, 2)}
+    assert result.memory_mib == [3, 2]
+    x, index = result.hourglass
+    assert torch.equal(x, p.joint_tokens([0, 1]))
+    assert torch.equal(index, torch.stack(chosen["hotkernels"]))
+    same = [torch.isin(a, b) for a, b in zip(chosen["hotkernels"], chosen["eager"], strict=True)]
+    assert result.identical == float(torch.cat(same).double().mean())
+    assert len({choice.error for choice in result.choices["random"]}) == frames.RANDOM_DRAWS
+    assert result.choices == again.choices
+    assert result.backend == explain("dpc_knn", p.x).chosen
 
 
 def test_demo_without_matplotlib(tmp_path, capsys, monkeypatch):
