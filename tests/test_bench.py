@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +19,17 @@ from typing import Any
 import pytest
 import torch
 
+import hotkernels.bench
+from hotkernels.backends import explain
 from hotkernels.bench import main
-from hotkernels.bench.timing import EventClock, captured, interleaved, machine, peak_memory
-from hotkernels.bench.workloads import WORKLOADS
+from hotkernels.bench.timing import EventClock, Timing, captured, host_clock, interleaved, machine, peak_memory
+from hotkernels.bench.workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench/ is no part of the package
 
 from bench import __main__ as suite  # noqa: E402
-from bench import gpu, gpu_rows, harness, supervise  # noqa: E402
+from bench import gpu, gpu_rows, harness, models, supervise  # noqa: E402
 
 SMALL = {
     "dpc_knn": (2, 40, 8),
@@ -66,6 +69,50 @@ def test_attention_is_checked_in_every_form(op: str, keys: int, options: dict[st
         assert dataclasses.replace(work, ours=work.sdpa).check(backward=True) is None
 
 
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        ("dpc_knn", {"center": 20, "k": 3}),
+        ("dpc_knn", {"smooth": True}),
+        ("gather_tokens", {"pos": False}),
+        ("merge_tokens", {"weighted": False}),
+    ],
+)
+def test_right_answers_pass_in_other_forms(op: str, options: dict[str, Any]) -> None:
+    work = WORKLOADS[op](SMALL[op] if op != "dpc_knn" else (2, 40, 8), 10, **options)
+    assert work.check() is None
+    assert not work.grad_of or work.check(backward=True) is None
+
+
+@pytest.mark.parametrize(("op", "keys", "options"), [*ATTENTION, ("gather_tokens", 10, {}), ("merge_tokens", 10, {})])
+def test_backward_is_that_of_every_floating_argument(op: str, keys: int, options: dict[str, Any]) -> None:
+    work = WORKLOADS[op](SMALL[op], keys, **options)
+    assert work.grad_of == tuple(i for i, arg in enumerate(work.args) if arg.is_floating_point())
+
+
+def test_tokens_are_chosen_as_hot_does() -> None:
+    """Gathered in ascending order; the centre among them, where one is asked for."""
+    work = WORKLOADS["dpc_knn"]((2, 40, 8), 10, center=20)
+    for function in (work.eager, work.ours):
+        assert (function(*work.args)[0] == 20).any(1).all()
+    assert (WORKLOADS["gather_tokens"](SMALL["gather_tokens"], 10).args[1].diff() > 0).all()
+
+
+@pytest.mark.parametrize(("backward", "times"), [(False, 2), (True, 3)])
+def test_an_error_may_be_so_many_times_pytorchs_own(backward: bool, times: int) -> None:
+    """In its own dtype, against float64; in float64 itself there is nothing to compare to but a few roundings."""
+
+    def scaled(error: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: x * (1 if x.dtype == torch.float64 else 1 + error)
+
+    work = Workload("", (torch.linspace(-1, 1, 9),), scaled(1e-3), scaled((times - 0.1) * 1e-3), grad_of=(0,))
+    assert work.check(backward) is None
+    for error in ((times + 0.1) * 1e-3, -(times + 0.1) * 1e-3, torch.nan):
+        assert "from float64" in (dataclasses.replace(work, ours=scaled(error)).check(backward) or "")
+    exact = Workload("", (work.args[0].double(),), lambda x: x, lambda x: x * (1 + 1e-12), grad_of=(0,))
+    assert "from float64" in (exact.check(backward) or "")
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("op", [op for op in FLOATING if op != "dpc_knn"])
 def test_wrong_values_are_seen(op: str, backward: bool) -> None:
@@ -100,6 +147,49 @@ def test_contenders_take_turns() -> None:
     assert changes >= 2 * 4
 
 
+def test_times_are_medians_of_what_the_clock_says() -> None:
+    """One call and one round by the clock come before; the slowest says how many rounds, each how many in a row."""
+    called: list[str] = []
+    asked: list[tuple[str, int]] = []
+    said = {"a": iter([1e-3, 1, 2, 10, 4, 3]), "b": iter([0.5, *[7] * 5])}
+
+    def clock(thunk: Callable[[], str], repeats: int) -> float:
+        asked.append((name := thunk(), repeats))
+        return next(said[name])
+
+    ticks: list[None] = []
+    timings = interleaved(
+        {name: lambda name=name: (called.append(name), name)[1] for name in "ab"},
+        2.6,
+        least=2,
+        tick=lambda: ticks.append(None),
+        clock=clock,
+    )
+    assert timings == {"a": Timing(3, 1.5, 7, 5), "b": Timing(7, 7, 7, 5)}
+    assert asked == [("a", 1), ("b", 1), *[("a", 2), ("b", 1)] * 5]
+    assert called == ["a", "a", "b", "b", *"ab" * 5]
+    assert len(ticks) == 5
+
+
+def test_seconds_and_bytes_are_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", iter([1.0, 4.0]).__next__)
+        assert host_clock(lambda: calls.append(None), 6) == 0.5
+    assert len(calls) == 6
+    told = iter(["VmPeak: 9 kB\nVmHWM:\t   100 kB\nVmRSS: 1 kB", "VmPeak: 9 kB\nVmHWM:\t   350 kB\nVmRSS: 1 kB"])
+    done: list[str] = []
+    monkeypatch.setattr(Path, "write_text", lambda path, text: done.append(f"{path} {text}"))
+    monkeypatch.setattr(Path, "read_text", lambda path: (done.append(path.name), next(told))[1])
+    assert peak_memory(lambda: done.append("call")) == 250 * 1024
+    assert done == ["/proc/self/clear_refs 5", "status", "call", "status"]
+    done.clear()
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000 + 10 * len(done))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5000 + 100 * len(done))
+    assert peak_memory(lambda: done.append("call"), "cuda:0") == 5200 - 1010
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is counted on Linux only")
 def test_peak_memory_sees_what_is_freed_again() -> None:
     assert peak_memory(lambda: torch.ones(1 << 24).sum()) >= 60 << 20  # of 64 MiB; Linux counts pages in batches
@@ -108,6 +198,114 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
 
 def test_machine_is_described() -> None:
     assert {"date", "cpu", "threads", "isa", "torch", "hotkernels"} <= machine().keys()
+
+
+def said_by(calls: dict[str, Callable[[], float]], *rest: Any, **options: Any) -> dict[str, Timing]:
+    """In the place of interleaved: a call's result is its time."""
+    return {name: Timing(t := call(), 0.5 * t, 2 * t, 7) for name, call in calls.items()}
+
+
+def pretend(wrong: str | None = None) -> Workload:
+    """Contenders whose result is what said_by takes for their time, in seconds."""
+    functions = {name: lambda x, t=t: t for name, t in (("eager", 6e-3), ("ours", 2e-3), ("sdpa", 4e-3))}
+    return Workload("it", (torch.ones(1),), **functions, wrong=lambda theirs, ours: wrong)
+
+
+def test_the_command_says_whose_time_and_memory_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built: list[Any] = []
+    monkeypatch.setitem(WORKLOADS, "dpc_knn", lambda *args, k=5, **rest: (built.append((args, k, rest)), pretend())[1])
+    monkeypatch.setattr(hotkernels.bench, "interleaved", said_by)
+    monkeypatch.setattr(hotkernels.bench, "peak_memory", lambda call, device: int(call() * 1e3) << 20)
+    assert main(["--shape", "2,40,8", "-k", "3", "--dtype", "float16", "--backend", "cpp"]) == 0
+    assert built == [(((2, 40, 8), 10), 3, {"dtype": torch.float16, "device": "cpu", "backend": "cpp"})]
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[-3:] == [
+        "eager 6.000 ms [3.000, 12.000] 1.00x 6.0 MB extra",
+        "ours 2.000 ms [1.000, 4.000] 3.00x 2.0 MB extra",
+        "sdpa 4.000 ms [2.000, 8.000] 1.50x 4.0 MB extra",
+    ]
+    monkeypatch.setitem(WORKLOADS, "dpc_knn", lambda *args, **options: pretend(f"{torch.get_num_threads()} wrong"))
+    assert main(["--shape", "2,40,8", "--threads", "3"]) == 1
+    assert capsys.readouterr().out.endswith("\nWRONG: 3 wrong\n")
+
+
+def test_a_row_says_whose_time_and_memory_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = harness.Row("an_op", "a_row", False, pretend, memory=True, contenders=("eager", "sdpa", "ours"))
+    monkeypatch.setattr(harness, "interleaved", said_by)
+    monkeypatch.setattr(harness, "peak_memory", lambda call: int(call() * 1e3) << 20)
+    result = harness.run(row, 0.0)
+    assert dict(zip(harness.COLUMNS, harness.cells(result), strict=True)) == {
+        "row": "a_row", "x": "it", "pass": "fwd", "eager ms": "6.000", "compile ms": "", "sdpa ms": "4.000",
+        "ours ms": "2.000", "eager / ours": "3.00x", "compile / ours": "", "sdpa / ours": "2.00x",
+        "extra MB": "6 / 4 / 2",
+    }  # fmt: skip
+    result["seconds"]["eager"]["median"] = 0.5
+    assert harness.cells(result)[3] == "500.0"
+
+
+def test_a_wrong_row_gets_no_time_and_fails_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def build() -> Workload:
+        return pretend("off by one")
+
+    rows = [harness.Row("an_op", name, False, build, quick=name == "a", cpu=name != "c") for name in "abc"]
+    result = harness.run(rows[0], 0.0)
+    assert "seconds" not in result
+    assert harness.cells(result)[:5] == ["a", "it", "fwd", "WRONG: off by one", ""]
+    monkeypatch.setattr(harness, "import_rows", lambda ops: rows)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    for options, ran in ((["--quick"], "a"), ([], "ab"), (["--rows", "b"], "b"), (["--rows", "c"], "")):
+        monkeypatch.setattr(sys, "argv", ["bench", "--out", str(tmp_path / ran), *options])
+        assert suite.main() == bool(ran)
+        (saved,) = (tmp_path / ran).glob("*.json")
+        assert [row["row"] for row in json.loads(saved.read_text())["rows"]] == list(ran)
+
+
+class Pretended(torch.nn.Module):
+    """A model that gives its one parameter times x."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        return self.factor * x
+
+
+def test_the_models_line_says_whose_time_and_memory_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, threads: None
+) -> None:
+    several = {name: Pretended() for name in ("eager", "swapped", "native")}
+    seconds = dict(zip(several.values(), (6.0, 3.0, 2.0), strict=True))
+    monkeypatch.setattr(models, "build", lambda options: (several, 0.0))
+    passes = {"forward": 1, "training step": 3}
+    monkeypatch.setattr(
+        models, "passes", lambda model, x: {name: lambda n=n: n * seconds[model] for name, n in passes.items()}
+    )
+    monkeypatch.setattr(models, "interleaved", said_by)
+    monkeypatch.setattr(models, "peak_memory", lambda call: None if call() == 9 else int(call()) << 20)
+    assert models.main(["--out", str(tmp_path / "a.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "| forward | 6.00 | 3.00 | 2.00 | 2.00x | 3.00x | 6 / 3 / 2 |",
+        "| training step | 18.00 | 9.00 | 6.00 | 2.00x | 3.00x | 18 / ? / 6 |",
+    ]
+    saved = json.loads((tmp_path / "a.json").read_text())["rows"]["training step"]
+    assert [saved[name]["median"] for name in several] == [18, 9, 6]
+    several["swapped"] = Pretended(1.001)
+    assert models.main([]) == 1
+    assert "\nWRONG: swapped differs from the published model by 0.001 of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("passes", [models.passes, functools.partial(gpu_rows.passes, half=False)])
+def test_a_forward_pass_evaluates_and_a_training_step_learns(passes: Callable[..., Any]) -> None:
+    model, modes = Pretended(3.0), []
+    model.register_forward_hook(lambda module, *rest: modes.append((module.training, torch.is_grad_enabled())))
+    calls = passes(model, torch.ones(4, 1))
+    assert calls["forward"]().tolist() == [[3.0]] * 4
+    grads = calls["training step"]()
+    assert modes == [(False, False), (True, True)]
+    assert (model.factor.grad if grads is None else grads[0]) == 6  # of the mean of squares
 
 
 @pytest.mark.parametrize("op", WORKLOADS)
@@ -197,6 +395,16 @@ def test_a_program_out_of_time_or_of_no_use_is_named(tmp_path: Path) -> None:
     assert supervise.run([*command[:2], "import time; time.sleep(60)"], log, 0.5, ROOT, {}) is None
 
 
+def test_a_journal_of_a_program_started_twice(tmp_path: Path) -> None:
+    """The second time it planned what was left; a line may be cut off."""
+    journal = tmp_path / "journal.jsonl"
+    states = [("a", "started"), ("a", "passed"), ("b", "started"), ("b", "skipped")]
+    entries = [{"tasks": 4}, *({"id": task, "state": state} for task, state in states), {"tasks": 2}]
+    journal.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"id": "c", "sta')
+    assert [entry["id"] for entry in supervise.results(journal)] == ["a", "b"]
+    assert supervise.missing(journal) == 2
+
+
 SANITIZER = """#!/bin/sh
 while [ "${1#--}" != "$1" ]; do shift 2; done
 "$@" || exit $?
@@ -262,6 +470,67 @@ def timed(**microseconds: float) -> dict[str, Any]:
     return {name.replace("_", " "): {"median": t * 1e-6} for name, t in microseconds.items()}
 
 
+@pytest.mark.parametrize(
+    ("stage", "states", "stopped", "verdict"),
+    [
+        ("tests", "passed passed", "", "passed"),
+        ("tests", "passed failed", "", "failed"),
+        ("tests", "passed skipped", "", "passed"),
+        ("tests", "skipped skipped", "", "failed"),
+        ("tests", "passed", "", "failed"),
+        ("tests", "passed passed", "ended with status 3", "failed"),
+        ("bench", "passed passed", "", "passed"),
+        ("bench", "passed failed", "", "failed"),
+        ("bench", "passed", "out of time", "passed"),
+        ("bench", "passed passed", "ended with status 3", "failed"),
+        ("bench", "", "out of time", "failed"),
+        ("tune", "passed passed", "", "passed"),
+        ("tune", "passed failed", "", "failed"),
+        ("tune", "passed", "out of time", "failed"),
+        ("tune", "", "", "failed"),
+        ("warm", "failed", "out of time", "passed"),
+    ],
+)
+def test_what_a_stage_passes_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, states: str, stopped: str, verdict: str
+) -> None:
+    """Of two tasks."""
+    entries: list[dict[str, Any]] = [{"id": str(i), "state": state} for i, state in enumerate(states.split())]
+    made = session(tmp_path, monkeypatch, **{stage: [{"tasks": 2}, *entries]})
+    monkeypatch.setattr(made, "shards", lambda *command, **options: [f"process 0: {stopped}"] * bool(stopped))
+    monkeypatch.setattr(gpu, "CACHE", tmp_path)
+    assert getattr(gpu, stage)(made).state == verdict
+
+
+@pytest.mark.parametrize(
+    ("code", "loaded", "verdict"),
+    [
+        (0, ("_C_cpu", "_C_cuda", "triton"), "passed"),
+        (0, ("_C_cpu", "triton"), "failed"),
+        (1, ("_C_cpu", "_C_cuda", "triton"), "failed"),
+    ],
+)
+def test_all_libraries_must_load_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, loaded: tuple[str, ...], verdict: str
+) -> None:
+    made = session(tmp_path, monkeypatch)
+    made.log("doctor").write_text("".join(f"  {name:<12}loaded\n" for name in loaded))
+    monkeypatch.setattr(made, "run", lambda *command, **options: code)
+    assert gpu.doctor(made) == gpu.Outcome("doctor", verdict, f"loaded: {', '.join(loaded)}")
+
+
+@pytest.mark.parametrize("state", ["passed", "failed", "skipped", "hazards"])
+def test_only_a_failed_stage_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    monkeypatch.setattr(gpu, "doctor", lambda session: gpu.Outcome("doctor", state, ""))
+    monkeypatch.setattr(gpu, "warm", lambda session: gpu.Outcome("warm", "passed", ""))
+    out, results = tmp_path / "out", tmp_path / "results"
+    argv = ["--device", "cpu", "--quick", "--stages", "doctor,warm", "--out", str(out), "--results", str(results)]
+    assert gpu.main(argv) == (state == "failed")
+    assert (out / "summary.md").exists()
+    assert len(list(out.glob("*-quick-doctor-warm.md"))) == 1, "a part does not replace the whole"
+    assert not results.exists(), "nothing was measured or proved"
+
+
 def test_the_summary_says_what_passed_what_failed_and_who_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def test(name: str, op: str, state: str, why: str = "") -> dict[str, Any]:
         return {"id": name, "state": state, "op": op, "backend": "cuda", "why": why}
@@ -280,11 +549,12 @@ def test_the_summary_says_what_passed_what_failed_and_who_lost(tmp_path: Path, m
         tmp_path,
         monkeypatch,
         tests=[
-            {"tasks": 4},
+            {"tasks": 5},
             test("a", "dpc_knn", "passed"),
             test("b", "merge_tokens", "failed", "off by 0.25"),
             test("c", "merge_tokens", "failed", "off by 0.50"),
             test("d", "gpu", "passed"),
+            test("e", "merge_tokens", "passed"),
         ],
         bench=[
             {"id": "bandwidth", "state": "passed", "result": {"copy": 4e12, "empty graph": 2e-6}},
@@ -296,6 +566,7 @@ def test_the_summary_says_what_passed_what_failed_and_who_lost(tmp_path: Path, m
     page = gpu.summary(made)
     for line in (
         "| dpc_knn | cuda | 1 | 0 | 0 |",
+        "| merge_tokens | cuda | 1 | 2 | 0 |",
         "- 2x, e.g. `b`: off by 0.25",
         "- 1x, e.g. `merge_tokens hot-fwd`: wrong by 0.5",
         "A copy moves 4000 GB/s, read and written; an empty graph takes 2.0 us.",
@@ -311,6 +582,8 @@ def test_the_summary_says_what_passed_what_failed_and_who_lost(tmp_path: Path, m
     assert runs[0].startswith("    ('dpc_knn', 'cuda'): \"NVIDIA Test, 20")
     assert runs[0].endswith(', abc1234",')
     assert gpu.save(made)[0].name.startswith("nvidia-test-20")
+    made.journal("tests-1").write_text('{"tasks": 1}\n')
+    assert "GPU_RUNS" not in gpu.summary(made), "not all tests ran"
 
 
 def test_the_build_goes_on_without_pip_and_says_what_is_missing(
@@ -319,7 +592,7 @@ def test_the_build_goes_on_without_pip_and_says_what_is_missing(
     made = session(tmp_path, monkeypatch)
     commands = []
 
-    def run(name: str, *command: str, seconds: float, **env: str) -> int:
+    def run(name: str, *command: str, seconds: float, **env: str) -> int | None:
         commands.append((command, env))
         made.log(name).write_text("fatal error: no such header")
         return codes.pop(0)
@@ -334,6 +607,8 @@ def test_the_build_goes_on_without_pip_and_says_what_is_missing(
     assert commands[0][1] == {"HOTKERNELS_BUILD_CUDA": "1", "HOTKERNELS_CUDA_ARCHS": "90a"}
     codes = [1, 1]
     assert gpu.build(made) == gpu.Outcome("build", "failed", "missing: ninja; fatal error: no such header")
+    codes = [None, 0]
+    assert gpu.build(made).detail == "missing: ninja; out of time", "another way would take as long"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     assert gpu.architecture() == "120"
 
@@ -449,6 +724,87 @@ def test_events_and_graphs(pretended: SimpleNamespace) -> None:
     assert bench.graph(lambda: None) is pretended.replay
     bench.forget()
     assert gpu.about(True).items() >= {"capability": "9.0", "multiprocessors": 132, "gpus": 1}.items()
+
+
+def test_a_row_of_the_gpu_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of 20 in a row are of one; bytes are of all arguments and the result; nothing wrong is timed."""
+    bench = gpu_rows.Bench("cpu", 0.001)
+    monkeypatch.setattr(
+        bench, "times", lambda thunks: {n: {"median": 2e-4, "lower": 1e-4, "upper": 4e-4} for n in thunks}
+    )
+    monkeypatch.setattr(bench, "host_seconds", lambda thunk: 1e-5)
+    monkeypatch.setattr(gpu_rows, "peak_memory", lambda thunk, device: thunk)
+    work = WORKLOADS["gather_tokens"](SMALL["gather_tokens"], 10)
+    row = harness.Row("gather_tokens", "a", False, lambda device: work, contenders=("eager", "ours"), memory=True)
+    result = gpu_rows.measure(row, bench)
+    assert result["wrong"] is None
+    assert list(result["call"]) == list(result["graph"]) == list(result["extra_bytes"]) == ["ours", "eager"]
+    assert len(set(result["extra_bytes"].values())) == 2
+    assert result["in a row"]["ours"] == pytest.approx({"median": 1e-5, "lower": 5e-6, "upper": 2e-5})
+    assert result["host"] == {"ours": 1e-5, "eager": 1e-5}
+    assert result["backend"] == explain("gather_tokens", work.args[0]).chosen
+    assert result["bytes"] == 4 * 2 * 40 * 3 * 8 + 8 * 2 * 10 + 4 * 10 * 8 + 4 * 2 * 10 * 3 * 8  # x, index, pos, result
+    work = dataclasses.replace(work, ours=lambda x, *rest: work.eager(1.1 * x, *rest))
+    result = gpu_rows.measure(row, bench)
+    assert "from float64" in result["wrong"]
+    assert "call" not in result
+    monkeypatch.setattr(bench, "times", lambda thunks: {"copy": {"median": 0.5}, "empty": {"median": 3e-6}})
+    assert gpu_rows.bandwidth(bench, True) == {"copy": 2 * (1 << 20) / 0.5, "empty graph": 3e-6}
+
+
+def test_what_a_call_costs_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = gpu_rows.Bench("cpu", 0.001)
+    seconds = iter(itertools.accumulate(itertools.chain.from_iterable((0, t) for t in (1, 2, 3, 4, 50, 60, 70))))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: float(next(seconds)))
+        assert bench.host_seconds(lambda: None) == 4 / 20
+
+
+def test_who_takes_part_in_a_row_of_the_gpu_benchmark() -> None:
+    work = WORKLOADS["gathered_attention"](SMALL["gathered_attention"], 40)
+    forward = harness.Row(
+        "gathered_attention", "a", False, lambda: work, contenders=("eager", "compile", "sdpa", "ours")
+    )
+    several = ["ours", "eager", "compile", "compile graphs", "sdpa", *gpu_rows.SDPA, "flex"]
+    assert list(gpu_rows.functions(work, forward)) == several
+    several.remove("compile graphs")
+    assert list(gpu_rows.functions(work, dataclasses.replace(forward, backward=True))) == several
+    few = gpu_rows.functions(work, dataclasses.replace(forward, contenders=("sdpa", "ours")))
+    assert list(few) == ["ours", "sdpa", *gpu_rows.SDPA, "flex"]
+    assert (few["ours"], few["sdpa"]) == (work.ours, work.sdpa)
+    state = torch.backends.cuda
+    enabled = (
+        state.flash_sdp_enabled,
+        state.mem_efficient_sdp_enabled,
+        state.cudnn_sdp_enabled,
+        state.math_sdp_enabled,
+    )
+    asked = gpu_rows.functions(dataclasses.replace(work, sdpa=lambda qkv: [ask() for ask in enabled]), forward)
+    assert [asked[name](*work.args) for name in gpu_rows.SDPA] == torch.eye(4, dtype=torch.bool).tolist()
+
+
+def test_shards_do_everything_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward rows, the models, then backward rows, of which the journal has some already."""
+    monkeypatch.setattr(gpu_rows, "measure", lambda row, bench, warm: {"wrong": "" if row.backward else "wrong"})
+    monkeypatch.setattr(gpu_rows, "measure_model", lambda **options: {})
+    monkeypatch.setattr(gpu_rows, "bandwidth", lambda bench, quick: {})
+    monkeypatch.setattr(gpu_rows.Bench, "forget", lambda bench: None)
+    bench = gpu_rows.Bench("cpu", 0.001)
+    every = list(gpu_rows.tasks(bench, True, False, ""))
+    assert every[0] == "bandwidth"
+    kinds = ["model" if task.startswith("model ") else task.endswith("+bwd") for task in every[1:]]
+    assert [kind for kind, _ in itertools.groupby(kinds)] == [False, "model", True]
+    paths = [tmp_path / f"{i}.jsonl" for i in range(3)]
+    for i, path in enumerate(paths):
+        argv = ["--device", "cpu", "--quick", "--journal", str(path), "--shard", f"{i}/3"]
+        status = gpu_rows.main(argv)
+        failed = {entry["id"] for entry in supervise.results(path) if entry["state"] == "failed"}
+        assert status == bool(failed)
+        assert failed == {entry["id"] for entry in supervise.results(path) if entry["id"].endswith("-fwd")}
+        assert gpu_rows.main(argv) == 0, "nothing is left to do"
+        assert supervise.missing(path) == 0
+    done = [entry["id"] for path in paths for entry in supervise.results(path)]
+    assert sorted(done) == sorted(every)
 
 
 def test_a_contender_that_cannot_take_part_says_why() -> None:
