@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +33,72 @@ def test_the_fastest_that_can_serve() -> None:
     assert hotkernels.explain("dpc_knn", x, 2, k=1, backend="torch").chosen == "torch"
     index = torch.zeros(1, 2, dtype=torch.int64)
     assert hotkernels.explain("gathered_attention", index=index, query=x.double()[None]).chosen == fastest
+
+
+@pytest.mark.skipif(backends.TRITON_DEVICE == "cpu", reason="Triton's interpreter serves the CPU")
+@pytest.mark.parametrize(
+    ("op", "device", "dtype", "chosen"),
+    [
+        ("dpc_knn", "cuda", torch.bfloat16, "cuda"),
+        ("dpc_knn", "cuda", torch.float64, "torch"),
+        ("merge_tokens", "cuda", torch.float64, "cuda"),
+        ("gathered_attention", "cuda", torch.float16, "triton"),
+        ("gathered_attention", "cuda", torch.float64, "torch"),
+        ("gathered_attention", "cpu", torch.float32, "cpp"),
+        ("recovery_attention", "cpu", torch.float64, "cpp"),
+        ("dpc_knn", "mps", torch.float32, "torch"),
+    ],
+)
+def test_who_serves_where_every_library_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, op: str, device: str, dtype: torch.dtype, chosen: str
+) -> None:
+    monkeypatch.setattr(backends, "LIBRARIES", dict.fromkeys(backends.LIBRARIES))
+    assert backends.choose(op, SimpleNamespace(device=torch.device(device), dtype=dtype), None) == chosen
+
+
+def test_the_fastest_that_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = {"cuda": "_C_cuda", "triton": "triton", "cpp": "_C_cpu", "torch": None}
+    kernels = {name: backends.Kernel((torch.float32,), library=library) for name, library in libraries.items()}
+    monkeypatch.setitem(backends.OPS, "dpc_knn", dict(reversed(kernels.items())))
+    monkeypatch.setattr(backends, "LIBRARIES", dict.fromkeys(backends.LIBRARIES))
+    gone: list[str] = []
+    for name, library in libraries.items():
+        slower = [f"  {other:<7}could serve this call" for other in list(libraries)[len(gone) + 1 :]]
+        lines = [f"  {other:<7}{libraries[other]}: gone" for other in gone] + [f"  {name:<7}serves this call", *slower]
+        assert str(hotkernels.explain("dpc_knn", torch.zeros(1, 4, 2))).splitlines()[1:] == lines
+        backends.LIBRARIES[str(library)] = f"{library}: gone"
+        gone.append(name)
+
+
+@pytest.mark.parametrize(
+    ("report", "told"),
+    [
+        (None, "_C_none: No module named"),
+        ("_C_cpu: not built: another\n_C_none: not built: no nvcc was found", "_C_none: not built: no nvcc was found"),
+        ("_C_cpu: not built: another\n_C_none: built", "_C_none: No module named"),
+    ],
+)
+def test_why_a_library_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, report: str | None, told: str
+) -> None:
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    if report is not None:
+        (tmp_path / "build_report.txt").write_text(report + "\n")
+    assert str(backends._load("_C_none")).startswith(told)
+
+
+@needs_cpp
+def test_a_torch_with_cuda_has_the_libraries_tried() -> None:
+    code = """
+import importlib, importlib.util, torch
+load, find, tried = importlib.import_module, importlib.util.find_spec, set()
+torch.version.cuda = "12.6"
+importlib.import_module = lambda name, *more: tried.add(name) if name == "hotkernels._C_cuda" else load(name, *more)
+importlib.util.find_spec = lambda name, *more: tried.add(name) if name == "triton" else find(name, *more)
+from hotkernels import backends
+print(sorted(tried), backends.LIBRARIES["_C_cuda"], backends.LIBRARIES["triton"])
+"""
+    assert python(code).stdout == "['hotkernels._C_cuda', 'triton'] None triton: not installed\n"
 
 
 def test_explain_says_why_not() -> None:

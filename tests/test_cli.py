@@ -1,6 +1,7 @@
 """`python -m hotkernels`: usage, exit codes, and the doctor's page."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -93,6 +94,88 @@ def test_doctor_report():
     if before is not None:
         assert f"{before} in use; available: base" in page
         assert "cpp: float32, float16, bfloat16; torch: float64" in page
+
+
+CPUINFO = """processor	: 0
+vendor_id	: AuthenticAMD
+cpu family	: 25
+model		: 17
+model name	: AMD EPYC: cloud
+power management:
+
+processor	: 1
+model		: 18
+model name	: AMD EPYC: the other socket
+"""
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "told"),
+    [
+        (CPUINFO, "AMD EPYC: cloud family 25 model 17"),
+        ("processor : 0\nmodel name : Some Arm\n", "Some Arm"),
+        ("processor : 0\nmodel : 3\nBogoMIPS : 50.00\n", "of platform"),
+        (None, "of platform"),
+    ],
+)
+def test_a_processor_is_named_with_its_numbers(monkeypatch, cpuinfo, told):
+    def read_text(path):
+        if cpuinfo is None or path != Path("/proc/cpuinfo"):
+            raise FileNotFoundError
+        return cpuinfo
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "of platform")
+    assert doctor.processor() == told
+
+
+BOTH = "_C_cpu: built\n_C_cuda: built\n"
+
+
+@pytest.mark.parametrize(
+    ("report", "library", "cuda", "lost", "failed"),
+    [
+        (BOTH, "", "12.6", ("_C_cuda",), ["_C_cuda"]),
+        (BOTH, "", None, ("_C_cuda",), []),
+        (BOTH, "", "12.6", ("_C_cpu", "_C_cuda"), ["_C_cpu"]),
+        (BOTH, "", "12.6", (), []),
+        ("_C_cpu: not built: no compiler\n", "", None, ("_C_cpu",), []),
+        ("_C_cpu: built\n_C_cuda: not built: no nvcc\n", "", "12.6", ("_C_cuda",), []),
+        ("", "_C_cpu.abi3.so", None, ("_C_cpu",), ["_C_cpu"]),
+    ],
+)
+def test_doctor_knows_what_should_have_loaded(monkeypatch, tmp_path, report, library, cuda, lost, failed):
+    if report:
+        (tmp_path / "build_report.txt").write_text(report)
+    if library:
+        (tmp_path / library).touch()
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    for name in ("_C_cpu", "_C_cuda"):
+        monkeypatch.setitem(backends.LIBRARIES, name, f"{name}: gone" if name in lost else None)
+    assert doctor.failed() == failed
+
+
+def test_doctor_lists_instruction_sets_and_leaves_the_one_in_use(monkeypatch):
+    forced = ["avx2"]
+
+    def instruction_set(force=None):
+        if force == "avx512":
+            raise ValueError
+        forced.extend([force] if force else [])
+        return forced[-1]
+
+    monkeypatch.setattr(doctor, "instruction_set", instruction_set)
+    assert doctor._instruction_sets() == "avx2 in use; available: base, avx2, avx512_bf16"
+    assert instruction_set() == "avx2"
+
+
+@pytest.mark.skipif(backends.LIBRARIES["_C_cpu"] is not None, reason=str(backends.LIBRARIES["_C_cpu"]))
+def test_doctor_accepts_a_backend_that_serves_some_calls(monkeypatch):
+    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "cpp")
+    assert doctor.problems() == []
+    assert "cpp: float32, float16, bfloat16; none (dpc_knn: backend must be one that" in doctor.report()
 
 
 def test_doctor_tells_where_gpu_kernels_ran(monkeypatch):
