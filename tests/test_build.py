@@ -170,6 +170,73 @@ def test_native_files_are_named_after_ops() -> None:
     assert bindings <= {f"{op}_{device}" for op in backends.OPS for device in ("cpu", "cuda")}
 
 
+CPU, BOTH = ["_C_cpu"], ["_C_cpu", "_C_cuda"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cuda", "nvcc", "libraries", "said"),
+    [
+        ("auto", True, True, BOTH, "built"),
+        ("auto", True, False, CPU, "not built: no nvcc was found"),
+        ("auto", False, True, CPU, "not built: torch has no CUDA"),
+        ("0", True, True, CPU, "not built: HOTKERNELS_BUILD_CUDA=0"),
+        ("1", False, True, BOTH, "built"),
+        ("1", True, False, None, "HOTKERNELS_BUILD_CUDA=1, but no nvcc was found (set CUDA_HOME)"),
+    ],
+)
+def test_what_is_built_and_why_not_the_rest(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, cuda: bool, nvcc: bool, libraries: list[str] | None, said: str
+) -> None:
+    monkeypatch.setenv("HOTKERNELS_BUILD_CUDA", wanted)
+    monkeypatch.setattr(SETUP, "find_torch", lambda: (ROOT, cuda))
+    monkeypatch.setattr(SETUP, "find_compiler", lambda: "c++")
+    monkeypatch.setattr(SETUP, "find_nvcc", lambda: ROOT if nvcc else None)
+    if libraries is None:
+        with pytest.raises(SystemExit, match=re.escape(said)):
+            SETUP.plan()
+    else:
+        assert SETUP.plan() == (libraries, ["_C_cpu: built", f"_C_cuda: {said}"])
+        monkeypatch.setattr(sys, "platform", "darwin")
+        monkeypatch.setenv("HOTKERNELS_BUILD_CUDA", "auto")
+        why = "not built: the extensions build on Linux only, this is darwin"
+        assert SETUP.plan() == ([], [f"{name}: {why}" for name in BOTH])
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda"),
+    [
+        ("cuda: Optional[str] = '12.6'\nhip: Optional[str] = None\n", True),
+        ("cuda: Optional[str] = None\nhip: Optional[str] = '6.4'\n", False),
+        ('cuda = "13.0"\n', True),
+    ],
+)
+def test_torch_has_cuda_if_its_version_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, cuda: bool
+) -> None:
+    monkeypatch.setenv("HOTKERNELS_TORCH_DIR", str(tmp_path))
+    (tmp_path / "version.py").write_text(version)
+    assert SETUP.find_torch()[0] == Path(torch.__file__).parent, "that one has no stable ABI"
+    header = tmp_path / "include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    assert SETUP.find_torch() == (tmp_path, cuda)
+
+
+@pytest.mark.parametrize(
+    ("generations", "codes"),
+    [
+        ("80;90a;100", {("80", "sm_80"), ("90a", "sm_90a"), ("100", "sm_100"), ("80", "compute_80")}),
+        ("90a", {("90a", "sm_90a")}),  # of which no other chip can compile anything
+    ],
+)
+def test_cuda_is_compiled_for_the_generations_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, generations: str, codes: set[tuple[str, str]]
+) -> None:
+    monkeypatch.setenv("HOTKERNELS_CUDA_ARCHS", generations)
+    steps = SETUP.ninja_file("_C_cuda", tmp_path / "a.so", tmp_path)
+    assert set(re.findall(r"-gencode=arch=compute_(\w+),code=(\w+)", steps)) == codes
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the sources, to be built in."""
@@ -186,6 +253,9 @@ def build_in(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def test_without_a_compiler_the_package_is_pure_python_and_says_so(tree: Path) -> None:
+    earlier = tree / "out/hotkernels/_C_cpu.abi3.so"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
     built = build_in(tree, CXX="/nonexistent", PATH="/nonexistent", HOTKERNELS_BUILD_CUDA="auto")
     assert built.returncode == 0, built.stderr
     assert not list(tree.rglob("*.so"))
