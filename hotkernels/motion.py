@@ -106,10 +106,13 @@ def load_keypoints(path: str | Path, *, allow_pickle: bool = False, sequence: st
         fail("demo", "--keypoints", f"{expected}, T >= 2, as numbers", actual)
     xy = value.astype(np.float64)
     xy[~np.isfinite(xy)] = np.nan
+    image = None
+    if size is not None and size.shape == (2,) and size.dtype.kind in "fiu" and 1 <= size.min() <= size.max() < np.inf:
+        image = int(size[0]), int(size[1])
     return Keypoints(
         xy,
         f"{path.name}{name}",
-        None if size is None or size.shape != (2,) or size.dtype.kind not in "fiu" else (int(size[0]), int(size[1])),
+        image,
         None if fps is None or fps.size != 1 or fps.dtype.kind not in "fiu" else float(fps.reshape(())),
     )
 

@@ -133,7 +133,7 @@ def test_load_plain_array(tmp_path, key):
     np.testing.assert_array_equal(loaded.xy[4], xy[4].astype(np.float64))
 
 
-@pytest.mark.parametrize("size", [[640], [640, 480, 3], ["640", "480"]])
+@pytest.mark.parametrize("size", [[640], [640, 480, 3], ["640", "480"], [0, 480], [640, np.nan], [np.inf, 480]])
 @pytest.mark.parametrize("fps", [[25, 30], "25"])
 def test_an_image_size_or_rate_of_another_kind_is_left_alone(tmp_path, size, fps):
     np.savez(tmp_path / "a.npz", keypoints_2d=poses(), image_size=np.array(size), fps=np.array(fps))
