@@ -231,6 +231,23 @@ def test_the_command_says_whose_time_and_memory_it_is(
     assert capsys.readouterr().out.endswith("\nWRONG: 3 wrong\n")
 
 
+@pytest.mark.parametrize(("device", "chosen"), [("cuda:1", [1]), ("cuda", []), ("cpu:0", [])])
+def test_the_command_measures_the_gpu_that_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, device: str, chosen: list[int]
+) -> None:
+    current: list[int] = []
+    clocks: list[list[int]] = []
+    monkeypatch.setattr(hotkernels.bench, "_device", lambda text: text)
+    monkeypatch.setattr(hotkernels.bench, "EventClock", lambda: clocks.append(list(current)))
+    monkeypatch.setattr(hotkernels.bench, "interleaved", said_by)
+    monkeypatch.setattr(hotkernels.bench, "peak_memory", lambda call, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
+    monkeypatch.setitem(WORKLOADS, "dpc_knn", lambda *args, **options: pretend())
+    assert main(["--shape", "2,40,8", "--device", device]) == 0
+    assert current == chosen
+    assert clocks == ([] if device.startswith("cpu") else [chosen])
+
+
 def test_a_row_says_whose_time_and_memory_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     row = harness.Row("an_op", "a_row", False, pretend, memory=True, contenders=("eager", "sdpa", "ours"))
     monkeypatch.setattr(harness, "interleaved", said_by)

@@ -109,6 +109,9 @@ def main(argv: Sequence[str]) -> int:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # its clock, its memory and its name are those of the current one
     try:
         work = build(args.shape, clusters, **options)
         if args.backward and not work.grad_of:
@@ -125,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         if args.compile:
             functions["compile"] = torch.compile(work.eager, dynamic=False)
         thunks = {name: work.thunk(function, args.backward) for name, function in functions.items()}
-        clock = EventClock() if torch.device(args.device).type == "cuda" else None
+        clock = EventClock() if device.type == "cuda" else None
         timings = interleaved(thunks, args.seconds, clock=clock)
         for name, timing in timings.items():
             memory = peak_memory(thunks[name], args.device)
