@@ -390,18 +390,18 @@ def bench_tables(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def model_table(told: dict[str, dict[str, Any]]) -> list[str]:
-    """Milliseconds of HoT-MixSTE."""
+    """Milliseconds of HoT-MixSTE; nothing for a model that was refused, as in a graph."""
+    names = ("eager", "swapped", "native")
     body = [
-        [id_.removeprefix("model "), result["x"], which, how, *(f"{t['median'] * 1e3:.3f}" for t in times.values())]
+        [id_.removeprefix("model "), result["x"], which, how]
+        + [f"{times[name]['median'] * 1e3:.3f}" if name in times else "" for name in names]
         for id_, result in told.items()
         for which in ("forward", "training step")
         for how, times in result.get(which, {}).items()
     ]
     if not body:
         return []
-    width = max(map(len, body))
-    body = [[*row, *[""] * (width - len(row))] for row in body]
-    head = ["model", "x", "pass", "how", "eager ms", "swapped ms", "native ms"][:width]
+    head = ["model", "x", "pass", "how", *(f"{name} ms" for name in names)]
     refused = dict.fromkeys(f"{n}: {why}" for result in told.values() for n, why in result.get("refused", {}).items())
     return ["### HoT-MixSTE", "", *table(head, body), *(f"- {line}" for line in refused), ""]
 

@@ -560,7 +560,7 @@ def test_the_summary_says_what_passed_what_failed_and_who_lost(tmp_path: Path, m
     model = {
         "x": "[1, 243, 17, 2] bf16",
         "wrong": None,
-        "forward": {"call": timed(eager=3000, swapped=2000, native=1000)},
+        "forward": {"call": timed(eager=3000, swapped=2000, native=1000), "graph": timed(swapped=1500, native=500)},
     }
     made = session(
         tmp_path,
@@ -592,6 +592,7 @@ def test_the_summary_says_what_passed_what_failed_and_who_lost(tmp_path: Path, m
         "- memory, hot: ours 1 MB",
         "- could not take part: flex: no such case",
         "| hot_mixste | [1, 243, 17, 2] bf16 | forward | call | 3.000 | 2.000 | 1.000 |",
+        "| hot_mixste | [1, 243, 17, 2] bf16 | forward | graph |  | 1.500 | 0.500 |",
     ):
         assert f"\n{line}\n" in page, line
     runs = [line for line in page.splitlines() if line.startswith("    (")]
