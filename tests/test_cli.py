@@ -173,7 +173,7 @@ def test_doctor_lists_instruction_sets_and_leaves_the_one_in_use(monkeypatch):
 
 @pytest.mark.skipif(backends.LIBRARIES["_C_cpu"] is not None, reason=str(backends.LIBRARIES["_C_cpu"]))
 def test_doctor_accepts_a_backend_that_serves_some_calls(monkeypatch):
-    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "cpp")
+    monkeypatch.setattr(backends, "FROM_ENVIRONMENT", "cpp")
     assert doctor.problems() == []
     assert "cpp: float32, float16, bfloat16; none (dpc_knn: backend must be one that" in doctor.report()
 
