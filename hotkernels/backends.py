@@ -199,7 +199,22 @@ def instruction_set(force: str | None = None) -> str | None:
 
     base, avx2, avx512, or avx512_bf16: avx512, and bfloat16 attention multiplies bfloat16.
     """
-    return None if LIBRARIES["_C_cpu"] is not None else str(torch.ops.hotkernels._isa(force))
+    return None if LIBRARIES["_C_cpu"] is not None else str(call(torch.ops.hotkernels._isa, force))
+
+
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), whose errors in the one form are ValueErrors.
+
+    From 2.15 on, PyTorch makes RuntimeErrors of all that its stable C++ interface lets a kernel throw.
+    """
+    if torch.compiler.is_compiling():
+        return function(*args)
+    try:
+        return function(*args)
+    except RuntimeError as error:
+        if str(error).partition(": ")[0] in (*OPS, "hotkernels") and " must be " in str(error):
+            raise ValueError(str(error)) from None
+        raise
 
 
 def is_transformed() -> bool:
@@ -247,11 +262,11 @@ def composite(schema: str) -> Callable[[F], F]:
         operator = getattr(torch.ops.hotkernels, name)
 
         @functools.wraps(function)
-        def call(*args: Any) -> Any:
-            exporting = torch.compiler.is_exporting() if torch.compiler.is_compiling() else is_transformed()
-            return operator(*args) if exporting else function(*args)
+        def whole(*args: Any) -> Any:
+            apart = torch.compiler.is_exporting() if torch.compiler.is_compiling() else is_transformed()
+            return call(operator if apart else function, *args)
 
-        return cast(F, call)
+        return cast(F, whole)
 
     return decorate
 
@@ -278,9 +293,9 @@ def differentiable_once(backward: F) -> F:
     @functools.wraps(backward)
     def guarded(ctx: Any, *grads: Tensor | None) -> Any:
         if not torch.is_grad_enabled():  # unless create_graph: entering no_grad takes 5 us
-            return backward(ctx, *grads)
+            return call(backward, ctx, *grads)
         with torch.no_grad():
-            results = backward(ctx, *grads)
+            results = call(backward, ctx, *grads)
         if torch.compiler.is_compiling():
             return results
         return _Refusing.apply(len(results), *results, *ctx.saved_tensors, *grads)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...backends import Kernel, choose, fake, register
+from ...backends import Kernel, call, choose, fake, register
 from ...errors import FLOATING, INTEGER, INTS, check_bool, check_index, check_int, check_tensor, fail
 from .reference import dpc_knn_reference
 
@@ -138,8 +138,8 @@ def dpc_knn(
         index, assignment, *rest = dpc_knn_reference(x, num_clusters, k, mask, keep, noise, seed, assign, ordered)
         density, delta, score = (t.float() for t in rest)
     else:
-        index, assignment, density, delta, score = torch.ops.hotkernels.dpc_knn_fwd(
-            x, num_clusters, k, mask, keep, noise, seed, assign, ordered
+        index, assignment, density, delta, score = call(
+            torch.ops.hotkernels.dpc_knn_fwd, x, num_clusters, k, mask, keep, noise, seed, assign, ordered
         )
     return DensityPeaks(index, assignment if assign else None, density, delta, score)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...backends import LIBRARIES, Kernel, choose, fake, register
+from ...backends import LIBRARIES, Kernel, call, choose, fake, register
 from ...errors import INTEGER, check_index, check_int, check_tensor, fail
 from .reference import invert_index_reference
 
@@ -76,7 +76,7 @@ def invert_index(index: Tensor, num_tokens: int, *, dims: int = 1, backend: str 
         check_index(_OP, "index", index, num_tokens)
     if chosen == "torch":
         return InvertedIndex(index, *invert_index_reference(rows, num_tokens))
-    return InvertedIndex(index, *torch.ops.hotkernels.invert_index(rows, num_tokens))
+    return InvertedIndex(index, *call(torch.ops.hotkernels.invert_index, rows, num_tokens))
 
 
 @fake("invert_index")
