@@ -51,7 +51,7 @@ struct Problem {
     HK_CHECK(query.dim() == key.dim() || query.dim() == 3, op, "query", "[*batch, H, Nq, D] with key's batch",
              shape_of(query));
     p.Nq = query.size(query.dim() - 2);
-    check_heads(query, op, "query", p.Nq);
+    check_heads(query, op, "query", p.Nq, query.dim() == 3);
     check_heads(value, op, "value", p.Nk);
     HK_CHECK(p.Nq >= 1, op, "query", "of at least one token", shape_of(query));
     HK_CHECK(p.Nk >= 1, op, "key", "of at least one token", shape_of(key));
@@ -118,9 +118,9 @@ struct Problem {
     return shape;
   }
 
-  void check_heads(const Tensor& t, const char* op, const char* arg, int64_t N) const {
+  void check_heads(const Tensor& t, const char* op, const char* arg, int64_t N, bool shared = false) const {
     const int64_t n = t.dim();
-    const bool same_batch = n == 3 || (n == key.dim() && t.size(0) == p.B && (batch_dims == 1 || t.size(1) == p.J));
+    const bool same_batch = shared || (n == key.dim() && t.size(0) == p.B && (batch_dims == 1 || t.size(1) == p.J));
     HK_CHECK(t.is_cpu() && same_batch && t.size(n - 3) == p.H && t.size(n - 2) == N && t.size(n - 1) == p.D, op, arg,
              "a CPU tensor [*batch, H, N, D] of key's batch, H = " << p.H << " and D = " << p.D, shape_of(t));
   }

@@ -665,6 +665,7 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
     wrong: list[tuple[str, dict[str, Tensor]]] = [
         *[(arg, {n: torch.cat([good[n]] * 2, dim)}) for n, args in blamed.items() for dim, arg in enumerate(args)],
         *[(name, {name: t[None]}) for name, t in good.items()],
+        ("value", {"value": value[0, 0]}),
         *[(name, {name: good[name].double()}) for name in ("bias", "key_bias")],
         *[("key and value", {name: good[name].double()}) for name in ("key", "value")],
         ("query", {"query": query[..., :0, :]}),
@@ -682,7 +683,7 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
         with pytest.raises((ValueError, RuntimeError), match=f"^gathered_attention: {arg} must be .+, got .+"):
             fwd(*{**good, **changed}.values(), 0.3)
     wrong = [
-        *[(name, {name: t}) for name in ("grad_out", "out") for t in (out[:1], out[..., 1:], out[None])],
+        *[(name, {name: t}) for name in ("grad_out", "out") for t in (out[:1], out[..., 1:], out[None], out[0, 0])],
         *[("out and grad_out", {name: out.half()}) for name in ("grad_out", "out")],
         ("out and grad_out", {"grad_out": out.half(), "out": out.half()}),
         ("out and grad_out", {"out": out.mT.contiguous().mT}),
