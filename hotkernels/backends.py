@@ -231,7 +231,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
-                if not torch.compiler.is_compiling() and is_transformed():
+                if is_transformed():
                     raise RuntimeError(_DIFFERENTIABLE_ONCE)
                 return True
     return False
@@ -242,6 +242,8 @@ _DIFFERENTIABLE_ONCE = (
     "hotkernels: a fused operator is differentiable once, by a backward pass; plain PyTorch is in every way: "
     "backend='torch' for a call, HOTKERNELS_BACKEND=torch in the environment for a model"
 )
+
+
 _COMPOSITE = torch.library.Library("hotkernels", "FRAGMENT")
 
 
@@ -263,7 +265,7 @@ def composite(schema: str) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def whole(*args: Any) -> Any:
-            apart = torch.compiler.is_exporting() if torch.compiler.is_compiling() else is_transformed()
+            apart = torch.compiler.is_exporting() or is_transformed()
             return call(operator if apart else function, *args)
 
         return cast(F, whole)

@@ -339,12 +339,13 @@ def test_vmap_keeps_gradients(op: OpCase, backend: str) -> None:
 
         samples = torch.stack([args[name], 2 * args[name]]).requires_grad_()
         one_by_one = torch.stack([first(x) for x in samples])
-        at_once = torch.func.vmap(first)(samples)
-        assert_same(at_once, one_by_one)
-        assert_same(
-            torch.autograd.grad(at_once.square().sum(), samples),
-            torch.autograd.grad(one_by_one.square().sum(), samples),
-        )
+        expected = torch.autograd.grad(one_by_one.square().sum(), samples)
+        vmapped = torch.func.vmap(first)
+        torch._dynamo.reset()
+        for call in (vmapped, torch.compile(vmapped, backend="aot_eager", fullgraph=True)):
+            at_once = call(samples)
+            assert_same(at_once, one_by_one)
+            assert_same(torch.autograd.grad(at_once.square().sum(), samples), expected)
 
 
 @each_op_on(*FUSED)
@@ -358,6 +359,9 @@ def test_other_transforms_are_refused(op: OpCase, backend: str) -> None:
         for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
             with pytest.raises(RuntimeError, match=r"differentiable once, .+HOTKERNELS_BACKEND=torch"):
                 transform(total)(args[name])
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.compile(torch.func.grad(total), backend="aot_eager", fullgraph=True)(args[name])
 
 
 @each_op_on("torch", *FUSED)
