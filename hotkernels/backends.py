@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .errors import fail, names
+from .errors import check_probability, fail, names
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")  # fastest first
 FROM_ENVIRONMENT = os.environ.get("HOTKERNELS_BACKEND") or None
@@ -112,6 +112,19 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
     return backend
 
 
+_NO_DROPOUT = "it has no dropout"
+
+
+def choose_attention(op: str, query: Tensor, dropout_p: float, backend: str | None) -> str:
+    """The backend of an attention call: dropout is honoured by the torch backend only."""
+    check_probability(op, "dropout_p", dropout_p)
+    if dropout_p > 0.0:
+        if backend not in (None, "torch"):
+            fail(op, "backend", "one that can serve this call", f"'{backend}' ({_NO_DROPOUT}; 'torch' has)")
+        backend = "torch"
+    return choose(op, query, backend)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """The answer of `explain`: per backend, None if it can serve the call, else why not."""
@@ -135,7 +148,8 @@ def explain(op: str | Callable[..., Any], *args: object, **kwargs: object) -> Ex
 
     Args:
         op: the public function or its name, as in ``hotkernels.dpc_knn`` or ``"dpc_knn"``.
-        *args, **kwargs: the call. Device and dtype of its first argument decide, and ``backend=``; all else is ignored.
+        *args, **kwargs: the call. Device and dtype of its first argument decide, ``backend=``, and of attention
+            ``dropout_p=``; all else is ignored.
 
     Returns:
         An Explanation: prints as a table; ``.chosen`` and ``.reasons`` hold the same.
@@ -156,13 +170,19 @@ def explain(op: str | Callable[..., Any], *args: object, **kwargs: object) -> Ex
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in OPS:
         fail("explain", "op", "one of " + ", ".join(OPS), repr(name))
-    first = next(iter(inspect.signature(getattr(sys.modules[__package__], name)).parameters))
+    parameters = inspect.signature(getattr(sys.modules[__package__], name)).parameters
+    first = next(iter(parameters))
     x = args[0] if args else kwargs.get(first)
     if not isinstance(x, Tensor):
         fail("explain", first, f"{name}'s first argument, a torch.Tensor", type(x).__name__, TypeError)
     backend = kwargs.get("backend")
-    chosen = choose(name, x, backend if backend is None else str(backend))
-    return Explanation(name, chosen, {b: why_not(name, b, x.device.type, x.dtype) for b in BACKENDS})
+    backend = backend if backend is None else str(backend)
+    dropout_p: Any = kwargs.get("dropout_p", 0.0) if "dropout_p" in parameters else 0.0
+    chosen = choose_attention(name, x, dropout_p, backend)
+    reasons = {b: why_not(name, b, x.device.type, x.dtype) for b in BACKENDS}
+    if dropout_p > 0.0:
+        reasons = {b: why or (None if b == "torch" else _NO_DROPOUT) for b, why in reasons.items()}
+    return Explanation(name, chosen, reasons)
 
 
 _TRITON = torch.library.Library("hotkernels", "IMPL")

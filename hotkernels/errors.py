@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -71,44 +72,75 @@ def matches(have: Sequence[int], want: Sequence[int | None]) -> bool:
     return True
 
 
-def check_int(op: str, arg: str, value: Any, low: int, high: int | None, meaning: str = "") -> None:
-    """Check that `value` is an int, of Python or NumPy, in [low, high]."""
+def check_int(
+    op: str, arg: str, value: Any, low: int, high: int | None, meaning: str = "", default: int | None = None
+) -> None:
+    """Check that `value` is an int, of Python or NumPy, in [low, high]; `default` is what a caller need not pass."""
     if isinstance(value, bool) or not isinstance(value, INTS):
         fail(op, arg, "an int", type(value).__name__, TypeError)
     if value < low or (high is not None and value > high):
-        fail(op, arg, f"at least {low}" if high is None else f"in [{low}, {meaning}{high}]", value)
+        actual = f"{value} (the default)" if value == default else value
+        fail(op, arg, f"at least {low}" if high is None else f"in [{low}, {meaning}{high}]", actual)
     if value > _INT64_MAX:
         fail(op, arg, "an int64", value)
 
 
 def check_float(op: str, arg: str, value: Any) -> None:
     """Check that `value` is a finite number, of Python or NumPy."""
-    if isinstance(value, bool) or not isinstance(value, FLOATS):
-        fail(op, arg, "a float", type(value).__name__, TypeError)
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, FLOATS):
+            fail(op, arg, "a float", type(value).__name__, TypeError)
+        if isinstance(value, np.floating):
+            value = float(value)  # NumPy warns where the bounds below are beyond its type
     # Not isfinite, which torch.compile cannot ask about a float that changes; an int may be larger than any float.
     if not -_FLOAT64_MAX <= value <= _FLOAT64_MAX:
         fail(op, arg, "finite", value)
 
 
+def check_probability(op: str, arg: str, value: Any) -> None:
+    """Check that `value` is a number in [0, 1), as of what is dropped."""
+    check_float(op, arg, value)
+    if not 0.0 <= value < 1.0:
+        fail(op, arg, "in [0, 1)", value)
+
+
 def check_bool(op: str, arg: str, value: Any) -> None:
-    """Check that `value` is a bool."""
-    if value is not True and value is not False:
+    """Check that `value` is a bool, of Python or NumPy."""
+    if value is not True and value is not False and not isinstance(value, np.bool_):
         fail(op, arg, "a bool", type(value).__name__, TypeError)
 
 
-def check_index(op: str, arg: str, index: Tensor, size: int) -> None:
-    """Check that every index is -1 ("no token here") or in [0, size).
+def _can_look(values: Tensor) -> bool:
+    """Whether to look at values: on the CPU; on a GPU that would stall the stream, so there inside `checked()` only.
 
-    Looks at the values on the CPU; on a GPU that would stall the stream, so there it looks inside `checked()` only.
-    Does not look inside torch.compile, nor at fake tensors.
+    Not inside torch.compile; fake and meta tensors have none.
     """
-    if index.numel() == 0 or torch.compiler.is_compiling() or (index.device.type != "cpu" and not _looking.get()):
-        return
-    if isinstance(index, FakeTensor):
+    if values.numel() == 0 or torch.compiler.is_compiling() or (values.device.type != "cpu" and not _looking.get()):
+        return False
+    return not (values.is_meta or isinstance(values, FakeTensor))
+
+
+def check_index(op: str, arg: str, index: Tensor, size: int) -> None:
+    """Check that every index is -1 ("no token here") or in [0, size), where one can look."""
+    if not _can_look(index):
         return
     low, high = (int(v) for v in torch.aminmax(index))
     if low < -1 or high >= size:
         fail(op, arg, f"-1 or in [0, {size})", low if low < -1 else high)
+
+
+def check_ascending(op: str, arg: str, index: Tensor, size: int) -> None:
+    """Check that each row of index [B, M] ascends strictly in [0, size), where one can look."""
+    if not _can_look(index):
+        return
+    low, high = (index.new_full((len(index), 1), edge) for edge in (-1, size))
+    between = torch.cat([low, index, high], 1)
+    wrong = between.diff() <= 0
+    if wrong.any():
+        row, place = wrong.nonzero()[0].tolist()
+        before, after = between[row, place : place + 2].tolist()
+        actual = after if place == 0 else before if place == index.shape[1] else f"{after} after {before}"
+        fail(op, arg, f"ascending in [0, {size})", actual)
 
 
 @contextlib.contextmanager

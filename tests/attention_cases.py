@@ -269,11 +269,14 @@ OPS.append(
         bad=[
             *_heads_bad(),
             Bad("the batch dims of query, key and value", lambda a: {"query": a["query"].expand(3, 2, 2, 3, 5)[:, 0]}),
+            Bad("query", lambda a: {name: a[name][0] for name in ("query", "key", "value")}),
             Bad("return_lse", lambda a: {"return_lse": "no"}, TypeError),
             Bad("index", lambda a: {"index": [[0]]}, TypeError),
             Bad("index", lambda a: {"index": a["index"].float()}, TypeError),
             Bad("index", lambda a: {"index": a["index"].bool()}, TypeError),
             Bad("index", lambda a: {"index": a["index"].to("meta")}),
+            Bad("index", lambda a: {"index": hotkernels.invert_index(a["index"], 7)}),
+            Bad("index", lambda a: {"index": hotkernels.invert_index(a["index"], 6, dims=2)}),
             *[
                 Bad("index", lambda a, value=value: {"index": torch.full_like(a["index"], value)})
                 for value in (6, -2, 1 << 62, -(1 << 63))

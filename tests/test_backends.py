@@ -33,6 +33,12 @@ def test_the_fastest_that_can_serve() -> None:
     assert hotkernels.explain("dpc_knn", x, 2, k=1, backend="torch").chosen == "torch"
     index = torch.zeros(1, 2, dtype=torch.int64)
     assert hotkernels.explain("gathered_attention", index=index, query=x.double()[None]).chosen == fastest
+    for op in ("gathered_attention", "recovery_attention"):
+        assert hotkernels.explain(op, x[None], dropout_p=0.0).chosen == fastest
+        table = hotkernels.explain(op, x[None], dropout_p=0.1)
+        assert table.chosen == "torch"
+        if fastest == "cpp":
+            assert table.reasons["cpp"] == "it has no dropout"
 
 
 @pytest.mark.skipif(backends.TRITON_DEVICE == "cpu", reason="Triton's interpreter serves the CPU")
@@ -123,6 +129,8 @@ def test_explain_refuses_what_it_does_not_know() -> None:
         hotkernels.explain("dpc_knn", [])
     with pytest.raises(TypeError, match=r"^explain: query must be gathered_attention's first .+, got NoneType$"):
         hotkernels.explain("gathered_attention", key=x)
+    with pytest.raises(ValueError, match=r"^gathered_attention: dropout_p must be in \[0, 1\), got 1$"):
+        hotkernels.explain("gathered_attention", x, dropout_p=1)
     with pytest.raises(ValueError, match=r"^dpc_knn: backend must be one that can serve this call, got 'triton' \("):
         hotkernels.explain("dpc_knn", x, backend="triton")
 
@@ -220,6 +228,12 @@ except ValueError as error:
     assert why.startswith("_C_cpu: ")
     assert table[0] == "dpc_knn: served by torch"
     assert refusal == f"dpc_knn: backend must be one that can serve this call, got 'cpp' ({why})"
+
+
+def test_checked_has_nothing_to_look_at_on_meta() -> None:
+    with hotkernels.checked():
+        index = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+        assert hotkernels.gather_tokens(torch.zeros(1, 9, 2, device="meta"), index).shape == (1, 4, 2)
 
 
 def test_checked_can_be_nested_and_is_undone_by_errors() -> None:

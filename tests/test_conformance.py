@@ -365,6 +365,7 @@ def test_other_transforms_are_refused(op: OpCase, backend: str) -> None:
 
 
 @each_op_on("torch", *FUSED)
+@pytest.mark.filterwarnings("error")
 def test_numbers_of_numpy(op: OpCase, backend: str) -> None:
     args = op.inputs["small"](torch.float32)
     of_numpy = {int: np.int64, float: np.float64}
@@ -372,6 +373,8 @@ def test_numbers_of_numpy(op: OpCase, backend: str) -> None:
     assert_same(op.function(**given, backend=backend), op.function(**args, backend=backend))
     for name in {"scale", "eps"} & inspect.signature(op.function).parameters.keys():
         args[name], given[name] = 0.125, np.float32(0.125)
+    for name in {"ordered", "return_lse"} & inspect.signature(op.function).parameters.keys():
+        args[name], given[name] = True, np.True_
     assert_same(op.function(**given, backend=backend), op.function(**args, backend=backend))
 
 

@@ -335,6 +335,12 @@ def test_ranking_survives_where_exp_underflows(backend: str, N: int) -> None:
     assert torch.equal(out.index, exact.index)
 
 
+def test_a_default_that_does_not_fit_is_called_one(backend: str) -> None:
+    for options, got in (({}, r"5 \(the default\)"), ({"k": 6}, "6")):
+        with pytest.raises(ValueError, match=rf"^dpc_knn: k must be in \[1, N = 4\], got {got}$"):
+            dpc_knn(torch.zeros(1, 4, 3), 2, **options, backend=backend)
+
+
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 

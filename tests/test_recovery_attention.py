@@ -158,6 +158,14 @@ def test_batches_that_do_not_broadcast(backend: str) -> None:
             recovery_attention(**{"query": key, "key": key, "value": key, **wrong}, backend=backend)
 
 
+def test_a_query_may_lack_the_batch_and_no_more() -> None:
+    key = torch.zeros(3, 2, 7, 16)
+    with pytest.raises(
+        ValueError, match=r"^recovery_attention: query must be \[H, L, D\] or \[\*batch, H, N, D\] .+, got"
+    ):
+        recovery_attention(torch.zeros(5, 16), key, key)
+
+
 def test_a_query_of_batch_1_is_shared(backend: str) -> None:
     """Its gradient is summed by the kernel; nothing of the size of the batch is made for it."""
     query, key, value = heads(5, Nq=21, Nk=9)

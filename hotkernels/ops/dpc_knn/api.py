@@ -13,6 +13,7 @@ from ...errors import FLOATING, INTEGER, INTS, check_bool, check_index, check_in
 from .reference import dpc_knn_reference
 
 _OP = "dpc_knn"
+_K = 5
 register(
     _OP,
     torch=Kernel(FLOATING),
@@ -39,7 +40,7 @@ class DensityPeaks(NamedTuple):
 def dpc_knn(
     x: Tensor,
     num_clusters: int,
-    k: int = 5,
+    k: int = _K,
     *,
     mask: Tensor | None = None,
     keep: int | Sequence[int] | Tensor | None = None,
@@ -72,7 +73,7 @@ def dpc_knn(
         x: [B, N, C] float32, float16 or bfloat16 (float64 on the torch backend), any strides. A token with NaN or inf,
             or with a norm over 1e14, behaves as masked.
         num_clusters: M, tokens to keep, in [1, N].
-        k: neighbours per density, the token itself included, in [1, N]. If fewer are valid, those.
+        k: neighbours per density, the token itself included, in [1, N]; 5 unless given. If fewer are valid, those.
         mask: [B, N] bool, True = valid. Others are nobody's neighbour, never chosen, and assigned to -1.
         keep: positions (int, [K] or [B, K]) that are always kept and take K of the M places, after the best ones. A
             position that is -1, masked or there twice takes a place and gives -1.
@@ -118,7 +119,7 @@ def dpc_knn(
     if N < 1 or C < 1:
         fail(_OP, "x", "[B, N, C] with N >= 1 and C >= 1", list(x.shape))
     check_int(_OP, "num_clusters", num_clusters, 1, N, "N = ")
-    check_int(_OP, "k", k, 1, N, "N = ")
+    check_int(_OP, "k", k, 1, N, "N = ", _K)
     check_int(_OP, "seed", seed, -(2**63), 2**63 - 1)
     check_bool(_OP, "assign", assign)
     check_bool(_OP, "ordered", ordered)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...backends import (
     TRITON_DEVICE,
     Kernel,
-    choose,
+    choose_attention,
     composite,
     differentiable_once,
     fake,
@@ -157,12 +157,15 @@ def checked_heads(
     check_tensor(op, "key", key, layout, dtypes, device=device)
     check_tensor(op, "value", value, layout, dtypes, device=device)
     q, k, v = query.shape, key.shape, value.shape
+    shared = "[H, L, D] or " if query_dims else ""
     if len(k) not in (4, 5):
+        if len(q) not in (4, 5, *query_dims):
+            fail(op, "query", f"{shared}{layout}", list(q))
         fail(op, "key", layout, list(k))
     if len(v) != len(k):
         fail(op, "value", f"{layout}, as key has {len(k) - 3}", list(v))
     if len(q) not in (len(k), *query_dims):
-        fail(op, "query", f"{layout}, as key has {len(k) - 3}", list(q))
+        fail(op, "query", f"{shared}{layout}, as key has {len(k) - 3}", list(q))
     *_, H, Nk, D = k
     if v != k and v[-3:] != k[-3:]:
         fail(op, "value", f"[*batch, H = {H}, Nk = {Nk}, D = {D}] as key", list(v))
@@ -190,18 +193,6 @@ def check_scale(op: str, scale: float | None, D: int) -> float:
         return D**-0.5
     check_float(op, "scale", scale)
     return float(scale)
-
-
-def choose_attention(op: str, query: Tensor, dropout_p: float, backend: str | None) -> str:
-    """The backend of an attention call: dropout is honoured by the torch backend only."""
-    check_float(op, "dropout_p", dropout_p)
-    if not 0.0 <= dropout_p < 1.0:
-        fail(op, "dropout_p", "in [0, 1)", dropout_p)
-    if dropout_p > 0.0:
-        if backend not in (None, "torch"):
-            fail(op, "backend", "one that can serve this call", f"'{backend}' (it has no dropout; 'torch' has)")
-        backend = "torch"
-    return choose(op, query, backend)
 
 
 @overload
@@ -314,6 +305,12 @@ def gathered_attention(
     if index is not None:
         index = _checked_index(index, batch, H, Nq, query.device)
         num_slots = index.shape[-1]
+        if start is not None and slots is not None:  # the backward pass looks at all they say
+            dims, entries = (1, num_slots) if index.dim() == 2 else (2, Nq * num_slots)
+            if start.size(-1) != Nk + 1 or slots.size(-1) != entries or start.dim() != index.dim() - dims + 1:
+                lead = list(index.shape[:-dims])
+                expected = f"inverted with num_tokens = {Nk}, dims = {dims}: {[*lead, Nk + 1]} and {[*lead, entries]}"
+                fail(_OP, "index", expected, f"{list(start.shape)} and {list(slots.shape)}")
     if bias is not None:
         bias = _checked_bias(bias, (*batch, H, Nq, num_slots), query.device).to(_computed(query.dtype))
     if key_bias is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...backends import (
     TRITON_DEVICE,
     Kernel,
+    choose_attention,
     composite,
     differentiable_once,
     fake,
@@ -23,7 +24,6 @@ from ..gathered_attention.api import (
     broadcastable,
     check_scale,
     checked_heads,
-    choose_attention,
     common_batch,
     distinct,
 )
