@@ -395,15 +395,31 @@ def test_frames_that_are_left_out_carry_no_gradient(drops: str | None) -> None:
         ({"token_num": (9, 15), "layer_index": (1, 2)}, "token_num must be in [1, 9], got 15"),
         ({"token_num": (9, 5)}, "layer_index must be one layer for each of token_num, got (2,) for (9, 5)"),
         ({"token_num": (9, 5), "layer_index": (2, 2)}, "layer_index must be in [3, 3], got 2"),
+        ({"token_num": (9, 5), "layer_index": (3, 3)}, "layer_index must be in [1, 2], got 3"),
         ({"layer_index": 0}, "layer_index must be in [1, 3], got 0"),
+        ({"depth": 0}, "depth must be at least 2, got 0"),
+        ({"frames": 0}, "frames must be at least 1, got 0"),
+        ({"mlp_ratio": 0.01}, "mlp_ratio must be at least 1 / channels = 0.01562, got 0.01"),
+        ({"drop_path": 1.5}, "drop_path must be in [0, 1), got 1.5"),
+        ({"drop": 1.5}, "drop must be in [0, 1), got 1.5"),
+        ({"select": 3}, "select must be a function, "),
         ({"layer_index": 4}, "layer_index must be in [1, 3], got 4"),
         ({"recover": "copy"}, "recover must be 'attention', 'interpolation' or None, got 'copy'"),
         ({"select": "best"}, "select must be a function, "),
-        ({"channels": 60}, "dim must be a multiple of num_heads = 8, got 60"),
+        ({"channels": 60}, "channels must be a multiple of num_heads = 8, got 60"),
+        ({"channels": 4096}, "num_heads must be at least channels / 256 = 16, got 8"),
+        *(
+            ({arg: value}, f"{arg} must be an int, got {type(value).__name__}")
+            for arg in ("frames", "token_num", "layer_index", "channels", "depth", "n_joints", "num_heads")
+            for value in (3.7, True, "9")
+        ),
+        ({"token_num": (9, 5.0), "layer_index": (1, 2)}, "token_num must be an int, got float"),
+        ({"center": 1}, "center must be a bool, got int"),
+        ({"attn_drop": None}, "attn_drop must be a float, got NoneType"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((ValueError, TypeError), match=f"^HoTMixSTE: {re.escape(message)}"):
         HoTMixSTE(**SMALL | options)
 
 
@@ -413,9 +429,23 @@ def test_bad_input() -> None:
         model(torch.zeros(2, 26, 17, 2))
     with pytest.raises(ValueError, match=r"HoTMixSTE: index must be \[B, M\] = \[2, 9\], got \[2, 8\]"):
         model(torch.zeros(2, 27, 17, 2), torch.zeros(2, 8, dtype=torch.int64))
+    for wrong, got in (([4, 0, 8], "0 after 4"), ([0, 4, 4], "4 after 4"), ([-1, 4, 8], "-1"), ([0, 4, 27], "27")):
+        given = torch.tensor([[0, 1, 2], wrong])
+        with pytest.raises(ValueError, match=rf"^HoTMixSTE: index must be ascending in \[0, 27\), got {got}$"):
+            HoTMixSTE(**SMALL | {"token_num": 3})(torch.zeros(2, 27, 17, 2), given)
     steps = HoTMixSTE(**SMALL | {"token_num": (9, 5), "layer_index": (1, 2)})
     with pytest.raises(ValueError, match="index must be None where frames are pruned in several steps"):
         steps(torch.zeros(2, 27, 17, 2), torch.zeros(2, 9, dtype=torch.int64))
+
+
+def test_bad_choices() -> None:
+    for chosen, message in (
+        (torch.arange(8).expand(2, -1), "[B, M] = [2, 9], got [2, 8]"),
+        (torch.arange(9).flip(0).expand(2, -1), "ascending in [0, 27), got 7 after 8"),
+    ):
+        model = HoTMixSTE(**SMALL, select=lambda x, token_num, scene, chosen=chosen: chosen)
+        with pytest.raises(ValueError, match=re.escape(f"HoTMixSTE: what select returns must be {message}")):
+            model(torch.zeros(2, 27, 17, 2))
 
 
 # The linear layers.

@@ -9,8 +9,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_int, check_tensor, fail
+from ..errors import check_ascending, check_bool, check_float, check_int, check_probability, check_tensor, fail
 from ..nn import Attention, CrossAttention
+from ..nn.attention import check_dim
 from ..nn.hourglass import recover_tokens
 from ..nn.linear import add_linear, is_idle, linear, unrecorded, untouched
 from ..ops.gather_tokens import gather_tokens
@@ -173,26 +174,39 @@ class Hourglass(nn.Module):
         select: str | Select,
         recover: str | None,
         num_heads: int,
+        mlp_ratio: float,
         drop: float,
         attn_drop: float,
+        drop_path: float,
     ) -> None:
         super().__init__()
-        self.frames, self.n_joints, self.in_channels = frames, n_joints, in_channels
-        self.token_num = _ints(token_num)
-        self.layer_index = _ints(layer_index)
-        self.center, self.recover = center, recover
         op = type(self).__name__
-        if len(self.token_num) != len(self.layer_index) or not self.token_num:
+        for arg, size in {"frames": frames, "n_joints": n_joints, "in_channels": in_channels}.items():
+            check_int(op, arg, size, 1, None)
+        check_dim(op, channels, num_heads, "channels")
+        check_float(op, "mlp_ratio", mlp_ratio)
+        if channels * mlp_ratio < 1:
+            fail(op, "mlp_ratio", f"at least 1 / channels = {1 / channels:.4g}", mlp_ratio)
+        for arg, p in {"drop": drop, "attn_drop": attn_drop, "drop_path": drop_path}.items():
+            check_probability(op, arg, p)
+        check_bool(op, "center", center)
+        self.frames, self.n_joints, self.in_channels = frames, n_joints, in_channels
+        self.center, self.recover = center, recover
+        self.token_num, self.layer_index = _several(token_num), _several(layer_index)
+        steps = len(self.token_num)
+        if steps != len(self.layer_index) or not steps:
             fail(op, "layer_index", "one layer for each of token_num", f"{self.layer_index} for {self.token_num}")
+        check_int(op, "depth", depth, first_layer + steps, None)
         tokens, layer = frames, first_layer - 1
-        for i, M in zip(self.layer_index, self.token_num, strict=True):
+        for step, (i, M) in enumerate(zip(self.layer_index, self.token_num, strict=True)):
             check_int(op, "token_num", M, 1, tokens)
-            check_int(op, "layer_index", i, layer + 1, depth - 1)
+            check_int(op, "layer_index", i, layer + 1, depth - steps + step)
             tokens, layer = M, i
         if recover not in ("attention", "interpolation", None):
             fail(op, "recover", "'attention', 'interpolation' or None", repr(recover))
-        if isinstance(select, str) and select not in SELECT:
+        if not callable(select) and (not isinstance(select, str) or select not in SELECT):
             fail(op, "select", "a function, " + " or ".join(map(repr, SELECT)), repr(select))
+        self.selects_by_name = isinstance(select, str)
         self.select = SELECT[select] if isinstance(select, str) else select
 
         if recover == "attention":
@@ -209,8 +223,14 @@ class Hourglass(nn.Module):
         check_tensor(op, "x", x, "[B, F, J, C]", None, shape=(None, self.frames, self.n_joints, self.in_channels))
         if index is not None:
             if len(self.token_num) > 1:
-                fail(op, "index", "None where frames are pruned in several steps", list(index.shape))
-            check_tensor(op, "index", index, "[B, M]", (torch.int64,), shape=(len(x), self.token_num[0]))
+                fail(op, "index", "None where frames are pruned in several steps", type(index).__name__)
+            self._check_chosen("index", index, x, self.token_num[0])
+
+    def _check_chosen(self, arg: str, index: Tensor, x: Tensor, token_num: int) -> None:
+        """Check positions of frames of x [B, F, J, C] that somebody else chose."""
+        op = type(self).__name__
+        check_tensor(op, arg, index, "[B, M]", (torch.int64,), shape=(x.shape[0], token_num), device=x.device)
+        check_ascending(op, arg, index, x.shape[1])
 
     def chooser(
         self, layer: int, poses: Tensor, index: Tensor | None, given: Tensor | None,
@@ -238,7 +258,10 @@ class Hourglass(nn.Module):
                 keep = middle if index is None else (index == middle).int().argmax(1, keepdim=True)
             here = poses if index is None else gather_tokens(poses, index)
             token_num = self.token_num[self.layer_index.index(layer)]
-            return self.select(x, token_num, Scene(here, keep, norm, attention))
+            chosen = self.select(x, token_num, Scene(here, keep, norm, attention))
+            if not self.selects_by_name:
+                self._check_chosen("what select returns", chosen, x, token_num)
+            return chosen
 
         return choose
 
@@ -265,5 +288,5 @@ def left(index: Tensor | None, chosen: Tensor) -> Tensor:
     return chosen if index is None else index.gather(1, chosen)
 
 
-def _ints(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (int(value),) if not isinstance(value, Sequence) else tuple(int(v) for v in value)
+def _several(value: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,)

@@ -57,7 +57,8 @@ class HoTMixSTE(Hourglass):
             published noise, from torch's global generator), "uniform", "attention", "motion", or a function: see
             `hotkernels.models.strategies`.
         recover: "attention" (TRA), "interpolation" (of the poses, TRI), or None: only the kept frames are regressed.
-        drop, attn_drop, drop_path: dropout, dropout of attention, and stochastic depth of the last block, in training.
+        drop, attn_drop, drop_path: dropout, dropout of attention, and stochastic depth of the last block, in training,
+            each in [0, 1).
 
     Blocks call the parts of their attention, not the module: hooks belong on `qkv`, `proj` or the block, and FSDP wraps
     blocks. With gradients and without dropout, what follows the attention in the block before a pruning runs twice: for
@@ -96,7 +97,7 @@ class HoTMixSTE(Hourglass):
         super().__init__(
             frames=frames, n_joints=n_joints, in_channels=in_channels, channels=channels, depth=depth, first_layer=1,
             token_num=token_num, layer_index=layer_index, center=center, select=select, recover=recover,
-            num_heads=num_heads, drop=drop, attn_drop=attn_drop,
+            num_heads=num_heads, mlp_ratio=mlp_ratio, drop=drop, attn_drop=attn_drop, drop_path=drop_path,
         )  # fmt: skip
         self.Spatial_patch_to_embedding = nn.Linear(in_channels, channels)
         self.Spatial_pos_embed = nn.Parameter(torch.zeros(1, n_joints, channels))
@@ -117,8 +118,8 @@ class HoTMixSTE(Hourglass):
 
         Args:
             x: [B, F, J, 2].
-            index: [B, M] int64 ascending, the frames to keep, as for a flipped second pass; None = choose. Only where
-                pruning has one step.
+            index: [B, M] int64 strictly ascending, the frames to keep, as for a flipped second pass; None = choose.
+                Only where pruning has one step. Its values are looked at as those of an operator's index.
 
         Returns:
             [B, F, J, 3]; with recover=None, (poses [B, M, J, 3], their frames [B, M]).

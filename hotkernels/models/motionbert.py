@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import check_int
 from ..nn import Attention
 from ..ops.gather_tokens import gather_tokens
 from .layers import Hourglass, Mlp, layer_norm, left, transformer_block
@@ -85,8 +86,9 @@ class HoTMotionBERT(Hourglass):
         super().__init__(
             frames=frames, n_joints=n_joints, in_channels=in_channels, channels=channels, depth=depth, first_layer=0,
             token_num=token_num, layer_index=layer_index, center=center, select=select, recover=recover,
-            num_heads=num_heads, drop=drop, attn_drop=attn_drop,
+            num_heads=num_heads, mlp_ratio=mlp_ratio, drop=drop, attn_drop=attn_drop, drop_path=drop_path,
         )  # fmt: skip
+        check_int("HoTMotionBERT", "representation", representation, 1, None)
         self.joints_embed = nn.Linear(in_channels, channels)
         self.pos_drop = nn.Dropout(drop)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()

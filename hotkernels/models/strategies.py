@@ -1,7 +1,7 @@
 """Ways to choose the frames that stay, and to bring back the others, of HoT (CVPR 2024) and H2OT (arXiv 2509.06956).
 
 A way to choose is any function ``(x, token_num, scene) -> index``: tokens [B, F, J, C] to positions [B, token_num]
-int64, ascending.
+int64, strictly ascending.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_int, fail
+from ..errors import check_float, check_int, check_probability, check_tensor, fail
 from ..ops.gathered_attention.api import MAX_HEAD_DIM, packed_attention
 from ..ops.recovery_attention import recovery_attention
 from .linear import is_bare, linear, multiply, unrecorded
@@ -27,8 +27,8 @@ class Attention(nn.Module):
         num_heads: H.
         qkv_bias: whether the qkv projection has a bias.
         qk_scale: scale of the logits; None = (C / H) ** -0.5.
-        attn_drop, proj_drop: dropout on the probabilities and on the output, in training. With attn_drop > 0 training
-            runs on the torch backend, which has dropout; evaluation stays fused.
+        attn_drop, proj_drop: dropout on the probabilities and on the output, in training, each in [0, 1). With
+            attn_drop > 0 training runs on the torch backend, which has dropout; evaluation stays fused.
 
     Without autograd on a CPU, a projection of more than 32 MiB is made and used some samples at a time.
     """
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_dim("Attention", dim, num_heads)
+        check_options("Attention", dim, num_heads, qk_scale, attn_drop, proj_drop)
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
@@ -65,8 +65,12 @@ class Attention(nn.Module):
 
     def attend(self, x: Tensor, along: int = -2) -> Tensor:
         """Everything before `proj`; arguments and the result's shape as `forward`."""
-        if x.dim() < 3 or along not in (-2, -3) or (along == -3 and x.dim() != 4):
-            fail("Attention", "x", "[..., N, C] with along = -2, or [B, F, J, C] with along = -3", list(x.shape))
+        if along not in (-2, -3):
+            fail("Attention", "along", "-2 or -3", along)
+        if not isinstance(x, Tensor) or x.dim() < 3 or (along == -3 and x.dim() != 4):
+            layout = "[..., N, C] with along = -2, or [B, F, J, C] with along = -3"
+            check_tensor("Attention", "x", x, layout, None)
+            fail("Attention", "x", layout, list(x.shape))
         done = [_attend(self, piece, along) for piece in _pieces(x, self.qkv)]
         return done[0] if len(done) == 1 else torch.cat(done)
 
@@ -93,7 +97,7 @@ class CrossAttention(nn.Module):
         length: int = 27,
     ) -> None:
         super().__init__()
-        _check_dim("CrossAttention", dim, num_heads)
+        check_options("CrossAttention", dim, num_heads, qk_scale, attn_drop, proj_drop)
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.linear_q = nn.Linear(dim, dim, bias=qkv_bias)
@@ -117,6 +121,14 @@ class CrossAttention(nn.Module):
         Returns:
             [B, L, C] or [B, L, J, C].
         """
+        tensors = isinstance(x_1, Tensor) and isinstance(x_2, Tensor) and isinstance(x_3, Tensor)
+        if not tensors or x_2.dim() not in (3, 4) or x_3.dim() != x_2.dim():
+            check_tensor("CrossAttention", "x_1", x_1, "[B, L, C] or [L, C]", None)
+            for arg, x in {"x_2": x_2, "x_3": x_3}.items():
+                layout = "[B, M, C] or [B, M, J, C]" + " as x_2" * (x is x_3)
+                check_tensor("CrossAttention", arg, x, layout, None)
+                if x.dim() not in ((3, 4) if x is x_2 else (x_2.dim(),)):
+                    fail("CrossAttention", arg, layout, list(x.shape))
         if x_1.dim() == 3:
             if x_1.shape[0] not in (1, x_2.shape[0]):
                 fail("CrossAttention", "x_1", f"[B, L, C] with x_2's B = {x_2.shape[0]}", list(x_1.shape))
@@ -154,12 +166,25 @@ def _pieces(x: Tensor, qkv: nn.Module) -> tuple[Tensor, ...]:
     return (x,)
 
 
-def _check_dim(module: str, dim: int, num_heads: int) -> None:
+def check_dim(module: str, dim: int, num_heads: int, name: str = "dim") -> None:
+    """Check that heads divide channels, which the constructor calls `name`, into ones that kernels take."""
+    check_int(module, name, dim, 1, None)
     check_int(module, "num_heads", num_heads, 1, None)
     if dim % num_heads != 0:
-        fail(module, "dim", f"a multiple of num_heads = {num_heads}", dim)
+        fail(module, name, f"a multiple of num_heads = {num_heads}", dim)
     if dim // num_heads > MAX_HEAD_DIM:
-        fail(module, "num_heads", f"at least dim / {MAX_HEAD_DIM} = {-(-dim // MAX_HEAD_DIM)}", num_heads)
+        fail(module, "num_heads", f"at least {name} / {MAX_HEAD_DIM} = {-(-dim // MAX_HEAD_DIM)}", num_heads)
+
+
+def check_options(
+    module: str, dim: int, num_heads: int, qk_scale: float | None, attn_drop: float, proj_drop: float
+) -> None:
+    """Check what constructors of attention have in common."""
+    check_dim(module, dim, num_heads)
+    if qk_scale is not None:
+        check_float(module, "qk_scale", qk_scale)
+    check_probability(module, "attn_drop", attn_drop)
+    check_probability(module, "proj_drop", proj_drop)
 
 
 def dropout_p(module: nn.Module) -> float:

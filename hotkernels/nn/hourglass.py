@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_int, check_tensor
+from ..errors import INTEGER, check_bool, check_int, check_tensor, fail
 from ..ops.dpc_knn import dpc_knn
 from ..ops.gather_tokens import gather_tokens
-from .attention import CrossAttention
+from .attention import CrossAttention, check_options
 from .linear import linear
 
 
@@ -29,7 +29,11 @@ class TokenPruning(nn.Module):
 
     def __init__(self, dim: int, token_num: int, k: int = 2, center: bool = False, seed: int = 0) -> None:
         super().__init__()
+        check_int("TokenPruning", "dim", dim, 1, None)
         check_int("TokenPruning", "token_num", token_num, 1, None)
+        check_int("TokenPruning", "k", k, 1, None)
+        check_bool("TokenPruning", "center", center)
+        check_int("TokenPruning", "seed", seed, -(2**63), 2**63 - 1)
         self.token_num = token_num
         self.k = k
         self.center = center
@@ -40,18 +44,25 @@ class TokenPruning(nn.Module):
         """Prune.
 
         Args:
-            x: [B, F, J, C].
+            x: [B, F, J, C], F at least token_num and k.
             index: [B, M], to reuse a choice (HoT's flipped second pass); None = choose.
 
         Returns:
             (pruned [B, M, J, C], index [B, M] ascending).
         """
-        check_tensor("TokenPruning", "x", x, "[B, F, J, C]", None, shape=(None, None, None, None))
+        pos, M = self.pos_embed_token, self.token_num
+        check_tensor("TokenPruning", "x", x, "[B, F, J, C]", None, shape=(None, None, None, pos.shape[-1]))
         if index is None:
+            if x.shape[1] < M or x.shape[1] < self.k:
+                fail(
+                    "TokenPruning", "x", f"[B, F, J, C] with F >= token_num = {M} and F >= k = {self.k}", list(x.shape)
+                )
             # A tensor: its value is nothing that an export for any number of frames has to prove in range.
             keep = torch.full((1,), (x.shape[1] - 1) // 2, device=x.device) if self.center else None
-            index = cluster_frames(x, self.token_num, self.k, keep=keep, seed=self.seed)
-        return gather_tokens(x, index, self.pos_embed_token), index
+            index = cluster_frames(x, M, self.k, keep=keep, seed=self.seed)
+        elif not isinstance(index, Tensor) or index.shape[-1:] != (M,):
+            check_tensor("TokenPruning", "index", index, "[B, M]", INTEGER, shape=(len(x), M))
+        return gather_tokens(x, index, pos), index
 
 
 def cluster_frames(x: Tensor, token_num: int, k: int = 2, **more: Any) -> Tensor:
@@ -89,6 +100,8 @@ class TokenRecovery(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        check_options("TokenRecovery", dim, num_heads, qk_scale, attn_drop, proj_drop)
+        check_int("TokenRecovery", "length", length, 1, None)
         self.x_token = nn.Parameter(torch.zeros(1, length, dim))
         self.cross_attention = CrossAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, length)
 
