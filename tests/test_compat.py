@@ -390,6 +390,13 @@ def test_whole_step_compiles_without_a_break() -> None:
     assert weight.grad is not None
 
 
+def merge_all(x: Tensor, **given: Any) -> Any:
+    token_dict = {"x": x, "idx_token": torch.zeros(2, 32, dtype=torch.int64), "agg_weight": torch.ones(2, 32, 1)}
+    token_dict |= {name: given.pop(name) for name in list(given) if name in token_dict}
+    args = {"token_dict": token_dict, "idx_cluster": torch.zeros(2, 16, dtype=torch.int64), "cluster_num": 3} | given
+    return chat_univi.merge_tokens(**args)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -401,6 +408,20 @@ def test_whole_step_compiles_without_a_break() -> None:
         (lambda x: hot.cluster_dpc_knn(x, 3, 2, torch.ones(2, 5)), "cluster_dpc_knn: token_mask must be"),
         (lambda x: hot.cluster_dpc_knn(x, 3, 2, [[1] * 16] * 2), "cluster_dpc_knn: token_mask must be"),
         (lambda x: tcformer.cluster_dpc_knn({"x": x}, 0), "cluster_dpc_knn: cluster_num must be"),
+        (lambda x: tcformer.cluster_dpc_knn(x, 3), "cluster_dpc_knn: token_dict must be a dict with 'x', got Tensor"),
+        (lambda x: chat_univi.cluster_dpc_knn({"y": x}, 3), "cluster_dpc_knn: token_dict must be .+, got one with"),
+        (lambda x: prunevid.cluster_dpc_knn([x], 3), "cluster_dpc_knn: x must be"),
+        *(
+            (lambda x, change=change: merge_all(**{"x": x} | change(x)), f"merge_tokens: {arg} must be")
+            for arg, change in {
+                "token_dict": lambda x: {"token_dict": x},
+                "x": lambda x: {"x": x[0]},
+                "idx_cluster": lambda x: {"idx_cluster": torch.zeros(2, 15, dtype=torch.int64)},
+                "idx_token": lambda x: {"idx_token": torch.zeros(2, 32)},
+                "cluster_num": lambda x: {"cluster_num": 0},
+                "token_weight": lambda x: {"token_weight": torch.ones(2, 15, 1)},
+            }.items()
+        ),
     ],
 )
 def test_wrong_arguments(call: Callable[[Tensor], Any], message: str) -> None:

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import FLOATING, HALF, check_int, check_tensor
+from ..errors import FLOATING, HALF, INTEGER, check_int, check_tensor, fail
 from ..ops.dpc_knn import dpc_knn
 from ..ops.gather_tokens import gather_tokens
 from ..ops.merge_tokens import merge_tokens
+
+
+def entry(op: str, token_dict: Mapping[str, Any], key: str) -> Any:
+    """token_dict[key]."""
+    if not isinstance(token_dict, Mapping):
+        fail(op, "token_dict", f"a dict with '{key}'", type(token_dict).__name__, TypeError)
+    if key not in token_dict:
+        fail(op, "token_dict", f"a dict with '{key}'", f"one with {list(token_dict)}")
+    return token_dict[key]
+
+
+def as_float(x: Tensor) -> Tensor:
+    """Tokens to cluster in float32, whatever their dtype."""
+    check_tensor("cluster_dpc_knn", "x", x, "[B, N, C]", None)
+    return x.float()
 
 
 @torch.no_grad()
@@ -70,9 +86,20 @@ def merge(
 
     -1 in idx_cluster: that token is merged into no cluster, and weighs nothing.
     """
-    x, idx_token = token_dict["x"], token_dict["idx_token"]
+    op = "merge_tokens"
+    x, idx_token, agg_weight = (entry(op, token_dict, key) for key in ("x", "idx_token", "agg_weight"))
+    check_tensor(op, "x", x, "[B, N, C]", FLOATING, shape=(None, None, None))
     B, N, _ = x.shape
-    weight = x.new_ones(B, N, 1) if token_weight is None else token_weight.reshape(B, N, 1)
+    check_tensor(op, "idx_token", idx_token, "[B, N_init]", (torch.int64,), shape=(B, None), device=x.device)
+    check_tensor(op, "idx_cluster", idx_cluster, "[B, N]", INTEGER, shape=(B, N), device=x.device)
+    check_int(op, "cluster_num", cluster_num, 1, None)
+    if token_weight is None:
+        weight = x.new_ones(B, N, 1)
+    else:
+        check_tensor(op, "token_weight", token_weight, "[B, N, 1]", FLOATING, device=x.device)
+        if token_weight.numel() != B * N:
+            fail(op, "token_weight", f"[B, N, 1] = {[B, N, 1]}", list(token_weight.shape))
+        weight = token_weight.reshape(B, N, 1)
     merged = merge_tokens(x, idx_cluster, cluster_num, weight)
 
     # Each token's share of its cluster, and the product of shares from an initial grid cell up to its cluster.
@@ -86,5 +113,5 @@ def merge(
         "x": merged,
         "token_num": cluster_num,
         "idx_token": idx_cluster.gather(1, idx_token),
-        "agg_weight": token_dict["agg_weight"] * gather_tokens(share, idx_token),
+        "agg_weight": agg_weight * gather_tokens(share, idx_token),
     }

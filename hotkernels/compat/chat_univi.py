@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._published import cluster, merge
+from ._published import as_float, cluster, entry, merge
 
 
 def cluster_dpc_knn(
@@ -22,9 +22,10 @@ def cluster_dpc_knn(
     """
     if k > cluster_num:
         k = min(3, max(cluster_num // 2, 1))
+    x = as_float(entry("cluster_dpc_knn", token_dict, "x"))
     if token_mask is None:
         token_mask = token_dict.get("mask")
-    return cluster(token_dict["x"].float(), cluster_num, k, token_mask)[1], cluster_num
+    return cluster(x, cluster_num, k, token_mask)[1], cluster_num
 
 
 def merge_tokens(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._published import cluster
+from ._published import as_float, cluster
 
 
 def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int = 5, token_mask: Tensor | None = None) -> tuple[Tensor, int]:
@@ -15,4 +15,4 @@ def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int = 5, token_mask: Tensor 
     Returns:
         (idx_cluster [B, N] int64 in [0, cluster_num), cluster_num).
     """
-    return cluster(x.float(), cluster_num, k, token_mask)[1], cluster_num
+    return cluster(as_float(x), cluster_num, k, token_mask)[1], cluster_num

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._published import cluster, merge
+from ._published import cluster, entry, merge
 
 
 def cluster_dpc_knn(
@@ -19,7 +19,7 @@ def cluster_dpc_knn(
     Returns:
         (idx_cluster [B, N] int64 in [0, cluster_num), cluster_num).
     """
-    return cluster(token_dict["x"], cluster_num, k, token_mask)[1], cluster_num
+    return cluster(entry("cluster_dpc_knn", token_dict, "x"), cluster_num, k, token_mask)[1], cluster_num
 
 
 def merge_tokens(
@@ -39,5 +39,5 @@ def merge_tokens(
         A dict with x [B, M, C], token_num, map_size, init_grid_size, idx_token, agg_weight. x and agg_weight are
         differentiable in x, token_weight and the old agg_weight.
     """
-    sizes = {key: token_dict[key] for key in ("map_size", "init_grid_size")}
+    sizes = {key: entry("merge_tokens", token_dict, key) for key in ("map_size", "init_grid_size")}
     return merge(token_dict, idx_cluster, cluster_num, token_weight) | sizes
