@@ -350,6 +350,12 @@ def test_command_prints_ratios(op: str, capsys: pytest.CaptureFixture[str]) -> N
         (["--shape", "2,40,8", "-k", "41"], "dpc_knn: k must be in"),
         (["--shape", "2,40,8", "--device", "moon"], "invalid device value"),
         (["--shape", "2,40,8", "--device", "meta"], "invalid device value"),
+        pytest.param(
+            ["--shape", "2,40,8", "--device", "cuda"],
+            "must be a device that is here, got 'cuda' (torch has no CUDA)",
+            marks=pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA"),
+        ),
+        (["--shape", "2,40,8", "--device", "cpu:x"], "must be a device that is here, got 'cpu:x' (Invalid device"),
         (["--shape", "2,40,8", "--seconds", "nan"], "invalid seconds value"),
         (["--shape", "2,40,8", "--seconds", "inf"], "invalid seconds value"),
         (["--shape", "2,40,8", "--seconds", "-1"], "invalid seconds value"),

@@ -45,7 +45,8 @@ def _device(text: str) -> str:
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise ValueError from error
+        why = "torch has no CUDA" if isinstance(error, AssertionError) else str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"must be a device that is here, got '{text}' ({why})") from error
     return text
 
 
