@@ -362,7 +362,6 @@ JUDGED = {
     "error": 5 / 7,
     "error_percent": 100 * 5 / 7 / 20,
     "score": (4 * 9 * 1 * 3) ** (1 / 4),
-    "total_score": (13 + 4) / 2,
     "best": 3 / 5,
     "coverage": (4 + 8 + 1) / 3 / 7,
 }
@@ -483,7 +482,7 @@ def test_relative_difference():
 
 def test_the_report_says_which_figure_is_whose():
     def choice(x):
-        return frames.Choice(4 * x, 2 * x, 0.5 * x, 10 * x, 0.1 * x, 0.3 / x)
+        return frames.Choice(4 * x, 2 * x, 0.5 * x, 0.1 * x, 0.3 / x)
 
     result = Result(
         source="a", unit="pixels", skeleton_height=300.0, frames=90, missing_frames=0, windows=2, window=60, keep=20,
@@ -495,11 +494,11 @@ def test_the_report_says_which_figure_is_whose():
     lines = [" ".join(line.split()) for line in report(result).splitlines()]
     for line in (
         "2 windows of 60 frames; 20 kept in each by dpc_knn (k = 3, cpp backend, avx2); the rest interpolated",
-        "hotkernels 4 pixels (2.00 %) 0.500000 10.0000 10.0% 0.300000",
-        "eager PyTorch 8 pixels (4.00 %) 1.000000 20.0000 20.0% 0.150000",
+        "hotkernels 4 pixels (2.00 %) 0.500000 10.0% 0.300000",
+        "eager PyTorch 8 pixels (4.00 %) 1.000000 20.0% 0.150000",
         "error of dpc_knn's choice: 25% more than uniform's, 2.5 times random's",
         "hotkernels against eager, same noise: 75.0% of the kept frames are the same; "
-        "score -50.0%, total -50.0%, coverage +100.0%",
+        "score -50.0%, coverage +100.0%",
         "time to choose, 2 threads, [2, 60, 32]: eager 6.00 ms, hotkernels 2.00 ms: 3.0x as fast",
         "peak extra memory: eager 8.0 MiB, hotkernels 3.0 MiB",
         "hourglass, 60 -> 20 -> 60 frames of 17 joints by attention: [2, 60, 17, 32], 8 heads, float32,",
@@ -578,6 +577,21 @@ def test_the_demo_times_and_compares_the_published_code_and_ours(monkeypatch):
     assert len({choice.error for choice in result.choices["random"]}) == frames.RANDOM_DRAWS
     assert result.choices == again.choices
     assert result.backend == explain("dpc_knn", p.x).chosen
+
+
+@pytest.mark.parametrize("slower", [True, False])
+def test_threads_that_slow_both_down_are_no_gain(slower, monkeypatch, threads):
+    torch.set_num_threads(2)
+
+    def times(calls, n, rounds, tick):
+        return {"choose": measure.Pair(100.0 * n if slower else 100.0 / n, 10.0 * n)}
+
+    monkeypatch.setattr(demo, "times", times)
+    args = demo.parse(SMALL)
+    told = demo.report(demo.run(demo.load(args), args)[0])
+    alone, both = (line for line in told.splitlines() if line.startswith("time to choose"))
+    assert alone.endswith(": 10.0x as fast")
+    assert both.endswith(": both slower than on 1: too little work or a busy machine" if slower else ": 2.5x as fast")
 
 
 def test_demo_without_matplotlib(tmp_path, capsys, monkeypatch):

@@ -212,8 +212,6 @@ class Choice:
     """The same in percent of the skeleton's height."""
     score: float
     """Geometric mean of the kept frames' density-peak score, in float64."""
-    total_score: float
-    """Mean over windows of the sum of those scores. One frame, the densest, can hold a third of it."""
     best: float
     """Share of the frames that the definition in float64 keeps."""
     coverage: float
@@ -247,7 +245,6 @@ def judge(p: Prepared, exact: DensityPeaks, chosen: list[Tensor]) -> Choice:
         error=error,
         error_percent=100 * error / p.height,
         score=float(torch.cat(scores).log().mean().exp()),
-        total_score=float(np.mean([float(kept.sum()) for kept in scores])),
         best=float(torch.cat(best).double().mean()),
         coverage=float(nearest.mean()),
     )
