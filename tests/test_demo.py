@@ -486,7 +486,7 @@ def test_the_report_says_which_figure_is_whose():
 
     result = Result(
         source="a", unit="pixels", skeleton_height=300.0, frames=90, missing_frames=0, windows=2, window=60, keep=20,
-        k=3, channels=32, seed=0, backend="cpp", instruction_set="avx2", identical=0.75, times_ms={2: Pair(6, 2)},
+        k=3, channels=32, seed=0, backend="cpp", instruction_set="avx2", identical=0.75, times_ms={1: Pair(9, 3), 2: Pair(6, 2)},
         choices={"hotkernels": choice(1), "eager": choice(2), "uniform": choice(0.8), "random": choice(0.4)},
         memory_mib=Pair(8, 3),
         hourglass=hourglass.Comparison([2, 60, 17, 32], 20, 8, 1e-6, Pair(2e-7, 3e-7), {"whole": Pair(2, 8)}, None),
