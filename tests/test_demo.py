@@ -486,7 +486,8 @@ def test_the_report_says_which_figure_is_whose():
 
     result = Result(
         source="a", unit="pixels", skeleton_height=300.0, frames=90, missing_frames=0, windows=2, window=60, keep=20,
-        k=3, channels=32, seed=0, backend="cpp", instruction_set="avx2", identical=0.75, times_ms={1: Pair(9, 3), 2: Pair(6, 2)},
+        k=3, channels=32, seed=0, backend="cpp", instruction_set="avx2", identical=0.75,
+        times_ms={1: Pair(9, 3), 2: Pair(6, 2)},
         choices={"hotkernels": choice(1), "eager": choice(2), "uniform": choice(0.8), "random": choice(0.4)},
         memory_mib=Pair(8, 3),
         hourglass=hourglass.Comparison([2, 60, 17, 32], 20, 8, 1e-6, Pair(2e-7, 3e-7), {"whole": Pair(2, 8)}, None),
@@ -497,8 +498,7 @@ def test_the_report_says_which_figure_is_whose():
         "hotkernels 4 pixels (2.00 %) 0.500000 10.0% 0.300000",
         "eager PyTorch 8 pixels (4.00 %) 1.000000 20.0% 0.150000",
         "error of dpc_knn's choice: 25% more than uniform's, 2.5 times random's",
-        "hotkernels against eager, same noise: 75.0% of the kept frames are the same; "
-        "score -50.0%, coverage +100.0%",
+        "hotkernels against eager, same noise: 75.0% of the kept frames are the same; score -50.0%, coverage +100.0%",
         "time to choose, 2 threads, [2, 60, 32]: eager 6.00 ms, hotkernels 2.00 ms: 3.0x as fast",
         "peak extra memory: eager 8.0 MiB, hotkernels 3.0 MiB",
         "hourglass, 60 -> 20 -> 60 frames of 17 joints by attention: [2, 60, 17, 32], 8 heads, float32,",
