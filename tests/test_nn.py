@@ -100,11 +100,14 @@ def test_large_inputs_run_in_pieces(along: int, piece: int, monkeypatch: pytest.
         torch.testing.assert_close(attention(x, along), whole)
         assert len(attended) == {1: 7, 300: 4, 10_000: 1}[piece]
     seen: list[torch.Size] = []
-    attention.qkv.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    with torch.no_grad():
+    for layer in (attention.qkv, attention.attn_drop):
+        handle = layer.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+        with torch.no_grad():
+            attention(x, along)
         attention(x, along)
-    attention(x, along)
-    assert seen == [(7, 27, 5, 96)] * 2
+        handle.remove()
+    assert seen[:2] == [(7, 27, 5, 96)] * 2
+    assert seen[2:] == [(7 * 27, 8, 5, 5) if along == -2 else (7, 5, 8, 27, 27)] * 2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -386,6 +389,39 @@ def test_hooks_of_inner_layers_run(when: str) -> None:
         getattr(layer, f"register_{when}_hook")(lambda layer, *_: seen.append(layer))
     module(torch.randn(2, 5, 16, requires_grad=True)).sum().backward()
     assert seen in ([module.qkv, module.proj], [module.proj, module.qkv])
+
+
+@pytest.mark.parametrize("change", ["AlphaDropout", "hook", "forward"])
+@pytest.mark.parametrize(
+    ("ours", "eager", "args", "shapes"),
+    [
+        (Attention, AttentionEager, (32,), [(2, 5, 32)]),
+        (CrossAttention, CrossAttentionEager, (32,), [(2, 7, 32), (2, 5, 32), (2, 5, 32)]),
+        (TokenRecovery, TokenRecoveryEager, (32, 9), [(2, 5, 3, 32)]),
+    ],
+)
+def test_what_stands_in_the_place_of_attn_drop(ours: Any, eager: Any, args: Any, shapes: Any, change: str) -> None:
+    """It is called on the probabilities, with the random numbers of the published module."""
+    results, inputs = [], [torch.randn(shape) for shape in shapes]
+    for module in pair(ours, eager, *args):
+        attention = getattr(module, "cross_attention", module)
+        if change == "AlphaDropout":
+            attention.attn_drop = nn.AlphaDropout(0.5)
+        elif change == "hook":
+            attention.attn_drop.register_forward_hook(lambda _, __, out: out * 2)
+        else:
+            attention.attn_drop.forward = torch.sqrt
+        torch.manual_seed(1)
+        results.append(answers(module.train(), lambda m, *x: m(*x), inputs))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_attn_drop_in_a_layout_of_frames() -> None:
+    attention, x = Attention(16, num_heads=2), torch.randn(2, 7, 3, 16)
+    plain, seen = attention(x, along=-3), []
+    attention.attn_drop.register_forward_hook(lambda _, __, out: seen.append(out.shape))
+    torch.testing.assert_close(attention(x, along=-3), plain)
+    assert seen == [(2, 3, 2, 7, 7)]
 
 
 def test_what_a_hook_sees_is_not_overwritten() -> None:

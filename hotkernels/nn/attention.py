@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check_float, check_int, check_probability, check_tensor, fail
-from ..ops.gathered_attention.api import MAX_HEAD_DIM, packed_attention
+from ..ops.gathered_attention.api import MAX_HEAD_DIM, packed_attention, unpack
 from ..ops.recovery_attention import recovery_attention
-from .linear import is_bare, linear, multiply, unrecorded
+from .linear import dropout_p, is_bare, is_plain_drop, linear, multiply, unrecorded
 
 _LARGE = 32 << 20  # bytes; larger blocks glibc's malloc maps anew every time, and fresh pages take long
 _PIECE = 1536  # tokens of a thread; of 512 to 4,096 the fastest for 512 channels
@@ -29,6 +29,9 @@ class Attention(nn.Module):
         qk_scale: scale of the logits; None = (C / H) ** -0.5.
         attn_drop, proj_drop: dropout on the probabilities and on the output, in training, each in [0, 1). With
             attn_drop > 0 training runs on the torch backend, which has dropout; evaluation stays fused.
+
+    Another module in the place of the Dropout `attn_drop`, or one with hooks (those of all modules among them), is
+    called on all the probabilities [..., H, N, N]: the attention is not fused then.
 
     Without autograd on a CPU, a projection of more than 32 MiB is made and used some samples at a time.
     """
@@ -71,7 +74,7 @@ class Attention(nn.Module):
             layout = "[..., N, C] with along = -2, or [B, F, J, C] with along = -3"
             check_tensor("Attention", "x", x, layout, None)
             fail("Attention", "x", layout, list(x.shape))
-        done = [_attend(self, piece, along) for piece in _pieces(x, self.qkv)]
+        done = [_attend(self, piece, along) for piece in _pieces(x, self)]
         return done[0] if len(done) == 1 else torch.cat(done)
 
 
@@ -84,6 +87,8 @@ class CrossAttention(nn.Module):
     Args:
         dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop: as `Attention`.
         length: accepted, as published, and unused.
+
+    What is not a plain Dropout in the place of `attn_drop` is called, as in `Attention`, on [B, (J,) H, L, M].
     """
 
     def __init__(
@@ -138,6 +143,8 @@ class CrossAttention(nn.Module):
         query, key, value = (
             _split_heads(t, self.num_heads) for t in (linear(self.linear_q, x_1), *self._keys_and_values(x_2, x_3))
         )
+        if not is_plain_drop(self.attn_drop):
+            return _merge_heads(_unfused(self, query, key, value))
         return _merge_heads(
             recovery_attention(query, key, value, scale=self.scale, dropout_p=dropout_p(self.attn_drop))
         )
@@ -155,13 +162,22 @@ def _attend(module: Any, x: Tensor, along: int) -> Tensor:
     qkv = linear(module.qkv, x).unflatten(-1, (3, module.num_heads, -1))  # [..., N, 3, H, D], or [B, F, J, 3, H, D]
     if along == -2:
         qkv = qkv.flatten(0, -5)
-    out = packed_attention(qkv, module.scale, dropout_p(module.attn_drop))
+    drop = module.attn_drop
+    plain = is_plain_drop(drop)
+    out = packed_attention(qkv, module.scale, dropout_p(drop)) if plain else _unfused(module, *unpack(qkv))
     return _merge_heads(out).reshape(x.shape)
 
 
-def _pieces(x: Tensor, qkv: nn.Module) -> tuple[Tensor, ...]:
+def _unfused(module: Any, *heads: Tensor) -> Tensor:
+    """Attention of query, key and value [..., H, N, D] in which what stands in attn_drop's place is called."""
+    query, key, value = heads
+    return module.attn_drop((query @ key.mT * module.scale).softmax(-1)) @ value
+
+
+def _pieces(x: Tensor, module: Any) -> tuple[Tensor, ...]:
     """Some samples of x at a time where their projection is large, without autograd, on a CPU: some 8 % faster."""
-    if unrecorded(x) and 3 * x.numel() * x.element_size() > _LARGE and is_bare(qkv):
+    large = unrecorded(x) and 3 * x.numel() * x.element_size() > _LARGE
+    if large and is_bare(module.qkv) and is_plain_drop(module.attn_drop):
         return x.split(max(1, _PIECE * torch.get_num_threads() // x[0, ..., 0].numel()))
     return (x,)
 
@@ -185,11 +201,6 @@ def check_options(
         check_float(module, "qk_scale", qk_scale)
     check_probability(module, "attn_drop", attn_drop)
     check_probability(module, "proj_drop", proj_drop)
-
-
-def dropout_p(module: nn.Module) -> float:
-    """The probability with which a Dropout, or an Identity in its place, drops in its present mode."""
-    return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:

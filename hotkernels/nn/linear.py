@@ -19,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..backends import FROM_ENVIRONMENT, LIBRARIES, differentiable_once, is_transformed, wants_grad
 
 _PLAIN = (Tensor, nn.Parameter)
+DROPS = (nn.Dropout, nn.Identity)
 _HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -46,10 +47,19 @@ def is_bare(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and untouched(layer)
 
 
+def is_plain_drop(drop: nn.Module) -> bool:
+    """Whether what stands in a Dropout's place is one, or an Identity, and calling it does nothing else."""
+    return type(drop) in DROPS and untouched(drop)
+
+
+def dropout_p(drop: nn.Module) -> float:
+    """The probability with which a Dropout, or an Identity in its place, drops in its present mode."""
+    return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+
+
 def is_idle(drop: nn.Module) -> bool:
     """Whether what stands in a Dropout's place lets everything through, in its present mode, and does nothing else."""
-    drops = isinstance(drop, nn.Dropout) and drop.training and drop.p > 0
-    return type(drop) in (nn.Dropout, nn.Identity) and not drops and untouched(drop)
+    return is_plain_drop(drop) and not dropout_p(drop)
 
 
 def unrecorded(x: Tensor) -> bool:
