@@ -356,6 +356,22 @@ def test_what_stands_in_the_place_of_dropout_runs(grad: bool) -> None:
         torch.testing.assert_close(seen, [expected - attended])
 
 
+@pytest.mark.parametrize("change", ["hook", "forward"])
+def test_what_mixes_the_streams_is_called_where_it_is_more_than_a_weight(change: str) -> None:
+    model, x = HoTMotionBERT(**SMALL, recover=None).eval(), torch.randn(2, 27, 17, 3)
+    plain, _ = model(x)
+    fuse: Any = model.ts_attn[-1]
+    shifted = copy.deepcopy(model)
+    shifted.ts_attn[-1].bias.data += torch.tensor([1.0, 0.0])
+    if change == "hook":
+        fuse.register_forward_hook(lambda _, __, out: out + torch.tensor([1.0, 0.0]))
+    else:
+        fuse.forward = lambda x: nn.functional.linear(x, fuse.weight, fuse.bias + torch.tensor([1.0, 0.0]))
+    expected, _ = shifted(x)
+    assert not torch.allclose(expected, plain)
+    torch.testing.assert_close(model(x)[0], expected)
+
+
 class OwnMlp(Mlp):
     pass
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import check_int
 from ..nn import Attention
+from ..nn.linear import is_bare
 from ..ops.gather_tokens import gather_tokens
 from .layers import Hourglass, Mlp, layer_norm, left, transformer_block
 from .strategies import Select
@@ -133,8 +134,14 @@ class HoTMotionBERT(Hourglass):
         return self.finished(self.head(self.pre_logits(self.recovered(self.norm(x)))), index)
 
 
-def _fuse(x_st: Tensor, x_ts: Tensor, fuse: nn.Linear) -> Tensor:
-    """Mix two streams by the softmax of two logits: the sigmoid of their difference. Nothing is concatenated."""
+def _fuse(x_st: Tensor, x_ts: Tensor, fuse: Any) -> Tensor:
+    """Mix two streams by the softmax of two logits: the sigmoid of their difference. Nothing is concatenated.
+
+    Unless the layer is more than its weight and bias: then it is called, as published.
+    """
+    if not is_bare(fuse):
+        share_st, share_ts = fuse(torch.cat([x_st, x_ts], -1)).softmax(-1).split(1, -1)
+        return x_st * share_st + x_ts * share_ts
     weight_st, weight_ts = (fuse.weight[0] - fuse.weight[1]).chunk(2)
     share = (x_st @ weight_st + x_ts @ weight_ts + (fuse.bias[0] - fuse.bias[1])).sigmoid()
     return torch.lerp(x_ts, x_st, share[..., None].to(x_ts.dtype))  # under autocast the products are half
