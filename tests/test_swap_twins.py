@@ -213,6 +213,12 @@ def hooked_probabilities() -> nn.Module:
     return module
 
 
+def hooked_norm() -> nn.Module:
+    module = VisionAttention(32, 4)
+    module.k_norm.register_full_backward_hook(lambda *_: None)
+    return module
+
+
 class OwnDropout(nn.Dropout):
     pass
 
@@ -330,7 +336,8 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "unknown": (SomeAttention, "a form of attention that swap does not know"),
     "ours": (lambda: hotkernels.nn.Attention(32, 4), "it is fused as it is"),
     "instance forward": (replaced_forward, "its forward was replaced on the instance"),
-    "hooked probabilities": (hooked_probabilities, "attn_drop has hooks, which see the probabilities"),
+    "hooked probabilities": (hooked_probabilities, "attn_drop has hooks, which would not run"),
+    "hooked norm": (hooked_norm, "k_norm has hooks, which would not run"),
     "own dropout": (own_dropout, "attn_drop is test_swap_twins.OwnDropout"),
     "quantised": (
         lambda: with_qkv(torch.ao.nn.quantized.dynamic.Linear(32, 96)),

@@ -17,6 +17,7 @@ from . import probe
 from .classes import Calls, Renames, hidden_names, is_swapped, look_up, subclass
 from .functions import find_calls, find_held
 from .twins import Twin, find_twin
+from .watch import SEEN, seen
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     container, a closure, a partial or the default of an argument, it is left, and reported, as is what a static method,
     a class method, a property or a decorated method calls. `register_twin` adds forms. Swap before DDP or
     `torch.compile`, or after.
+
+    What is set on an attention after the swap counts: layers that are replaced, adapted or hooked, and, by the module's
+    own forward, whatever a probe has not seen: another value of an attribute or a new one, a parameter or a buffer, a
+    hook on a child that is not called when fused, another forward of the class. Not noticed are changes inside an
+    object that an attribute holds, and another method of a class that calls a clustering function.
 
     Args:
         model: any module; what is in it already swapped stays so.
@@ -269,6 +275,9 @@ def _set_classes(classes: Sequence[tuple[Any, type[nn.Module]]]) -> None:
     before = [(module, type(module)) for module, _ in classes]
     try:
         for module, cls in classes:
+            vars(module).pop(SEEN, None)
+            if issubclass(cls, Twin):
+                vars(module)[SEEN] = seen(module)
             module.__class__ = cls
             # In PyTorch 2.11, compiled code asks for a module's class again only where a dict of it was written to;
             # with Python 3.13, it does not notice that in the module's own.

@@ -24,19 +24,20 @@ def subclass(original: type[nn.Module], twin: type | None, calls: Calls = ()) ->
     """The subclass of `original` with the twin's forward and the methods that `calls` names; made once."""
     spec = (twin, calls)
     for known in original.__subclasses__():
-        if vars(known).get("_hotkernels_spec") == spec:
+        if vars(known).get("_hotkernels_spec") == spec and vars(known)["_hotkernels_forward"] is original.forward:
             return known
     namespace: dict[str, Any] = {
         "_hotkernels_original": original,
+        "_hotkernels_forward": original.forward,
         "__module__": original.__module__,
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_ex,
     }
     for method, renames in calls:
         namespace[method] = _calling(getattr(original, method), renames)
-    bases = (original,) if twin is None else (twin, original)
+    parents = (original,) if twin is None else (twin, original)
     metaclass: Any = type(original)
-    made = metaclass(f"Fused{original.__name__}", bases, namespace)
+    made = metaclass(f"Fused{original.__name__}", parents, namespace)
     made._hotkernels_spec = spec  # not before: a class whose __init_subclass__ fails stays among __subclasses__()
     return made
 
@@ -76,6 +77,21 @@ def hidden_names(renames: Renames) -> dict[str, tuple[str, Renames]]:
         name: (f"_hotkernels_{name}_{hash(tuple(parts)) & 0xFFFFFFFF:x}", tuple(parts))
         for name, parts in inside.items()
     }
+
+
+def bases(cls: type) -> list[type]:
+    """A class and its bases, without those of torch."""
+    return [base for base in cls.__mro__ if not base.__module__.startswith("torch.")]
+
+
+def methods(cls: type) -> list[tuple[str, FunctionType]]:
+    """The methods of a class, with those that derived classes override."""
+    return [
+        (name, attribute)
+        for base in bases(cls)
+        for name, attribute in vars(base).items()
+        if isinstance(attribute, FunctionType)
+    ]
 
 
 def codes(code: CodeType) -> Iterator[CodeType]:

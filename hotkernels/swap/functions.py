@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..compat import chat_univi, hot, prunevid, tcformer
 from . import probe
-from .classes import Calls, Renames, codes, subclass
+from .classes import Calls, Renames, bases, codes, methods, subclass
 
 _B, _N, _M = 2, 24, 7  # of the probes; up to 25 tokens, cdist computes distances exactly
 # N, M, k: also more tokens, of which rounding reorders none (on 300 seeds; of 300 tokens, on one), and k > M.
@@ -84,10 +84,10 @@ def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
     calls: list[tuple[str, Renames]] = []
     left: list[tuple[str, str]] = []
     underived = ""
-    for base in _bases(cls):
+    for base in bases(cls):
         held = {name: value for name, value in vars(base).items() if not isinstance(value, FunctionType)}
         left.extend(find_held(cls, held))
-    for method, function in _methods(cls):
+    for method, function in methods(cls):
         if method == "__init__":  # does not run again; find_held looks at what it left
             continue
         refused: dict[str, str] = {}
@@ -110,7 +110,7 @@ def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
 def find_held(cls: type[nn.Module], attributes: dict[str, Any]) -> list[tuple[str, str]]:
     """What attributes of a module or its class are, hold or call of the published functions: (attribute, why left)."""
     left: list[tuple[str, str]] = []
-    methods = [function for _, function in _methods(cls)]
+    own = [function for _, function in methods(cls)]
     for name, value in attributes.items():
         kind = type(value).__name__ if isinstance(value, _CALLED_AS_METHODS) else ""
         why = f"called in a {kind}" if kind else "called by a function that an attribute holds"
@@ -118,7 +118,7 @@ def find_held(cls: type[nn.Module], attributes: dict[str, Any]) -> list[tuple[st
             form = _form_name(function)
             if form and name not in FORMS:
                 left.append((name, f"it is {form}, held as an attribute" if _form_name(value) else f"it holds {form}"))
-            elif not form and isinstance(function, FunctionType) and any(_related(function, m) for m in methods):
+            elif not form and isinstance(function, FunctionType) and any(_related(function, m) for m in own):
                 refused: dict[str, str] = {}
                 refused.update((path, why) for path, _ in _find_renames(function, (), refused))
                 left.extend((name, f"{path}: {reason}") for path, reason in refused.items())
@@ -226,20 +226,6 @@ def _related(one: FunctionType, other: FunctionType) -> bool:
     """Whether two functions are of one package, or of files in one folder."""
     packages = {str(f.__module__).partition(".")[0] for f in (one, other)}
     return len(packages) == 1 or len({os.path.dirname(f.__code__.co_filename) for f in (one, other)}) == 1
-
-
-def _bases(cls: type) -> list[type]:
-    """A class and its bases, without those of torch."""
-    return [base for base in cls.__mro__ if not base.__module__.startswith("torch.")]
-
-
-def _methods(cls: type) -> list[tuple[str, FunctionType]]:
-    return [
-        (name, attribute)
-        for base in _bases(cls)
-        for name, attribute in vars(base).items()
-        if isinstance(attribute, FunctionType)
-    ]
 
 
 def _defaults(function: FunctionType) -> dict[str, Any]:

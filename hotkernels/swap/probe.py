@@ -164,7 +164,7 @@ def stored(module: nn.Module, before: dict[str, list[Any]]) -> str | None:
     return None
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
@@ -172,7 +172,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
 
     An attribute or buffer that is not a plain value must be the same object in both.
     """
-    held = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+    held = {k: v for k, v in vars(module).items() if k not in OF_EVERY_MODULE}
     others = [(k, _value(v)) for k, v in (*held.items(), *module._buffers.items())]
     parameters = [(k, p.shape, p.dtype, p.device) for k, p in module._parameters.items() if p is not None]
     children = [(name, fingerprint(child)) for name, child in module.named_children()]

@@ -13,12 +13,13 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils import _pytree as pytree
 
 from ..errors import HALF, fail
-from ..nn.attention import Attention, CrossAttention, dropout_p
-from ..nn.linear import has_hooks, linear
+from ..nn.attention import Attention, CrossAttention
+from ..nn.linear import DROPS, has_hooks, is_idle, linear
 from ..ops.gathered_attention import gathered_attention
 from ..ops.gathered_attention.api import MAX_HEAD_DIM
 from . import probe
 from .classes import subclass
+from .watch import as_seen
 
 
 class Twin:
@@ -56,7 +57,9 @@ T = TypeVar("T", bound=type[Twin])
 _ALONG = {"spatial": -2, "temporal": -3}  # mode -> the dim of [B, T, J, C] that attends
 # Tokens of a long example: more than windows have (49, 196, 256) and than attention that scales with log N trained on.
 _LONG, _LONG_SIDES = 300, (12, 25)
-_DROPS = (nn.Dropout, nn.Identity)
+# Linear layers -> how many times C they make of C channels.
+_QKV, _Q_K_V, _Q_KV = {"qkv": 3}, {"linear_q": 1, "linear_k": 1, "linear_v": 1}, {"q": 1, "kv": 2}
+_AFTER = ("proj", "proj_drop")  # called by every twin
 TWINS: list[type[Twin]] = []
 
 
@@ -64,7 +67,8 @@ def register_twin(twin: T) -> T:
     """Make `hotkernels.swap` know one more form of module; decorates a class derived from `hotkernels.Twin`.
 
     The class has a name for reports (`kind`) and says which modules it fits, on which inputs to compare, and what the
-    fused forward is. It is asked before those registered earlier. A module whose output differs is left alone.
+    fused forward is. It is asked before those registered earlier. A module whose output differs is left alone. What is
+    set on a module after the swap is the fused forward's to heed, as are hooks on layers that it does not call.
 
     Args:
         twin: the class.
@@ -192,13 +196,13 @@ def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: l
     return None
 
 
-def _obstacle(module: Any, takes: int, **linears: int) -> str | None:
+def _obstacle(module: Any, takes: int, linears: dict[str, int]) -> str | None:
     """What in its structure keeps a module from being plain attention; None if nothing does.
 
     Args:
         module: with the children that `linears` names.
         takes: arguments of its forward; any further must be off, None or False, by default.
-        linears: name -> how many times C it makes of C channels.
+        linears: which layers project, and how many times C they make of C channels.
     """
     if isinstance(module, (Attention, CrossAttention)):
         return "it is fused as it is"
@@ -217,17 +221,17 @@ def _obstacle(module: Any, takes: int, **linears: int) -> str | None:
         return f"it has {own[0]}"
     if not isinstance(getattr(module, "sr_ratio", 1), int):
         return f"sr_ratio is {module.sr_ratio}"
-    known = (*linears, "proj", "attn_drop", "proj_drop")
-    reducing = {"sr": nn.Conv2d, "norm": nn.LayerNorm} if _reduces(module) and "kv" in linears else {}
+    known = (*linears, *_AFTER, "attn_drop")
+    reducing = _reducing(module, linears)
     for name, child in module.named_children():
         if name not in known and not isinstance(child, reducing.get(name, nn.Identity)):
             return f"it has {name}, a {type(child).__name__}"
+        if name not in (*linears, *_AFTER, *reducing) and has_hooks(child):
+            return f"{name} has hooks, which would not run"
     for name in known:
-        child, kinds = getattr(module, name, None), _DROPS if "drop" in name else (nn.Linear,)
+        child, kinds = getattr(module, name, None), DROPS if "drop" in name else (nn.Linear,)
         if not isinstance(child, kinds) or (name == "attn_drop" and type(child) not in kinds):
             return f"{name} is {torch.typename(child)}"
-    if has_hooks(module.attn_drop):
-        return "attn_drop has hooks, which see the probabilities"
     heads, scale = getattr(module, "num_heads", None), getattr(module, "scale", None)
     if not isinstance(heads, int) or not isinstance(scale, (int, float)):
         return f"num_heads and scale are {heads} and {scale}"
@@ -253,16 +257,28 @@ def _project(module: Any, attended: Tensor) -> Tensor:
     return module.proj_drop(linear(module.proj, attended))
 
 
-def _served(module: Any, tokens: tuple[Tensor, ...], *more: Any) -> bool:
-    """Whether a call is fused: there are tokens, further arguments are off, and so is dropout on the probabilities.
+def _served(module: Any, linears: dict[str, int], tokens: tuple[Tensor, ...], *more: Any) -> bool:
+    """Whether a call is fused: further arguments are off, there are tokens, and the module does what the probe saw.
 
-    That draws its random numbers in the layout of the probabilities, which is the module's own affair, as is what else
-    was put in its place, or hooked to it, since the swap.
+    So nothing was set since the swap that its own forward may heed. Dropout on the probabilities draws its random
+    numbers in their layout, which is the module's own affair, as is what else a twin would not call: what was put in
+    the place of a Dropout or an Identity, or hooked to it.
     """
-    drop = module.attn_drop
-    plain = type(drop) in _DROPS and not has_hooks(drop) and not dropout_p(drop)
-    off = all(value is None or value is False for value in more)
-    return off and plain and all(x.numel() for x in tokens)
+    if not as_seen(module):
+        return False
+    called = (*linears, *_AFTER, *_reducing(module, linears))
+    for name, child in module._modules.items():
+        if name not in called and child is not None and not is_idle(child):
+            return False
+    for value in more:
+        if value is not None and value is not False:
+            return False
+    return all(x.numel() for x in tokens)
+
+
+def _reducing(module: Any, linears: dict[str, int]) -> dict[str, type[nn.Module]]:
+    """What reduces the keys of a module that projects them by themselves."""
+    return {"sr": nn.Conv2d, "norm": nn.LayerNorm} if "kv" in linears and _reduces(module) else {}
 
 
 def _tokens(linear: Any, *shape: int) -> Tensor:
@@ -286,7 +302,7 @@ class _Attention(_Published):
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        return _has(module, "qkv") and (_obstacle(module, 1, qkv=3) or True)
+        return _has(module, "qkv") and (_obstacle(module, 1, _QKV) or True)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -297,7 +313,7 @@ class _Attention(_Published):
         return [(_tokens(module.qkv, 1, _LONG),)]
 
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
-        if not _served(self, (x,), *more, *named.values()):
+        if not _served(self, _QKV, (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         return _project(self, Attention.attend(self, x))
 
@@ -310,7 +326,7 @@ class _FramesAttention(_Published):
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        return _has(module, "qkv") and getattr(module, "mode", None) in _ALONG and (_obstacle(module, 1, qkv=3) or True)
+        return _has(module, "qkv") and getattr(module, "mode", None) in _ALONG and (_obstacle(module, 1, _QKV) or True)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -321,7 +337,7 @@ class _FramesAttention(_Published):
         return [(_tokens(module.qkv, 1, *((2, _LONG) if module.mode == "spatial" else (_LONG, 2))),)]
 
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
-        if self.mode not in _ALONG or not _served(self, (x,), *more, *named.values()):
+        if self.mode not in _ALONG or not _served(self, _QKV, (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         return _project(self, Attention.attend(self, x, _ALONG[self.mode]))
 
@@ -340,7 +356,7 @@ class _SequenceAttention(_Published):
             return False
         if module.mode not in _ALONG:
             return f"its mode is {module.mode}, not spatial or temporal"
-        return _obstacle(module, 2, qkv=3) or True
+        return _obstacle(module, 2, _QKV) or True
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -352,7 +368,7 @@ class _SequenceAttention(_Published):
         return [(x, 2) if module.mode == "spatial" else (x.transpose(0, 1).contiguous(), _LONG)]
 
     def forward(self: Any, x: Tensor, seqlen: int = 1, *more: Any, **named: Any) -> Any:
-        if self.mode not in _ALONG or not _served(self, (x,), *more, *named.values()):
+        if self.mode not in _ALONG or not _served(self, _QKV, (x,), *more, *named.values()):
             return super().forward(x, seqlen, *more, **named)
         if self.mode == "spatial":
             return _project(self, Attention.attend(self, x))
@@ -370,7 +386,7 @@ class _CrossAttention(_Published):
     def fits(cls, module: Any) -> bool | str:
         if not _has(module, "linear_q", "linear_k", "linear_v"):
             return False
-        return _obstacle(module, 3, linear_q=1, linear_k=1, linear_v=1) or True
+        return _obstacle(module, 3, _Q_K_V) or True
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -383,7 +399,7 @@ class _CrossAttention(_Published):
         return [(_tokens(module.linear_q, 1, _LONG), x, x)]
 
     def forward(self: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor, *more: Any, **named: Any) -> Any:
-        if not _served(self, (x_1, x_2, x_3), *more, *named.values()):
+        if not _served(self, _Q_K_V, (x_1, x_2, x_3), *more, *named.values()):
             return super().forward(x_1, x_2, x_3, *more, **named)
         return _project(self, CrossAttention.attend(self, x_1, x_2, x_3))
 
@@ -407,7 +423,7 @@ class _TokenAttention(_Published):
     def fits(cls, module: Any) -> bool | str:
         if not _has(module, "q", "kv") or _arguments(module) != 2:
             return False
-        if obstacle := _obstacle(module, 2, q=1, kv=2):
+        if obstacle := _obstacle(module, 2, _Q_KV):
             return obstacle
         if _reduces(module) and _file_with_token2map(type(module)) is None:
             return f"it reduces its keys (sr_ratio = {module.sr_ratio}) without a token2map of its file"
@@ -425,7 +441,7 @@ class _TokenAttention(_Published):
         return [(_token_dict(module, _LONG, H, W, B=1), _token_dict(module, _LONG, H, W, B=1))]
 
     def forward(self: Any, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Any:
-        if not _served(self, (q_dict["x"], kv_dict["x"])):
+        if not _served(self, _Q_KV, (q_dict["x"], kv_dict["x"])):
             return super().forward(q_dict, kv_dict)
         keys, score = kv_dict["x"], kv_dict.get("token_score")
         if _reduces(self):
@@ -444,7 +460,7 @@ class _GridAttention(_Published):
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        return _has(module, "q", "kv") and _arguments(module) == 3 and (_obstacle(module, 3, q=1, kv=2) or True)
+        return _has(module, "q", "kv") and _arguments(module) == 3 and (_obstacle(module, 3, _Q_KV) or True)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -458,7 +474,7 @@ class _GridAttention(_Published):
         return [(_tokens(module.q, 1, H * W), H, W)]
 
     def forward(self: Any, x: Tensor, H: int, W: int) -> Any:
-        if not _served(self, (x,)):
+        if not _served(self, _Q_KV, (x,)):
             return super().forward(x, H, W)
         keys = _reduced(self, x.transpose(1, 2).unflatten(2, (H, W))) if _reduces(self) else x
         return _attend(self, x, keys, None)

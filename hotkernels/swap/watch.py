@@ -1,0 +1,53 @@
+"""What a module held when it was swapped, and whether it still does: no probe has seen what else it may compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .classes import codes, methods
+from .probe import OF_EVERY_MODULE
+
+SEEN = "_hotkernels_seen"
+# Methods look names up on tensors, too: those are not taken for names of the module's.
+_OF_EVERY_TENSOR = frozenset(dir(Tensor))
+_NUMBERS = (int, float)  # of what is pickled twice, these alone come back as two objects
+
+
+def seen(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module; and as `...` those that it has not and its methods mention, as with a default."""
+    held = vars(module)
+    mentioned: set[Any] = set()
+    for name, method in methods(type(module)):
+        if name != "__init__":
+            for code in codes(method.__code__):
+                mentioned.update(code.co_names, (c for c in code.co_consts if isinstance(c, str) and c.isidentifier()))
+    layers = module._modules.keys() | module._parameters.keys() | module._buffers.keys()
+    absent = sorted(mentioned - held.keys() - layers - _OF_EVERY_TENSOR - OF_EVERY_MODULE)
+    attributes = {name: now for name, now in held.items() if name not in OF_EVERY_MODULE}
+    # A property is no attribute that could be set in its place, and runs when one looks.
+    return attributes | {name: ... for name in absent if not isinstance(getattr(type(module), name, None), property)}
+
+
+def as_seen(module: Any) -> bool:
+    """Whether a swapped module's attributes, and its class's forward, are those of the swap; it has no weights itself.
+
+    By identity, which is fast; what changes inside an object is not noticed.
+    """
+    cls, held = type(module), module.__dict__
+    then = held.get(SEEN)
+    if then is None:  # in a probe
+        return True
+    if torch.compiler.is_compiling():  # which asks again what an attribute is, and not whether a dict has it
+        for name in then:
+            getattr(module, name, None)
+    for name, before in then.items():
+        now = held.get(name, ...)
+        if now is not before and not (isinstance(now, _NUMBERS) and type(now) is type(before) and now == before):
+            return False
+    own = module._parameters or module._buffers
+    if own and any(t is not None for t in (*module._parameters.values(), *module._buffers.values())):
+        return False
+    return cls._hotkernels_original.forward is cls._hotkernels_forward
