@@ -132,6 +132,18 @@ def test_report(name: str) -> None:
     assert str(report).startswith("replaced\n")
 
 
+def test_a_report_does_not_name_two_modules_alike() -> None:
+    """A number stays where modules that differ in it fare differently."""
+    blocks = [{"attn": VisionAttention(32, 4, qk_norm=normed), "other": AttentionEager(32)} for normed in (False, True)]
+    assert str(hotkernels.swap(nn.ModuleList(map(nn.ModuleDict, blocks)))).splitlines() == [
+        "replaced",
+        "  0.attn       attention",
+        "  *.other (2)  attention",
+        "left",
+        "  1.attn  it has q_norm, a LayerNorm",
+    ]
+
+
 @each_model
 def test_unswap_gives_the_same_bits(name: str) -> None:
     model, x = made(name)
@@ -856,6 +868,13 @@ def test_tied_tokens_are_no_difference() -> None:
         torch.manual_seed(seed)
         model, x = hot_mixste(frames=243, token_num=81).eval(), torch.randn(2, 243, 5, 2).cumsum(1) * 0.01
         plain, _ = answer(model, x)
-        hotkernels.swap(model, example_inputs=x)
-        differences.append((answer(model, x)[0] - plain).abs().max().item())
+        torch.manual_seed(0)  # as `answer`
+        report = hotkernels.swap(model, example_inputs=x)
+        difference = (answer(model, x)[0] - plain).abs().max().item()
+        chosen, others = report.choices
+        assert chosen == 2 * 81
+        assert (others > 0) == (difference > 1e-3)
+        assert str(report).endswith(f"\n  {others} of 162 tokens kept are not the model's own choice: near ties")
+        differences.append(difference)
     assert max(differences) > 1e-3
+    assert hotkernels.swap(ViT(), example_inputs=torch.randn(2, 3, 16, 16)).choices is None
