@@ -223,7 +223,7 @@ def instruction_set(force: str | None = None) -> str | None:
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), whose errors in the one form are ValueErrors.
+    """function(*args), whose errors in the one form are ValueErrors, but for a GPU's that refuses a launch.
 
     From 2.15 on, PyTorch makes RuntimeErrors of all that its stable C++ interface lets a kernel throw.
     """
@@ -232,7 +232,8 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except RuntimeError as error:
-        if str(error).partition(": ")[0] in (*OPS, "hotkernels") and " must be " in str(error):
+        op, _, rest = str(error).partition(": ")
+        if op in (*OPS, "hotkernels") and " must be " in rest and not rest.startswith("launch "):
             raise ValueError(str(error)) from None
         raise
 
