@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,24 @@ def test_backend_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "FROM_ENVIRONMENT", "fpga")
     with pytest.raises(ValueError, match=r"^dpc_knn: backend must be None, 'cuda', .+, got 'fpga'$"):
         hotkernels.dpc_knn(x, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("dpc_knn: keep must be -1 or in [0, 9), got 9", ValueError),
+        ("hotkernels: force must be an instruction set, got 'x'", ValueError),
+        ("dpc_knn: launch must be accepted by the GPU, got no device", RuntimeError),
+        ("DefaultCPUAllocator: size must be less", RuntimeError),
+    ],
+)
+def test_errors_of_kernels_as_pytorch_2_15_hands_them_on(text: str, error: type[Exception]) -> None:
+    def kernel(told: str) -> None:
+        raise RuntimeError(told)
+
+    with pytest.raises(error, match=f"^{re.escape(text)}$") as raised:
+        backends.call(kernel, text)
+    assert raised.type is error
 
 
 @needs_cpp
