@@ -308,8 +308,8 @@ OPS.append(
 
 
 def _recovery(batch: tuple[int, ...], H: int, L: int, M: int, D: int, own: bool = False, **options: Any) -> Make:
-    """`own`: each sample has its own query. Options: `masked`, the share of masked keys; `scale`; `layout`; `once`, the
-    arguments whose first batch dim is 1."""
+    """`own`: each sample has its own query. Options: `masked`, the share of masked keys, or with `samples` of masked
+    samples; `scale`; `layout`; `once`, the arguments whose first batch dim is 1."""
 
     def make(dtype: torch.dtype) -> Args:
         masked, layout = options.get("masked"), options.get("layout")
@@ -319,7 +319,7 @@ def _recovery(batch: tuple[int, ...], H: int, L: int, M: int, D: int, own: bool 
             query, key, value = (layouts(t)[layout] for t in (query, key, value))
         args: Args = {"query": query, "key": key, "value": value}
         if masked is not None:
-            args["key_mask"] = torch.rand(*batch, M) >= masked
+            args["key_mask"] = torch.rand(*batch, 1 if options.get("samples") else M) >= masked
         if "scale" in options:
             args["scale"] = options["scale"]
         return args | {name: args[name][:1] for name in options.get("once", ())}
@@ -376,6 +376,7 @@ OPS.append(
             "query [1, H, L, D], mask [1, M]": _recovery(
                 (3,), 2, 17, 9, 16, own=True, masked=0.3, once=("query", "key_mask")
             ),
+            "mask [B, 1]": _recovery((9,), 2, 5, 3, 8, masked=0.5, samples=True),
             "query of one frame's joints": _recovery((2, 3), 2, 17, 9, 16, own=True, once=("query",)),
             "key and value for all": _recovery((3, 2), 2, 17, 9, 16, own=True, once=("key", "value")),
             "value for all": _recovery((3, 2), 2, 17, 9, 16, once=("value",)),
