@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 
 HALF = (torch.float16, torch.bfloat16)
@@ -124,6 +125,8 @@ def check_index(op: str, arg: str, index: Tensor, size: int) -> None:
     """Check that every index is -1 ("no token here") or in [0, size), where one can look."""
     if not _can_look(index):
         return
+    while is_functorch_wrapped_tensor(index):  # by vmap, which hides the samples
+        index = get_unwrapped(index)
     low, high = (int(v) for v in torch.aminmax(index))
     if low < -1 or high >= size:
         fail(op, arg, f"-1 or in [0, {size})", low if low < -1 else high)
