@@ -3,8 +3,7 @@
 No compiler, no torch headers or another platform: the package installs as pure Python, and build_report.txt, which
 `python -m hotkernels doctor` prints, says what was missing. A compile error is an error.
 
-Environment: HOTKERNELS_TORCH_DIR (the torch package to build against), HOTKERNELS_BUILD_CUDA=auto|0|1,
-HOTKERNELS_CUDA_ARCHS (default "80;90a;100"), HOTKERNELS_CXXFLAGS, HOTKERNELS_LDFLAGS, CXX, CUDA_HOME, MAX_JOBS.
+CONTRIBUTING.md names the environment variables that it heeds.
 """
 
 from __future__ import annotations

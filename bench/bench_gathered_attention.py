@@ -2,9 +2,9 @@
 
 import torch
 
+from bench.harness import CONTENDERS as DENSE
 from bench.harness import At, at, at_gpu, rows
 
-DENSE = ("eager", "compile", "sdpa", "ours")
 NO_GATHER = ("sdpa", "ours")  # rows on which the eager gather would take many seconds and GB
 
 

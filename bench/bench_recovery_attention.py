@@ -2,9 +2,8 @@
 
 import torch
 
+from bench.harness import CONTENDERS as DENSE
 from bench.harness import at, at_gpu, rows
-
-DENSE = ("eager", "compile", "sdpa", "ours")
 
 test_module = rows(
     "recovery_attention",

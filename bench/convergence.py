@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from hotkernels.bench.timing import machine
+from hotkernels.demo.motion import generate_motion, normalise
 from hotkernels.models import HoTMixSTE
 from hotkernels.models.eager import HoTMixSTEEager
-from hotkernels.motion import generate_motion, normalise
 
 
 def windows(seeds: range, seconds: float, frames: int) -> tuple[Tensor, Tensor]:

@@ -7,21 +7,18 @@ environment variable HOTKERNELS_BACKEND (read at import).
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .errors import check_probability, fail, names
 
@@ -94,7 +91,10 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
 
 
 def choose(op: str, x: Tensor, backend: str | None) -> str:
-    """The backend that serves a call on x: the named one, or the first that can. Raises ValueError if it cannot."""
+    """The backend that serves a call on x: the named one, or the first that can.
+
+    Raises ValueError if the named one cannot, TypeError for a dtype that none serves.
+    """
     device, dtype = x.device.type, x.dtype
     if backend is None:
         backend = FROM_ENVIRONMENT
@@ -156,6 +156,7 @@ def explain(op: str | Callable[..., Any], *args: object, **kwargs: object) -> Ex
 
     Raises:
         ValueError: for an unknown op, or a named backend that cannot serve the call.
+        TypeError: without a tensor, or with one of a dtype that no backend serves.
 
     Example::
 
@@ -175,43 +176,13 @@ def explain(op: str | Callable[..., Any], *args: object, **kwargs: object) -> Ex
     x = args[0] if args else kwargs.get(first)
     if not isinstance(x, Tensor):
         fail("explain", first, f"{name}'s first argument, a torch.Tensor", type(x).__name__, TypeError)
-    backend = kwargs.get("backend")
-    backend = backend if backend is None else str(backend)
+    backend: Any = kwargs.get("backend")
     dropout_p: Any = kwargs.get("dropout_p", 0.0) if "dropout_p" in parameters else 0.0
     chosen = choose_attention(name, x, dropout_p, backend)
     reasons = {b: why_not(name, b, x.device.type, x.dtype) for b in BACKENDS}
     if dropout_p > 0.0:
         reasons = {b: why or (None if b == "torch" else _NO_DROPOUT) for b, why in reasons.items()}
     return Explanation(name, chosen, reasons)
-
-
-_TRITON = torch.library.Library("hotkernels", "IMPL")
-
-
-def implement_in_triton(*operators: str, module: str) -> None:
-    """Register the launchers of `module`, named as the raw operators, as their kernels on GPUs.
-
-    The module, and Triton with it, is imported at the first call.
-    """
-    if LIBRARIES["triton"] is not None:
-        return
-
-    def lazy(operator: str) -> Callable[..., Any]:
-        launcher: Callable[..., Any] | None = None
-
-        def launch(*args: Any) -> Any:
-            nonlocal launcher
-            if launcher is None:
-                launcher = getattr(importlib.import_module(module, __package__), operator)
-            return launcher(*args)
-
-        return launch
-
-    with warnings.catch_warnings():
-        # The interpreter's kernels take the place of the C++ ones, on purpose.
-        warnings.filterwarnings("ignore", message="Warning only once for all operators")
-        for operator in operators:
-            _TRITON.impl(operator, lazy(operator), TRITON_DEVICE.upper())
 
 
 def instruction_set(force: str | None = None) -> str | None:
@@ -223,7 +194,7 @@ def instruction_set(force: str | None = None) -> str | None:
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), whose errors in the one form are ValueErrors, but for a GPU's that refuses a launch.
+    """function(*args), with errors of the one form raised as ValueErrors, but where a GPU refuses a launch.
 
     From 2.15 on, PyTorch makes RuntimeErrors of all that its stable C++ interface lets a kernel throw.
     """
@@ -236,102 +207,3 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
         if op in (*OPS, "hotkernels") and " must be " in rest and not rest.startswith("launch "):
             raise ValueError(str(error)) from None
         raise
-
-
-def is_transformed() -> bool:
-    """Whether torch.func transforms the code that runs."""
-    return torch._C._are_functorch_transforms_active()
-
-
-def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether a call on these is recorded for a backward pass; if not, it can skip its autograd.Function (7 us)."""
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
-        raise RuntimeError(_DIFFERENTIABLE_ONCE)  # a raw operator would return a derivative of zero
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                if is_transformed():
-                    raise RuntimeError(_DIFFERENTIABLE_ONCE)
-                return True
-    return False
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-_DIFFERENTIABLE_ONCE = (
-    "hotkernels: a fused operator is differentiable once, by a backward pass; plain PyTorch is in every way: "
-    "backend='torch' for a call, HOTKERNELS_BACKEND=torch in the environment for a model"
-)
-
-
-_COMPOSITE = torch.library.Library("hotkernels", "FRAGMENT")
-
-
-def composite(schema: str) -> Callable[[F], F]:
-    """Make a function of raw operators and autograd.Functions an operator, too, under torch.export and torch.func.
-
-    Of an autograd.Function, an exported program keeps the raw operators, and vmap sees tensors that need no gradient:
-    both would compute without one, in silence. An operator of its own is one node of the program, which trains, and
-    which `run_decompositions` makes raw operators of; vmap calls it sample by sample.
-    """
-
-    def decorate(function: F) -> F:
-        if LIBRARIES["_C_cpu"] is not None:
-            return function
-        _COMPOSITE.define(schema)
-        name = schema.partition("(")[0]
-        _COMPOSITE.impl(name, function, "CompositeImplicitAutograd")
-        operator = getattr(torch.ops.hotkernels, name)
-
-        @functools.wraps(function)
-        def whole(*args: Any) -> Any:
-            apart = torch.compiler.is_exporting() or is_transformed()
-            return call(operator if apart else function, *args)
-
-        return cast(F, whole)
-
-    return decorate
-
-
-class _Refusing(torch.autograd.Function):
-    """Hands on the first `count` of `tensors`, computed from the others, and refuses to differentiate that."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tensors[:count]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        raise RuntimeError(_DIFFERENTIABLE_ONCE)
-
-
-def differentiable_once(backward: F) -> F:
-    """An autograd.Function's backward whose results refuse to be differentiated.
-
-    PyTorch's once_differentiable cuts them off from the saved tensors: a second derivative asked for these, by
-    autograd.grad or by a Hessian, is zero there in silence.
-    """
-
-    @functools.wraps(backward)
-    def guarded(ctx: Any, *grads: Tensor | None) -> Any:
-        if not torch.is_grad_enabled():  # unless create_graph: entering no_grad takes 5 us
-            return call(backward, ctx, *grads)
-        with torch.no_grad():
-            results = call(backward, ctx, *grads)
-        if torch.compiler.is_compiling():
-            return results
-        return _Refusing.apply(len(results), *results, *ctx.saved_tensors, *grads)
-
-    return cast(F, guarded)
-
-
-def fake(operator: str) -> Callable[[F], F]:
-    """Register the fake (meta) kernel of a raw operator, if the operator is there: a library defines it."""
-
-    def decorate(function: F) -> F:
-        if LIBRARIES["_C_cpu"] is None:
-            torch.library.register_fake(f"hotkernels::{operator}")(function)
-        return function
-
-    return decorate

@@ -137,6 +137,22 @@ class CrossAttentionEager(nn.Module):
         return self.proj_drop(self.proj((probability @ value).transpose(1, 2).reshape(x_1.shape)))
 
 
+class TokenPruningEager(nn.Module):
+    """Pruning as HoT publishes it; arguments and state_dict keys as hotkernels.nn.TokenPruning."""
+
+    def __init__(self, dim: int, token_num: int, k: int = 2) -> None:
+        super().__init__()
+        self.token_num, self.k = token_num, k
+        self.pos_embed_token = nn.Parameter(torch.zeros(1, token_num, dim))
+
+    def forward(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Prune x [B, F, J, C] to [B, M, J, C]."""
+        if index is None:
+            noise = torch.rand(x.shape[:2]) * 1e-6
+            index = cluster_dpc_knn_eager(x.mean(2), self.token_num, self.k, noise)[0].sort().values
+        return gather_tokens_eager(x, index, self.pos_embed_token), index
+
+
 class TokenRecoveryEager(nn.Module):
     """Recovery as HoT publishes it: x_token expanded to every joint of every sample, and projected as often."""
 

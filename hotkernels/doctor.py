@@ -126,10 +126,6 @@ def gpu_kernels() -> dict[tuple[str, str], str]:
     return {key: f"run on {GPU_RUNS[key]}" if key in GPU_RUNS else "compiled only" for key in kernels}
 
 
-def _gpu_kernels() -> list[str]:
-    return [f"  {op:<20}{backend}: {state}" for (op, backend), state in gpu_kernels().items()]
-
-
 def report() -> str:
     """The whole page."""
     versions = {"hotkernels": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
@@ -150,7 +146,7 @@ def report() -> str:
     ]
     for device in _devices():
         lines += [f"served on {device} by", *(f"  {op:<20}{_served(op, device)}" for op in OPS)]
-    lines += ["gpu kernels", *_gpu_kernels()]
+    lines += ["gpu kernels", *(f"  {op:<20}{name}: {state}" for (op, name), state in gpu_kernels().items())]
     lines += [f"PROBLEM: {problem}" for problem in problems()]
     return "\n".join(lines)
 

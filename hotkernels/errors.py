@@ -16,7 +16,8 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 
 HALF = (torch.float16, torch.bfloat16)
-FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FUSED = (torch.float32, torch.float16, torch.bfloat16)  # which kernels take
+FLOATING = (*FUSED, torch.float64)
 INTEGER = (torch.int64, torch.int32)
 INTS: Any = (int, torch.SymInt, numbers.Integral)  # the last are NumPy's
 _INT64_MAX, _FLOAT64_MAX = torch.iinfo(torch.int64).max, sys.float_info.max

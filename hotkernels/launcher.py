@@ -102,7 +102,7 @@ class Launch:
     compiled: dict[tuple[int, bool], Any] = field(default_factory=dict)  # for which device, and whether aligned
 
     def aligned_on(self, tensors: Sequence[Tensor | None]) -> bool:
-        """What Variant.aligned says."""
+        """Whether these tensors' addresses and the launch's strides allow loads of 16 bytes."""
         addresses = [t.data_ptr() for t in tensors if t is not None]
         return self.aligned and math.gcd(VECTOR_BYTES, *addresses) == VECTOR_BYTES
 

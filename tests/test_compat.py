@@ -114,12 +114,14 @@ def test_hot_center_is_left_to_the_caller(length: int) -> None:
 
 @pytest.mark.parametrize("center", [9, -10])
 def test_hot_center_is_one_of_the_tokens(center: int) -> None:
-    with pytest.raises(ValueError, match=rf"^cluster_dpc_knn: center must be in \[-9, N - 1 = 8\], got {center}$"):
+    with pytest.raises(
+        ValueError, match=rf"^cluster_dpc_knn_center: center must be in \[-9, N - 1 = 8\], got {center}$"
+    ):
         hot.cluster_dpc_knn_center(torch.randn(1, 9, 3), 4, 2, center)
 
 
 def test_hot_center_must_be_given() -> None:
-    with pytest.raises(TypeError, match=r"^cluster_dpc_knn: center must be an int, got NoneType$"):
+    with pytest.raises(TypeError, match=r"^cluster_dpc_knn_center: center must be an int, got NoneType$"):
         hot.cluster_dpc_knn_center(torch.randn(1, 9, 3), 4, 2, None)
 
 
@@ -403,8 +405,8 @@ def merge_all(x: Tensor, **given: Any) -> Any:
         (lambda x: hot.cluster_dpc_knn(x[0], 3, 2), "cluster_dpc_knn: x must be"),
         (lambda x: hot.cluster_dpc_knn(x.long(), 3, 2), "cluster_dpc_knn: x must be"),
         (lambda x: hot.cluster_dpc_knn(x, 17, 2), "cluster_dpc_knn: cluster_num must be"),
-        (lambda x: hot.cluster_dpc_knn_center(x, 3, 2, 16), "cluster_dpc_knn: center must be"),
-        (lambda x: hot.cluster_dpc_knn(x, 3, 17), "dpc_knn: k must be"),
+        (lambda x: hot.cluster_dpc_knn_center(x, 3, 2, 16), "cluster_dpc_knn_center: center must be"),
+        (lambda x: hot.cluster_dpc_knn(x, 3, 17), "^cluster_dpc_knn: k must be"),
         (lambda x: hot.cluster_dpc_knn(x, 3, 2, torch.ones(2, 5)), "cluster_dpc_knn: token_mask must be"),
         (lambda x: hot.cluster_dpc_knn(x, 3, 2, [[1] * 16] * 2), "cluster_dpc_knn: token_mask must be"),
         (lambda x: tcformer.cluster_dpc_knn({"x": x}, 0), "cluster_dpc_knn: cluster_num must be"),

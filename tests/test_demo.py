@@ -15,8 +15,7 @@ from hotkernels import demo, explain
 from hotkernels.bench.timing import Timing
 from hotkernels.demo import frames, hourglass, measure
 from hotkernels.demo.measure import Pair
-from hotkernels.demo.report import Result, report
-from hotkernels.motion import (
+from hotkernels.demo.motion import (
     JOINTS,
     LEFT,
     PARENTS,
@@ -27,6 +26,7 @@ from hotkernels.motion import (
     looks_like_pixels,
     normalise,
 )
+from hotkernels.demo.report import Result, report
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/cmu_01_01_17joints.npz"
 SMALL = ["--seconds", "3", "--frames", "60", "--keep", "20", "--channels", "32", "--rounds", "2"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hotkernels.motion import generate_motion, normalise
+from hotkernels.demo.motion import generate_motion, normalise
 
 ROOT = Path(__file__).parents[1]
 TINY = {

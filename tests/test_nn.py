@@ -471,7 +471,14 @@ def test_what_a_hook_sees_is_not_overwritten() -> None:
             lambda: CrossAttention(16)(torch.zeros(1, 5, 16).expand(2, -1, -1), *torch.zeros(2, 3, 4, 16)),
             r"^CrossAttention: x_1 must be \[B, L, C\] with x_2's B = 3, got \[2, 5, 16\]$",
         ),
-        (lambda: CrossAttention(16)(*[torch.zeros(5, 16)] * 3), r"^CrossAttention: x_2 must be .+, got \[5, 16\]$"),
+        (
+            lambda: CrossAttention(16)(*[torch.zeros(5, 16)] * 3),
+            r"^CrossAttention: x_2 must be \[B, M, C\] or \[B, M, J, C\], got \[5, 16\]$",
+        ),
+        (
+            lambda: CrossAttention(16)(torch.zeros(16), *torch.zeros(2, 3, 4, 16)),
+            r"^CrossAttention: x_1 must be \[B, L, C\] or \[L, C\], got \[16\]$",
+        ),
         (
             lambda: CrossAttention(16)(*[torch.zeros(2, 5, 16)] * 2, torch.zeros(2, 5, 3, 16)),
             r"^CrossAttention: x_3 must be \[B, M, C\] or \[B, M, J, C\] as x_2, got \[2, 5, 3, 16\]$",

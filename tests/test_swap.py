@@ -28,6 +28,7 @@ from hotkernels.baselines import AttentionEager, CrossAttentionEager
 from hotkernels.compat import hot
 from hotkernels.models import eager
 from hotkernels.models.eager import cluster_dpc_knn
+from hotkernels.swap import twins
 
 # Five neighbours where published models take two: then no densities tie, which rounding would order differently.
 MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
@@ -431,8 +432,8 @@ def test_a_forward_of_the_class_set_after_the_swap(monkeypatch: pytest.MonkeyPat
 def fused_calls(module: nn.Module, x: Tensor) -> int:
     with pytest.MonkeyPatch.context() as patch:
         calls: list[Any] = []
-        attend = hotkernels.nn.Attention.attend
-        patch.setattr(hotkernels.nn.Attention, "attend", lambda *args: calls.append(1) or attend(*args))
+        attend = twins.self_attention
+        patch.setattr(twins, "self_attention", lambda *args: calls.append(1) or attend(*args))
         module(x)
     return len(calls)
 
@@ -594,6 +595,29 @@ def test_token2map_of_an_imported_file_compiles() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*args), expected)
+
+
+class OwnNames(AttentionEager):
+    """Has attributes and methods by the names that a Twin has."""
+
+    kind = "causal"
+
+    def describe(self) -> str:
+        return f"{self.kind} attention"
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None or self.describe() != "causal attention":
+            return super().forward(x)
+        return super().forward(x * mask)
+
+
+def test_a_class_with_the_names_of_a_twin() -> None:
+    model, x, mask = OwnNames(32, 4), torch.randn(2, 5, 32), torch.rand(5, 1)
+    expected, fused = model(x, mask), model(x)
+    hotkernels.swap(model)
+    assert torch.equal(model(x, mask), expected)
+    torch.testing.assert_close(model(x), fused)
+    assert (model.kind, model.describe()) == ("causal", "causal attention")
 
 
 def test_arguments_beyond_go_to_the_original() -> None:

@@ -44,22 +44,24 @@ def cluster(
 
     `center` is not chosen, as its caller appends it, but it counts as a neighbour.
     """
-    check_tensor("cluster_dpc_knn", "x", x, "[B, N, C]", FLOATING, shape=(None, None, None))
+    op = "cluster_dpc_knn" if center is None else "cluster_dpc_knn_center"
+    check_tensor(op, "x", x, "[B, N, C]", FLOATING, shape=(None, None, None))
     B, N, _ = x.shape
-    check_int("cluster_dpc_knn", "cluster_num", cluster_num, 1, N, "N = ")
+    check_int(op, "cluster_num", cluster_num, 1, N, "N = ")
+    check_int(op, "k", k, 1, N, "N = ")
     # cdist is on autocast's float32 list, and so the published density is float32 there.
     half = x.dtype in HALF
     dtype = torch.float32 if half and torch.is_autocast_enabled(x.device.type) else x.dtype
     noise = torch.rand(B, N, device=x.device, dtype=dtype) * 1e-6
     mask = None
     if token_mask is not None:
-        check_tensor("cluster_dpc_knn", "token_mask", token_mask, "[B, N]", None, shape=(B, N), device=x.device)
+        check_tensor(op, "token_mask", token_mask, "[B, N]", None, shape=(B, N), device=x.device)
         mask = token_mask > 0
 
     if center is None:
         index, idx_cluster, *_ = dpc_knn(x, cluster_num, k, mask=mask, noise=noise)
     else:
-        check_int("cluster_dpc_knn", "center", center, -N, N - 1, "N - 1 = ")
+        check_int(op, "center", center, -N, N - 1, "N - 1 = ")
         center = center % N
         more = min(cluster_num + 1, N)
         index, *_ = dpc_knn(x, more, k, mask=mask, noise=noise, keep=center, assign=False)
@@ -67,7 +69,6 @@ def cluster(
         index = index.gather(1, (index < 0).byte().argsort(dim=1, stable=True)[:, :cluster_num])
         # Assign to these M alone: with all places taken by `keep`, only the assignment is new.
         _, idx_cluster, *_ = dpc_knn(x, cluster_num, 1, mask=mask, keep=index)
-    assert idx_cluster is not None
 
     # Places that no valid token took go to the others, lowest position first, the centre last.
     rest = (idx_cluster >= 0).byte() * 2
@@ -105,10 +106,10 @@ def merge(
     # Each token's share of its cluster, and the product of shares from an initial grid cell up to its cluster.
     # index_put sums in a fixed order on every device; index_add does not.
     weight = weight * (idx_cluster >= 0)[..., None]
-    cluster = idx_cluster.clamp(min=0)
-    places = (torch.arange(B, device=x.device)[:, None], cluster)
+    owner = idx_cluster.clamp(min=0)
+    places = (torch.arange(B, device=x.device)[:, None], owner)
     total = weight.new_zeros(B, cluster_num, 1).index_put(places, weight, accumulate=True) + 1e-6
-    share = weight / gather_tokens(total, cluster)
+    share = weight / gather_tokens(total, owner)
     return {
         "x": merged,
         "token_num": cluster_num,

@@ -38,5 +38,5 @@ def cluster_dpc_knn_center(
     Args, Returns: as `cluster_dpc_knn`; `center` is a position in [-N, N). No token is assigned to the centre.
     """
     if center is None:
-        fail("cluster_dpc_knn", "center", "an int", "NoneType", TypeError)
+        fail("cluster_dpc_knn_center", "center", "an int", "NoneType", TypeError)
     return cluster(x, cluster_num, k, token_mask, center)

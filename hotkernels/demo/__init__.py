@@ -20,7 +20,6 @@ from torch import Tensor
 from .. import __version__
 from ..backends import choose, instruction_set
 from ..errors import check_int, fail
-from ..motion import Keypoints, generate_motion, load_keypoints
 from .frames import (
     CHOOSERS,
     CHUNK,
@@ -37,6 +36,7 @@ from .frames import (
 )
 from .hourglass import compare
 from .measure import Progress, peaks, times
+from .motion import Keypoints, generate_motion, load_keypoints
 from .report import Result, report
 
 _HOURGLASS_WINDOWS = 2

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..baselines import cluster_dpc_knn_eager
 from ..errors import fail
-from ..motion import PARENTS, Array, Keypoints, looks_like_pixels, normalise
+from ..models import strategies
 from ..ops.dpc_knn import DensityPeaks, dpc_knn
+from .motion import PARENTS, Array, Keypoints, looks_like_pixels, normalise
 
 CHUNK = 64
 """Frames embedded at a time."""
@@ -181,9 +182,8 @@ CHOOSERS = {"eager": chosen_by_eager, "hotkernels": chosen_by_hotkernels}
 
 def interpolate(xy: Array, kept: Array, frames: int) -> Array:
     """Bring `frames` poses back from the kept ones: linear in time, constant before the first and after the last."""
-    flat = xy[kept].reshape(len(kept), -1)
-    time = np.arange(frames)
-    return np.stack([np.interp(time, kept, column) for column in flat.T], 1).reshape(frames, *xy.shape[1:])
+    poses, index = torch.from_numpy(xy[kept]), torch.from_numpy(kept)
+    return strategies.interpolate(poses[None], index[None], frames)[0].numpy()
 
 
 def bring_back(xy: Array, chosen: list[Tensor], starts: list[int], window: int) -> Array:

@@ -11,26 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as fused
-from ..baselines import AttentionEager, TokenRecoveryEager, cluster_dpc_knn_eager, gather_tokens_eager
+from ..baselines import AttentionEager, TokenPruningEager, TokenRecoveryEager
 from .measure import Pair, peaks, times
 
 _HEADS = 8
-
-
-class TokenPruningEager(nn.Module):
-    """Pruning as HoT publishes it; arguments and state_dict keys as hotkernels.nn.TokenPruning."""
-
-    def __init__(self, dim: int, token_num: int, k: int = 2) -> None:
-        super().__init__()
-        self.token_num, self.k = token_num, k
-        self.pos_embed_token = nn.Parameter(torch.zeros(1, token_num, dim))
-
-    def forward(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Prune x [B, F, J, C] to [B, M, J, C]."""
-        if index is None:
-            noise = torch.rand(x.shape[:2]) * 1e-6
-            index = cluster_dpc_knn_eager(x.mean(2), self.token_num, self.k, noise)[0].sort().values
-        return gather_tokens_eager(x, index, self.pos_embed_token), index
 
 
 class Hourglass(nn.Module):

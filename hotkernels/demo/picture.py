@@ -11,8 +11,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..motion import PARENTS, Array
 from .frames import Prepared, interpolate
+from .motion import PARENTS, Array
 
 if TYPE_CHECKING:
     from .report import Result

@@ -13,7 +13,8 @@ from ..errors import check_ascending, check_bool, check_float, check_int, check_
 from ..nn import Attention, CrossAttention
 from ..nn.attention import check_dim
 from ..nn.hourglass import recover_tokens
-from ..nn.linear import add_linear, is_idle, linear, unrecorded, untouched
+from ..nn.linear import add_linear, linear, unrecorded
+from ..nn.plain import is_idle, is_plain
 from ..ops.gather_tokens import gather_tokens
 from .strategies import SELECT, Scene, Select, interpolate
 
@@ -38,9 +39,9 @@ class Mlp(nn.Module):
         return self.drop(linear(self.fc2, self.hidden(x)))
 
 
-def is_plain(mlp: nn.Module) -> TypeGuard[Mlp]:
+def is_plain_mlp(mlp: nn.Module) -> TypeGuard[Mlp]:
     """Whether nobody has replaced or hooked an Mlp."""
-    return type(mlp) is Mlp and untouched(mlp)
+    return is_plain(mlp, Mlp)
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -82,7 +83,7 @@ def after_attention(
 ) -> Tensor:  # fmt: skip
     """The rest of a pre-norm block, token by token: x and what its attention took, both [B, F, J, C], to the output."""
     x = add_layer(x, attention.proj, attended, attention.proj_drop, depths[0], out)
-    if is_plain(mlp):
+    if is_plain_mlp(mlp):
         return add_layer(x, mlp.fc2, mlp.hidden(norm2(x)), mlp.drop, depths[1], out)
     return add_branch(x, mlp(norm2(x)), depths[1], out)
 
@@ -138,7 +139,7 @@ def pruned_block(
     depths = [stochastic_depth(x, -3, drop_path) for _ in range(2)]
     rest = functools.partial(after_attention, attention=attention, norm2=norm2, mlp=mlp, depths=depths)
     attended = attention.attend(norm1(x), -3)
-    if not (is_plain(mlp) and is_idle(mlp.drop) and is_idle(attention.proj_drop)):  # may not do the same twice
+    if not (is_plain_mlp(mlp) and is_idle(mlp.drop) and is_idle(attention.proj_drop)):  # may not do the same twice
         out = rest(x, attended)
         index = choose(out)
         return gather_tokens(out, index), index

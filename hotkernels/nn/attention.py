@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..errors import check_float, check_int, check_probability, check_tensor, fail
 from ..ops.gathered_attention.api import MAX_HEAD_DIM, packed_attention, unpack
 from ..ops.recovery_attention import recovery_attention
-from .linear import dropout_p, is_bare, is_plain_drop, linear, multiply, unrecorded
+from .linear import linear, multiply, unrecorded
+from .plain import DROPS, dropout_p, is_plain
 
 _LARGE = 32 << 20  # bytes; larger blocks glibc's malloc maps anew every time, and fresh pages take long
 _PIECE = 1536  # tokens of a thread; of 512 to 4,096 the fastest for 512 channels
@@ -68,14 +69,7 @@ class Attention(nn.Module):
 
     def attend(self, x: Tensor, along: int = -2) -> Tensor:
         """Everything before `proj`; arguments and the result's shape as `forward`."""
-        if along not in (-2, -3):
-            fail("Attention", "along", "-2 or -3", along)
-        if not isinstance(x, Tensor) or x.dim() < 3 or (along == -3 and x.dim() != 4):
-            layout = "[..., N, C] with along = -2, or [B, F, J, C] with along = -3"
-            check_tensor("Attention", "x", x, layout, None)
-            fail("Attention", "x", layout, list(x.shape))
-        done = [_attend(self, piece, along) for piece in _pieces(x, self)]
-        return done[0] if len(done) == 1 else torch.cat(done)
+        return self_attention(self, x, along)
 
 
 class CrossAttention(nn.Module):
@@ -126,36 +120,56 @@ class CrossAttention(nn.Module):
         Returns:
             [B, L, C] or [B, L, J, C].
         """
-        tensors = isinstance(x_1, Tensor) and isinstance(x_2, Tensor) and isinstance(x_3, Tensor)
-        if not tensors or x_2.dim() not in (3, 4) or x_3.dim() != x_2.dim():
-            check_tensor("CrossAttention", "x_1", x_1, "[B, L, C] or [L, C]", None)
-            for arg, x in {"x_2": x_2, "x_3": x_3}.items():
-                layout = "[B, M, C] or [B, M, J, C]" + " as x_2" * (x is x_3)
-                check_tensor("CrossAttention", arg, x, layout, None)
-                if x.dim() not in ((3, 4) if x is x_2 else (x_2.dim(),)):
-                    fail("CrossAttention", arg, layout, list(x.shape))
-        if x_1.dim() == 3:
-            if x_1.shape[0] not in (1, x_2.shape[0]):
-                fail("CrossAttention", "x_1", f"[B, L, C] with x_2's B = {x_2.shape[0]}", list(x_1.shape))
-            if x_1.shape[0] == 1 or (x_1.shape[0] > 0 and x_1.stride(0) == 0):
-                x_1 = x_1[0]
-        # [B, L, (J,) C] -> [B, (J,) H, L, D], a view
-        query, key, value = (
-            _split_heads(t, self.num_heads) for t in (linear(self.linear_q, x_1), *self._keys_and_values(x_2, x_3))
-        )
-        if not is_plain_drop(self.attn_drop):
-            return _merge_heads(_unfused(self, query, key, value))
-        return _merge_heads(
-            recovery_attention(query, key, value, scale=self.scale, dropout_p=dropout_p(self.attn_drop))
-        )
+        return cross_attention(self, x_1, x_2, x_3)
 
-    def _keys_and_values(self, x_2: Tensor, x_3: Tensor) -> tuple[Tensor, Tensor]:
-        if x_2 is not x_3 or not (is_bare(self.linear_k) and is_bare(self.linear_v)):
-            return linear(self.linear_k, x_2), linear(self.linear_v, x_3)
-        weight = torch.cat([self.linear_k.weight, self.linear_v.weight])
-        bias = None if self.linear_k.bias is None else torch.cat([self.linear_k.bias, self.linear_v.bias])
-        key, value = multiply(x_2, weight, bias).chunk(2, -1)
-        return key, value
+
+def self_attention(module: Any, x: Tensor, along: int = -2) -> Tensor:
+    """`Attention.attend` for any module that has its qkv, num_heads, scale and attn_drop."""
+    if along not in (-2, -3):
+        fail("Attention", "along", "-2 or -3", along)
+    if not isinstance(x, Tensor) or x.dim() < 3 or (along == -3 and x.dim() != 4):
+        layout = "[..., N, C] with along = -2, or [B, F, J, C] with along = -3"
+        check_tensor("Attention", "x", x, layout, None)
+        fail("Attention", "x", layout, list(x.shape))
+    done = [_attend(module, piece, along) for piece in _pieces(x, module)]
+    return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def cross_attention(module: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tensor:
+    """`CrossAttention.attend` for any module that has its projections, num_heads, scale and attn_drop."""
+    tensors = isinstance(x_1, Tensor) and isinstance(x_2, Tensor) and isinstance(x_3, Tensor)
+    if not tensors or x_2.dim() not in (3, 4) or x_3.dim() != x_2.dim():
+        check_tensor("CrossAttention", "x_1", x_1, "[B, L, C] or [L, C]", None)
+        for arg, x in {"x_2": x_2, "x_3": x_3}.items():
+            layout = "[B, M, C] or [B, M, J, C]" + " as x_2" * (arg == "x_3")
+            check_tensor("CrossAttention", arg, x, layout, None)
+            if x.dim() not in (3, 4) or x.dim() != x_2.dim():
+                fail("CrossAttention", arg, layout, list(x.shape))
+    if x_1.dim() == 3:
+        if x_1.shape[0] not in (1, x_2.shape[0]):
+            fail("CrossAttention", "x_1", f"[B, L, C] with x_2's B = {x_2.shape[0]}", list(x_1.shape))
+        if x_1.shape[0] == 1 or (x_1.shape[0] > 0 and x_1.stride(0) == 0):
+            x_1 = x_1[0]
+    if x_1.dim() not in (2, x_2.dim()):
+        fail("CrossAttention", "x_1", "[B, L, C] or [L, C]", list(x_1.shape))
+    # [B, L, (J,) C] -> [B, (J,) H, L, D], a view
+    query, key, value = (
+        _split_heads(t, module.num_heads) for t in (linear(module.linear_q, x_1), *_keys_and_values(module, x_2, x_3))
+    )
+    if not is_plain(module.attn_drop, *DROPS):
+        return _merge_heads(_unfused(module, query, key, value))
+    return _merge_heads(
+        recovery_attention(query, key, value, scale=module.scale, dropout_p=dropout_p(module.attn_drop))
+    )
+
+
+def _keys_and_values(module: Any, x_2: Tensor, x_3: Tensor) -> tuple[Tensor, Tensor]:
+    if x_2 is not x_3 or not (is_plain(module.linear_k, nn.Linear) and is_plain(module.linear_v, nn.Linear)):
+        return linear(module.linear_k, x_2), linear(module.linear_v, x_3)
+    weight = torch.cat([module.linear_k.weight, module.linear_v.weight])
+    bias = None if module.linear_k.bias is None else torch.cat([module.linear_k.bias, module.linear_v.bias])
+    key, value = multiply(x_2, weight, bias).chunk(2, -1)
+    return key, value
 
 
 def _attend(module: Any, x: Tensor, along: int) -> Tensor:
@@ -163,7 +177,7 @@ def _attend(module: Any, x: Tensor, along: int) -> Tensor:
     if along == -2:
         qkv = qkv.flatten(0, -5)
     drop = module.attn_drop
-    plain = is_plain_drop(drop)
+    plain = is_plain(drop, *DROPS)
     out = packed_attention(qkv, module.scale, dropout_p(drop)) if plain else _unfused(module, *unpack(qkv))
     return _merge_heads(out).reshape(x.shape)
 
@@ -177,7 +191,7 @@ def _unfused(module: Any, *heads: Tensor) -> Tensor:
 def _pieces(x: Tensor, module: Any) -> tuple[Tensor, ...]:
     """Some samples of x at a time where their projection is large, without autograd, on a CPU: some 8 % faster."""
     large = unrecorded(x) and 3 * x.numel() * x.element_size() > _LARGE
-    if large and is_bare(module.qkv) and is_plain_drop(module.attn_drop):
+    if large and is_plain(module.qkv, nn.Linear) and is_plain(module.attn_drop, *DROPS):
         return x.split(max(1, _PIECE * torch.get_num_threads() // x[0, ..., 0].numel()))
     return (x,)
 

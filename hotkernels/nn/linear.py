@@ -1,8 +1,8 @@
 """Linear layers on the CPU by the faster of oneDNN and MKL: float32, bias and GELU within the matrix product.
 
-PyTorch multiplies float32 with MKL, which leaves AMD cores with AVX-512 partly idle: 94 against 195 GF/s on a Zen 5,
-84 against 103 on a Zen 4. On a Xeon both reach 145 GF/s, and with the backward pass MKL 140, oneDNN 122: there oneDNN
-is called for GELU alone, which it computes on the way (8,262 tokens from 512 to 1,024 channels: 77 ms, not 94).
+PyTorch multiplies float32 with MKL, which leaves AMD cores with AVX-512 partly idle: 94 GFLOP/s where oneDNN reaches
+195 on a Zen 5, 84 and 103 on a Zen 4. On a Xeon both reach 145, and with the backward pass MKL 140, oneDNN 122: there
+oneDNN is called for GELU alone, which it computes on the way (8,262 tokens from 512 to 1,024 channels: 77 ms, not 94).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
-from torch.nn.modules.module import _has_any_global_hook
 
-from ..backends import FROM_ENVIRONMENT, LIBRARIES, differentiable_once, is_transformed, wants_grad
+from ..backends import FROM_ENVIRONMENT, LIBRARIES
+from ..operators import differentiable_once, is_transformed, wants_grad
+from .plain import is_plain
 
 _PLAIN = (Tensor, nn.Parameter)
-DROPS = (nn.Dropout, nn.Identity)
 _HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -32,36 +32,6 @@ _LEAST = 1 << 22
 _LEAST_ROWS = 192 if _MKL_IS_FAST else 32
 
 
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether calling a layer calls something else, too."""
-    return bool(layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
-
-
-def untouched(layer: nn.Module) -> bool:
-    """Whether calling a layer is calling its class's forward: no hook (as weight_norm is), no other forward."""
-    return not (has_hooks(layer) or _has_any_global_hook() or "forward" in vars(layer))
-
-
-def is_bare(layer: nn.Module) -> bool:
-    """Whether a layer is its weight and bias alone: an nn.Linear, no class derived from it, and untouched."""
-    return type(layer) is nn.Linear and untouched(layer)
-
-
-def is_plain_drop(drop: nn.Module) -> bool:
-    """Whether what stands in a Dropout's place is one, or an Identity, and calling it does nothing else."""
-    return type(drop) in DROPS and untouched(drop)
-
-
-def dropout_p(drop: nn.Module) -> float:
-    """The probability with which a Dropout, or an Identity in its place, drops in its present mode."""
-    return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
-
-
-def is_idle(drop: nn.Module) -> bool:
-    """Whether what stands in a Dropout's place lets everything through, in its present mode, and does nothing else."""
-    return is_plain_drop(drop) and not dropout_p(drop)
-
-
 def unrecorded(x: Tensor) -> bool:
     """Whether a call on x just computes, on a CPU, and nobody records how: it may do so in pieces."""
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -70,7 +40,7 @@ def unrecorded(x: Tensor) -> bool:
 
 def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
     """layer(x), or gelu(layer(x)), for an nn.Linear."""
-    if is_bare(layer):
+    if is_plain(layer, nn.Linear):
         return multiply(x, layer.weight, layer.bias, gelu)
     out = layer(x)
     return F.gelu(out) if gelu else out
@@ -78,7 +48,9 @@ def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
 
 def add_linear(residual: Tensor, layer: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
     """residual + layer(x), of one shape; without autograd into a contiguous `out`, which may be the residual."""
-    if out is None or not (_MKL_IS_FAST and is_bare(layer) and layer.bias is not None and _served(x, layer.weight)):
+    if out is None or not (
+        _MKL_IS_FAST and is_plain(layer, nn.Linear) and layer.bias is not None and _served(x, layer.weight)
+    ):
         return torch.add(residual, linear(layer, x), out=out)
     # MKL adds to what is there: one pass over the result less.
     torch.add(residual, layer.bias, out=out)

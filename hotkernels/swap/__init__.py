@@ -2,10 +2,10 @@
 
 A swapped module stays the same object: only its class becomes a subclass of its own class, made for the purpose, whose
 `forward` is fused. Parameters, buffers, hooks, flags, state_dict keys and isinstance checks are therefore untouched;
-deepcopy and pickle name the original class and what was swapped, and make the subclass again. One attribute more, which
-goes with the class, has what the module held, so that what changes since is noticed. A clustering function is
-replaced by giving that subclass a copy of the method in which the function has another name, one that is added to the
-file's globals, so that other models of the file, and the function itself, stay as they are. Where the method calls
+deepcopy and pickle name the original class and what was swapped, and make the subclass again. One more attribute, which
+goes with the class, records what the module held at the swap, so that later changes are noticed. A clustering function
+is replaced by giving that subclass a copy of the method in which the function has another name, one that is added to
+the file's globals, so that other models of the file, and the function itself, stay as they are. Where the method calls
 `utils.cluster_dpc_knn`, the other name is that of a module which is `utils` but for that function.
 """
 

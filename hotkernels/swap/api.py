@@ -22,9 +22,9 @@ from .watch import SEEN, seen
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What `swap` did to a model; prints as a table, in which paths that differ in numbers share a line.
+    """What `swap` did to a model; prints as a table.
 
-    But not where such a line would name modules of which another line says something else: there they keep the numbers.
+    Paths that differ in numbers alone share a line, unless the report says different things of them.
 
     Attributes:
         replaced: (path, kind) of every module with a fused forward.
@@ -58,10 +58,7 @@ class SwapReport:
             lines += [title, *rows] if rows else []
         if self.choices:
             chosen, others = self.choices
-            lines += [
-                "choices",
-                f"  {others} of {chosen} tokens kept are not the model's own choice: near ties",
-            ]
+            lines += ["choices", f"  {others} of {chosen} tokens kept are not the model's own choice: near ties"]
         return "\n".join(lines)
 
 
@@ -115,12 +112,12 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
             ``swap: example_inputs must be ...`` where the model cannot run on them. The model is then as it was.
 
     Numerics: as the operators; the random numbers drawn are those of the original. Training with dropout on the
-        probabilities runs the original forward, as such dropout draws in its own layout. Probes run on the
-        model's own devices, with random parameters: outputs and gradients of a few tokens, outputs alone of some
-        hundred, in the model's dtypes and, for half precision, in float32. They compare to the root of the dtype's
-        epsilon (in half precision 8 epsilons), as does the check by example_inputs, which sees what probes do not: a
-        window of 512 tokens. `torch.func` transforms and `torch.jit.trace` do not see into the fused operators: unswap
-        for them.
+        probabilities runs the original forward, as such dropout draws in its own layout. Probes run on the model's own
+        devices, with random parameters: outputs and gradients of a few tokens, outputs alone of some hundred, in the
+        model's dtypes and, for half precision, in float32. They allow differences up to the root of the dtype's epsilon
+        (in half precision 8 epsilons), relative to the largest value, as does the check by example_inputs, which sees
+        what probes do not: a window of 512 tokens. `torch.func` transforms and `torch.jit.trace` do not see into the
+        fused operators: unswap for them.
 
     Cost: no memory; milliseconds per form and size of attention.
 
@@ -327,13 +324,13 @@ def _stand_ins(
             theirs = look_up(names, path)
             if isinstance(ours, tuple):
                 target: Any = renamed(ours, theirs.__globals__)
-            elif theirs.__name__.startswith("cluster"):
+            elif theirs.__name__.startswith("cluster"):  # merge_tokens has no choices: it is theirs or ours
                 target = stand_in(theirs, ours)
             else:
                 target = ours if fused else ()
             if target:
                 out.append((path, target))
-        kept = hidden_names(renames).values()  # for other models of the file
+        kept = hidden_names(renames).values()  # by which other swapped models of the file call ours: they stay
         installed.extend((names, hidden[0]) for hidden in hidden_names(tuple(out)).values() if hidden not in kept)
         return tuple(out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 # name -> what that one calls instead.
 Renames = tuple[tuple[str, Any], ...]
 Calls = tuple[tuple[str, Renames], ...]  # the same per method
+_OF_TWINS = ("kind", "fits", "examples", "long_examples", "describe")
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -33,6 +35,10 @@ def subclass(original: type[nn.Module], twin: type | None, calls: Calls = ()) ->
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_ex,
     }
+    # A twin lends its forward. What else it has by the names of Twin is no business of the module's own code, which may
+    # have the same names.
+    own = {name for name in _OF_TWINS if twin is not None and hasattr(original, name)}
+    namespace |= {name: inspect.getattr_static(original, name) for name in own}
     for method, renames in calls:
         namespace[method] = _calling(getattr(original, method), renames)
     parents = (original,) if twin is None else (twin, original)

@@ -176,6 +176,14 @@ def _find_renames(function: FunctionType, callers: tuple[FunctionType, ...], ref
         refused.update(
             (path, "from inside itself, it is called as it was") for path, f in targets.items() if f is function
         )
+    _refuse_held(function, callers, {path.rpartition(".")[2] for path in targets}, refused)
+    return tuple(renames)
+
+
+def _refuse_held(
+    function: FunctionType, callers: tuple[FunctionType, ...], called: set[str], refused: dict[str, str]
+) -> None:
+    """Add to `refused` the published functions that a function reaches otherwise than by a name of its file."""
     wrapped = vars(function).get("__wrapped__")
     for name, held in _closure(function).items():
         inner: dict[str, str] = {}
@@ -189,13 +197,12 @@ def _find_renames(function: FunctionType, callers: tuple[FunctionType, ...], ref
         inner = {}
         if _replacement(default, callers, inner) or inner:
             refused[name] = "the default of an argument holds it"
-    for name in FORMS.keys() - {path.rpartition(".")[2] for path in targets} - refused.keys():
-        uses = _uses(code, name)
+    for name in FORMS.keys() - called - refused.keys():
+        uses = _uses(function.__code__, name)
         if "IMPORT_FROM" in uses:
             refused[name] = "it is imported inside the function"
         elif uses & {*_ATTRIBUTES}:
             refused[name] = "it is an attribute of an object"
-    return tuple(renames)
 
 
 def _replacement(target: Any, callers: tuple[FunctionType, ...], refused: dict[str, str]) -> Any:

@@ -13,8 +13,9 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils import _pytree as pytree
 
 from ..errors import HALF, fail
-from ..nn.attention import Attention, CrossAttention
-from ..nn.linear import DROPS, has_hooks, is_idle, linear
+from ..nn.attention import Attention, CrossAttention, cross_attention, self_attention
+from ..nn.linear import linear
+from ..nn.plain import DROPS, has_hooks, is_idle
 from ..ops.gathered_attention import gathered_attention
 from ..ops.gathered_attention.api import MAX_HEAD_DIM
 from . import probe
@@ -315,7 +316,7 @@ class _Attention(_Published):
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
         if not _served(self, _QKV, (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
-        return _project(self, Attention.attend(self, x))
+        return _project(self, self_attention(self, x))
 
 
 @register_twin
@@ -339,7 +340,7 @@ class _FramesAttention(_Published):
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
         if self.mode not in _ALONG or not _served(self, _QKV, (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
-        return _project(self, Attention.attend(self, x, _ALONG[self.mode]))
+        return _project(self, self_attention(self, x, _ALONG[self.mode]))
 
 
 @register_twin
@@ -371,8 +372,8 @@ class _SequenceAttention(_Published):
         if self.mode not in _ALONG or not _served(self, _QKV, (x,), *more, *named.values()):
             return super().forward(x, seqlen, *more, **named)
         if self.mode == "spatial":
-            return _project(self, Attention.attend(self, x))
-        return _project(self, Attention.attend(self, x.unflatten(0, (-1, seqlen)), along=-3).flatten(0, 1))
+            return _project(self, self_attention(self, x))
+        return _project(self, self_attention(self, x.unflatten(0, (-1, seqlen)), along=-3).flatten(0, 1))
 
 
 @register_twin
@@ -380,7 +381,6 @@ class _CrossAttention(_Published):
     """HoT and MHFormer: forward(x_1 [B, L, C], x_2 [B, M, C], x_3 [B, M, C])."""
 
     kind = "cross-attention"
-    _keys_and_values = CrossAttention._keys_and_values
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
@@ -401,7 +401,7 @@ class _CrossAttention(_Published):
     def forward(self: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor, *more: Any, **named: Any) -> Any:
         if not _served(self, _Q_K_V, (x_1, x_2, x_3), *more, *named.values()):
             return super().forward(x_1, x_2, x_3, *more, **named)
-        return _project(self, CrossAttention.attend(self, x_1, x_2, x_3))
+        return _project(self, cross_attention(self, x_1, x_2, x_3))
 
 
 @register_twin
@@ -413,11 +413,11 @@ class _TokenAttention(_Published):
     """
 
     kind = "attention over tokens with scores"
-    _file: ClassVar[Any]  # the names of the file that has token2map
+    _hotkernels_file: ClassVar[Any]  # the names of the file that has token2map
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._file = _file_with_token2map(vars(cls)["_hotkernels_original"])
+        cls._hotkernels_file = _file_with_token2map(vars(cls)["_hotkernels_original"])
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
@@ -446,7 +446,7 @@ class _TokenAttention(_Published):
         keys, score = kv_dict["x"], kv_dict.get("token_score")
         if _reduces(self):
             both = keys if score is None else torch.cat([keys, score], -1)
-            pixels = self._file["token2map"]({**kv_dict, "x": both, "map_size": q_dict["map_size"]})
+            pixels = self._hotkernels_file["token2map"]({**kv_dict, "x": both, "map_size": q_dict["map_size"]})
             keys, score = _reduced(self, pixels[:, : keys.shape[-1]]), pixels[:, keys.shape[-1] :]
             score = _pooled(self, score) if score.shape[1] else None
         return _attend(self, q_dict["x"], keys, score)

@@ -26,7 +26,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver as triton_driver
 
 import hotkernels
-from hotkernels import backends, launcher
+from hotkernels import backends, launcher, operators
 from hotkernels.launcher import Launch
 from hotkernels.ops.gathered_attention import launches, launches_backward
 
@@ -174,7 +174,7 @@ def main() -> None:
         kernels["triton"] = dataclasses.replace(kernels["triton"], device="cpu")
         parts = ("fwd", "bwd", "packed_bwd")[: 3 if op == "gathered_attention" else 2]
         for module, names in (("launches", parts[:1]), ("launches_backward", parts[1:])):
-            backends.implement_in_triton(
+            operators.implement_in_triton(
                 *(f"{op}_{name}" for name in names), module=f"hotkernels.ops.gathered_attention.{module}"
             )
     with stub_driver(), mock.patch.object(torch.cuda, "current_device", _cpu):

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...backends import Kernel, call, choose, fake, register
-from ...errors import FLOATING, INTEGER, INTS, check_bool, check_index, check_int, check_tensor, fail
+from ...backends import Kernel, call, choose, register
+from ...errors import FLOATING, FUSED, INTEGER, INTS, check_bool, check_index, check_int, check_tensor, fail
+from ...operators import fake
 from .reference import dpc_knn_reference
 
 _OP = "dpc_knn"
@@ -17,8 +18,8 @@ _K = 5
 register(
     _OP,
     torch=Kernel(FLOATING),
-    cpp=Kernel((torch.float32, torch.float16, torch.bfloat16), device="cpu", library="_C_cpu"),
-    cuda=Kernel((torch.float32, torch.float16, torch.bfloat16), device="cuda", library="_C_cuda"),
+    cpp=Kernel(FUSED, device="cpu", library="_C_cpu"),
+    cuda=Kernel(FUSED, device="cuda", library="_C_cuda"),
 )
 
 

@@ -7,29 +7,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ...backends import (
-    TRITON_DEVICE,
-    Kernel,
-    choose_attention,
-    composite,
-    differentiable_once,
-    fake,
-    implement_in_triton,
-    register,
-    wants_grad,
-    why_not,
-)
-from ...errors import FLOATING, INTEGER, check_bool, check_float, check_index, check_tensor, fail
+from ...backends import TRITON_DEVICE, Kernel, choose_attention, register
+from ...errors import FLOATING, FUSED, INTEGER, check_bool, check_float, check_index, check_tensor, fail
+from ...operators import composite, differentiable_once, fake, implement_in_triton, wants_grad
 from ..invert_index import InvertedIndex
-from ..invert_index.reference import invert_index_reference
 from .reference import gathered_attention_reference
 
 _OP = "gathered_attention"
 MAX_HEAD_DIM = 256
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 register(
     _OP,
-    triton=Kernel(TRITON_DTYPES, device=TRITON_DEVICE, library="triton"),
+    triton=Kernel(FUSED, device=TRITON_DEVICE, library="triton"),
     cpp=Kernel(FLOATING, device="cpu", library="_C_cpu"),
     torch=Kernel(FLOATING),
 )
@@ -74,7 +62,7 @@ class GatheredAttention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         if index is not None and start is None:
             rows = index if index.dim() == 2 else index.flatten(-2)
-            start, slots = _inverted(rows, key.shape[-2])
+            start, slots = torch.ops.hotkernels.invert_index(rows, key.shape[-2])
         grad_query, grad_key, grad_value, grad_bias, grad_key_bias = torch.ops.hotkernels.gathered_attention_bwd(
             grad_out, grad_lse, query, key, value, out, lse, index, start, slots, bias, key_bias, ctx.scale,
             need_bias, need_key_bias,
@@ -90,14 +78,6 @@ class GatheredAttention(torch.autograd.Function):
             grad_key_bias.sum(-2).sum_to_size(key_bias.shape) if need_key_bias else None,
             None,
         )
-
-
-def _inverted(rows: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """invert_index where it has no kernel, too: Triton's attention needs no CUDA library, which has that kernel."""
-    if all(why_not("invert_index", backend, rows.device.type, rows.dtype) for backend in ("cpp", "cuda")):
-        return invert_index_reference(rows, num_tokens)
-    start, slots = torch.ops.hotkernels.invert_index(rows, num_tokens)
-    return start, slots
 
 
 class PackedAttention(torch.autograd.Function):
@@ -149,10 +129,9 @@ def checked_heads(
     kind = device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        narrow = (torch.float32, torch.float16, torch.bfloat16)  # not float64
         query, key, value = (
-            t.to(dtype) if isinstance(t, Tensor) and t.dtype in narrow else t for t in (query, key, value)
-        )
+            t.to(dtype) if isinstance(t, Tensor) and t.dtype in FUSED else t for t in (query, key, value)
+        )  # not float64
     dtypes = (query.dtype,)
     check_tensor(op, "key", key, layout, dtypes, device=device)
     check_tensor(op, "value", value, layout, dtypes, device=device)

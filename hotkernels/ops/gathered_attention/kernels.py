@@ -4,7 +4,7 @@ Tensors are [B, J, H, N, D] behind any strides, J being 1 where there is one bat
 loaded. Logits are kept in powers of two: those of the definition times log2(e). Three kernels:
 - long: an online softmax over blocks of slots;
 - short: a few pairs of sequence and head per program, of at most 32 queries and slots each;
-- each: for slots of each query's own, without matrix products, which would have a single row.
+- per_query: for slots of each query's own, without matrix products, which would have a single row.
 """
 
 import math

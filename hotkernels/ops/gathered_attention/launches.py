@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import fail
+from ...errors import FUSED, fail, names
 from ...launcher import Launch, cdiv, is_aligned, launch, next_power_of_2
+from .api import MAX_HEAD_DIM, token_major
 from .kernels import (
     gathered_attention_long_fwd_kernel,
     gathered_attention_per_query_fwd_kernel,
@@ -23,7 +24,6 @@ Strides = tuple[int, ...]
 # last so many are remembered.
 Layouts = tuple[Any, ...]
 PLANS = 512
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST = 2**31 - 4097  # of what kernels count in 32 bits: they count to the end of a block
 
 
@@ -56,9 +56,11 @@ class Problem:
             )
         if query.shape != heads and query.shape != heads[-3:]:
             fail(op, "query", f"[*batch, H, Nq, D] = {list(heads)} with key's batch", list(query.shape))
-        if not 1 <= self.D <= 256 or self.Nq < 1 or self.Nk < 1:
-            fail(op, "query", "of a head dim in [1, 256], with a token and a key", list(query.shape))
-        if not query.dtype == key.dtype == value.dtype or query.dtype not in DTYPES:
+        if not 1 <= self.D <= MAX_HEAD_DIM or self.Nq < 1 or self.Nk < 1:
+            fail(op, "query", f"of a head dim in [1, {MAX_HEAD_DIM}], with a token and a key", list(query.shape))
+        if query.dtype not in FUSED:
+            fail(op, "query", f"a tensor of {names(FUSED)}", names([query.dtype]), TypeError)
+        if not query.dtype == key.dtype == value.dtype:
             fail(op, "key and value", f"of query's dtype {query.dtype}", f"{key.dtype} and {value.dtype}", TypeError)
         self.S, self.index_strides = self.Nk, (0, 0, 0, 0)
         self.per_query = self.per_head = False
@@ -117,9 +119,7 @@ class Problem:
 
     def token_major(self, like: Tensor, N: int) -> Tensor:
         """An empty [*batch, H, N, D] stored [B, N, (J,) H, D]."""
-        if len(self.batch) == 1:
-            return like.new_empty(self.B, N, self.H, self.D).transpose(1, 2)
-        return like.new_empty(self.B, N, self.J, self.H, self.D).permute(0, 2, 3, 1, 4)
+        return token_major(like, (*self.batch, self.H, N, self.D))
 
 
 def strides(t: Tensor) -> Strides:

@@ -275,7 +275,7 @@ class Backward:
         )
         self.jobs.append((job, names))
 
-    def _dense(
+    def _add_shared(
         self,
         kernel: Any,
         programs: int,
@@ -300,7 +300,7 @@ class Backward:
             self.tensors["grad_q"] = self.lse.new_empty(groups, p.H, p.Nq, p.D)
         if delta:
             self.tensors["delta"] = torch.empty_like(self.lse)
-        self._dense(gathered_attention_fused_bwd_kernel, groups, turns, p.BLOCK_D, (self.shared_query, G), blocks)
+        self._add_shared(gathered_attention_fused_bwd_kernel, groups, turns, p.BLOCK_D, (self.shared_query, G), blocks)
 
     def _split(self) -> None:
         p = self.problem
@@ -311,9 +311,9 @@ class Backward:
             self.tensors["grad_q"] = self.lse.new_empty(groups, p.H, p.Nq, p.D)
         self.tensors["delta"] = torch.empty_like(self.lse)
         kernel, shared = gathered_attention_queries_bwd_kernel, (self.shared_query,)
-        self._dense(kernel, groups * row_blocks, turns, p.BLOCK_D, shared, blocks)
+        self._add_shared(kernel, groups * row_blocks, turns, p.BLOCK_D, shared, blocks)
         column_blocks = p.sequences * cdiv(p.S, of_keys.N)
-        self._dense(gathered_attention_keys_bwd_kernel, column_blocks, 1, p.BLOCK_D, (), of_keys)
+        self._add_shared(gathered_attention_keys_bwd_kernel, column_blocks, 1, p.BLOCK_D, (), of_keys)
 
     def _bias(self) -> None:
         """grad_bias of every sequence, or where the bias has no batch its sum, in parts."""
@@ -328,7 +328,7 @@ class Backward:
             self._parted.append(3)
             shape = (parts, *[1] * len(p.batch), p.H, p.Nq, p.S)
         self.tensors["grad_bias"] = self.lse.new_empty(shape)
-        self._dense(gathered_attention_bias_bwd_kernel, parts * tiles, turns, channels, (), blocks)
+        self._add_shared(gathered_attention_bias_bwd_kernel, parts * tiles, turns, channels, (), blocks)
 
     def _per_query(self, need_bias: bool) -> None:
         p, t = self.problem, self.tensors

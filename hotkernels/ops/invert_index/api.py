@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...backends import LIBRARIES, Kernel, call, choose, fake, register
+from ...backends import LIBRARIES, Kernel, call, choose, register
 from ...errors import INTEGER, check_index, check_int, check_tensor, fail
+from ...operators import fake
 from .reference import invert_index_reference
 
 _OP = "invert_index"

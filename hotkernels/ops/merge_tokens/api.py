@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import Kernel, choose, composite, differentiable_once, fake, register, wants_grad
+from ...backends import Kernel, choose, register
 from ...errors import FLOATING, HALF, INTEGER, check_float, check_index, check_int, check_tensor, fail, matches
+from ...operators import composite, differentiable_once, fake, wants_grad
 from .reference import merge_tokens_reference
 
 _OP = "merge_tokens"

@@ -7,20 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import (
-    TRITON_DEVICE,
-    Kernel,
-    choose_attention,
-    composite,
-    differentiable_once,
-    fake,
-    implement_in_triton,
-    register,
-    wants_grad,
-)
-from ...errors import FLOATING, check_tensor, fail
+from ...backends import TRITON_DEVICE, Kernel, choose_attention, register
+from ...errors import FLOATING, FUSED, check_tensor, fail
+from ...operators import composite, differentiable_once, fake, implement_in_triton, wants_grad
 from ..gathered_attention.api import (
-    TRITON_DTYPES,
     broadcastable,
     check_scale,
     checked_heads,
@@ -32,7 +22,7 @@ from .reference import mask_bias, recovery_attention_reference
 _OP = "recovery_attention"
 register(
     _OP,
-    triton=Kernel(TRITON_DTYPES, device=TRITON_DEVICE, library="triton"),
+    triton=Kernel(FUSED, device=TRITON_DEVICE, library="triton"),
     cpp=Kernel(FLOATING, device="cpu", library="_C_cpu"),
     torch=Kernel(FLOATING),
 )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import fail
+from ..errors import fail
 
 Array = NDArray[np.float64]
 
