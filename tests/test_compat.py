@@ -112,6 +112,17 @@ def test_hot_center_is_left_to_the_caller(length: int) -> None:
     assert (frames.diff(dim=1) > 0).all()
 
 
+def test_merge_takes_an_idx_token_that_is_on_the_cpu() -> None:
+    """As Chat-UniVi makes it, wherever the tokens are; here they are on the meta device."""
+    tokens = {
+        "x": torch.empty(2, 9, 4, device="meta"),
+        "idx_token": torch.arange(9).expand(2, -1),
+        "agg_weight": torch.empty(2, 9, 1, device="meta"),
+    }
+    out = chat_univi.merge_tokens(tokens, torch.empty(2, 9, dtype=torch.int64, device="meta"), 3)
+    assert {t.device.type for t in (out["x"], out["idx_token"], out["agg_weight"])} == {"meta"}
+
+
 @pytest.mark.parametrize("center", [9, -10])
 def test_hot_center_is_one_of_the_tokens(center: int) -> None:
     with pytest.raises(

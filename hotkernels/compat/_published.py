@@ -91,7 +91,8 @@ def merge(
     x, idx_token, agg_weight = (entry(op, token_dict, key) for key in ("x", "idx_token", "agg_weight"))
     check_tensor(op, "x", x, "[B, N, C]", FLOATING, shape=(None, None, None))
     B, N, _ = x.shape
-    check_tensor(op, "idx_token", idx_token, "[B, N_init]", (torch.int64,), shape=(B, None), device=x.device)
+    check_tensor(op, "idx_token", idx_token, "[B, N_init]", (torch.int64,), shape=(B, None))
+    idx_token = idx_token.to(x.device)  # Chat-UniVi makes it on the CPU, wherever the tokens are
     check_tensor(op, "idx_cluster", idx_cluster, "[B, N]", INTEGER, shape=(B, N), device=x.device)
     check_int(op, "cluster_num", cluster_num, 1, None)
     if token_weight is None:
