@@ -5,10 +5,9 @@ namespace hotkernels {
 
 std::tuple<Tensor, Tensor> invert_index(const Tensor& index, int64_t num_tokens) {
   const InvertIndexCall call(index, num_tokens);
-  const InvertIndex& p = call.p;
   check_index_range(index, num_tokens, kInvertIndex, "index");
   const auto kernel = HK_CPU_DISPATCH(isa(), invert_index);
-  parallel(p.G, [&](int64_t begin, int64_t end) { kernel(p.index, p.L, p.N, p.start, p.slots, begin, end); });
+  parallel(call.p.G, [&](int64_t begin, int64_t end) { kernel(call.p, begin, end); });
   return {call.start, call.slots};
 }
 

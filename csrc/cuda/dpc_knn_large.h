@@ -262,7 +262,7 @@ struct Lists {  // in shared memory, one column per token of the block
   int* full;        // [2] whether any found no room, by turns
 };
 constexpr int lists_bytes(int list) { return kTileBytes + (list + kQueue) * kTile * 8 + kTile * 8 + 16; }
-static_assert(lists_bytes(kUsualList) <= 99 << 10, "chips with 99 KB fill the usual list in registers, too");
+static_assert(lists_bytes(kUsualList) <= kLeastShared, "chips with 99 KB fill the usual list in registers, too");
 
 // Takes the waiting candidates of this thread's token into its list: one of kLength entries in registers, or, if that
 // is 0, one of any length where it lies. For whole warps.
@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(kThreads, 2) neighbours_kernel(const Large s) 
 // r where the list is shorter than k: finds the k-th smallest distance of each token four bits at a time, then adds up
 // what is smaller. Nine passes, whatever k.
 constexpr int kDigits = 16;
-constexpr int kSelectBytes = kTileBytes + kDigits * kTile * 4 + kTile * 8 + 2 * kTile * 8;
+constexpr int kSelectBytes = kTileBytes + kDigits * kTile * 4 + kTile * 4 + 2 * kTile * 8;
 
 __global__ void __launch_bounds__(kThreads, 2) kth_distance_kernel(const Large s) {
   const int64_t b = blockIdx.x / s.blocks;
@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(kThreads, 2) kth_distance_kernel(const Large s
   if (block >= blocks) return;
   unsigned* counts = reinterpret_cast<unsigned*>(ptx::shared_memory() + kTileBytes);  // [kDigits, kTile]
   unsigned* prefix = counts + kDigits * kTile;                                        // [kTile] digits found
-  double* sums = reinterpret_cast<double*>(prefix + 2 * kTile);                       // [2, kTile] by half of a tile
+  double* sums = reinterpret_cast<double*>(prefix + kTile);                           // [2, kTile] by half of a tile
   const auto all = [](int u) { return u; };
   unsigned left = static_cast<unsigned>(k);  // which of the distances with this prefix is the k-th
   prefix[row] = 0, sums[row] = sums[kTile + row] = 0;
@@ -455,8 +455,8 @@ __device__ inline Token this_token(const Large& s) {
   t.there = t.block * kTile + t.row < s.count[t.b];
   return t;
 }
-__device__ inline uint64_t* list_of(const Large& s, uint64_t* lists, const Token& t) {
-  return lists + (t.b * s.blocks + t.block) * s.list * kTile + t.row;
+__device__ inline uint64_t* merged_list(const Large& s, const Token& t) {
+  return s.merged + (t.b * s.blocks + t.block) * s.list * kTile + t.row;
 }
 
 // One list of those that the splits made; r; the token's place in the order of densities.
@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(kTile) density_kernel(const Large s) {
   const DpcKnn& p = s.p;
   const Token t = this_token(s);
   if (!t.there) return;
-  uint64_t* merged = list_of(s, s.merged, t);
+  uint64_t* merged = merged_list(s, t);
   const int k = static_cast<int>(min(p.k, int64_t{s.count[t.b]}));
   float sum = 0;  // the token itself is its nearest, at distance 0
   for (int split = 0; split < s.splits; ++split) taken[split * kTile] = 0;
@@ -505,7 +505,7 @@ __device__ inline void leave_pending(const Large& s, const Token& t, int which) 
 __global__ void __launch_bounds__(kTile) list_delta_kernel(const Large s) {
   const Token t = this_token(s);
   if (!t.there) return;
-  const uint64_t* list = list_of(s, s.merged, t);
+  const uint64_t* list = merged_list(s, t);
   const DensityKey own = s.order[t.at];
   s.delta2[t.at] = __float_as_uint(kInf);
   for (int e = 0; e < s.list; ++e) {
@@ -524,10 +524,20 @@ __global__ void __launch_bounds__(kTile) list_delta_kernel(const Large s) {
 // The pending tokens of one sample in blocks of 128, against groups of tiles: kAssign ? of the kept tokens : of all.
 constexpr int kSearchBytes = kTileBytes + kTile * 8 + kThreads * 8;
 
+// How many tokens the pending ones of a sample meet, and in how many groups of tiles.
+template <bool kAssign>
+__device__ inline int columns_of(const Large& s, int64_t b) {
+  return kAssign ? s.chosen_count[2 * b + 1] : s.count[b];
+}
+template <bool kAssign>
+__device__ inline int groups_of(const Large& s, int64_t b) {
+  return (columns_of<kAssign>(s, b) + kTile * kGroup - 1) / (kTile * kGroup);
+}
+
 template <bool kAssign>
 __device__ void search(const Large& s, int64_t b, int block, int group) {
   uint64_t* const keys = reinterpret_cast<uint64_t*>(ptx::shared_memory() + kTileBytes);  // [kTile] of the rows
-  const int columns = kAssign ? s.chosen_count[2 * b + 1] : s.count[b];
+  const int columns = columns_of<kAssign>(s, b);
   const Side rows{s.pending + b * s.T, s.pending_count[2 * b + kAssign]}, kept{s.kept + b * s.p.M, columns};
   const int begin = group * kGroup, end = min((columns + kTile - 1) / kTile, begin + kGroup);
   const DensityKey* order = s.order + b * s.T;
@@ -593,19 +603,14 @@ __global__ void __launch_bounds__(kThreads, 2) search_kernel(const Large s) {
     const int64_t mine = from + threadIdx.x;
     __syncthreads();
     if (mine < s.p.B) {
-      const int columns = kAssign ? s.chosen_count[2 * mine + 1] : s.count[mine];
-      const int tiles = (columns + kTile - 1) / kTile, groups = (tiles + kGroup - 1) / kGroup;
-      pieces[threadIdx.x] = int64_t{(s.pending_count[2 * mine + kAssign] + kTile - 1) / kTile} * groups;
+      const int blocks = (s.pending_count[2 * mine + kAssign] + kTile - 1) / kTile;
+      pieces[threadIdx.x] = int64_t{blocks} * groups_of<kAssign>(s, mine);
     }
     __syncthreads();
     for (int64_t b = from; b < min(s.p.B, from + kThreads); ++b) {
       const int64_t here = pieces[b - from];
-      if (turn < here) {
-        const int columns = kAssign ? s.chosen_count[2 * b + 1] : s.count[b];
-        const int tiles = (columns + kTile - 1) / kTile, groups = (tiles + kGroup - 1) / kGroup;
-        for (; turn < here; turn += workers) {
-          search<kAssign>(s, b, static_cast<int>(turn / groups), static_cast<int>(turn % groups));
-        }
+      for (const int groups = groups_of<kAssign>(s, b); turn < here; turn += workers) {
+        search<kAssign>(s, b, static_cast<int>(turn / groups), static_cast<int>(turn % groups));
       }
       turn -= here;
     }
@@ -772,7 +777,7 @@ __global__ void __launch_bounds__(kTile) list_assign_kernel(const Large s) {
     assignment = own;
     return;
   }
-  const uint64_t* list = list_of(s, s.merged, t);
+  const uint64_t* list = merged_list(s, t);
   const float end = distance_of(list[(s.list - 1) * kTile]);  // only nearer ones: equally far ones may be missing
   float distance = end;
   int nearest = INT_MAX;
