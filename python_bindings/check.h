@@ -24,12 +24,35 @@ using torch::stable::Tensor;
 // Which instruction set the CPU kernels run on: the widest the machine has, unless HOTKERNELS_ISA names another.
 Isa isa();
 
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << "]";
-  return text.str();
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
+  return sizes;
+}
+
+// In errors: shapes, where -1 is any size, dtypes by Python's names, devices.
+inline std::string shape_of(const std::vector<int64_t>& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + (size < 0 ? "any" : std::to_string(size));
+  return "[" + text + "]";
+}
+inline std::string shape_of(const Tensor& t) { return shape_of(sizes_of(t)); }
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+inline std::string device_of(const Tensor& t) {
+  return t.is_cpu() ? "the CPU" : "GPU " + std::to_string(t.get_device_index());
 }
 
 // Throws what Python sees as a ValueError: "<op>: <arg> must be <expected>, got <actual>".
@@ -48,9 +71,24 @@ inline DType dtype_of(const Tensor& t, const char* op, const char* arg) {
     case ScalarType::Half: return DType::f16;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Double: return DType::f64;
-    default: HK_CHECK(false, op, arg, "float32, float16, bfloat16 or float64", torch::headeronly::toString(t.scalar_type()));
+    default: HK_CHECK(false, op, arg, "float32, float16, bfloat16 or float64", name_of(t.scalar_type()));
   }
   return DType::f32;
+}
+
+// What sums over such elements are kept in.
+inline ScalarType compute_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+// Checks that a tensor is contiguous, of this type and these sizes (-1: any), and where `beside` is.
+inline void check_tensor(const Tensor& t, const Tensor& beside, const char* op, const char* arg, ScalarType type,
+                         const std::vector<int64_t>& sizes) {
+  bool fits = t.is_contiguous() && t.scalar_type() == type && t.device() == beside.device();
+  fits = fits && t.dim() == static_cast<int64_t>(sizes.size());
+  for (int64_t d = 0; fits && d < t.dim(); ++d) fits = sizes[d] < 0 || t.size(d) == sizes[d];
+  HK_CHECK(fits, op, arg,
+           "a contiguous " << name_of(type) << " tensor " << shape_of(sizes) << " on " << device_of(beside),
+           (t.is_contiguous() ? "a contiguous " : "a strided ")
+               << name_of(t.scalar_type()) << " tensor " << shape_of(t) << " on " << device_of(t));
 }
 
 // An uninitialised tensor. Where there is no memory for it, the error is in PyTorch's words, if it tells them.
@@ -63,6 +101,16 @@ Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, Type... t
     throw std::runtime_error(torch_exception_get_what_without_backtrace());
   }
 }
+
+// Memory for a CPU kernel, 64-byte aligned.
+struct Scratch {
+  Tensor memory;
+  void* data;
+
+  Scratch(const Tensor& like, int64_t bytes)
+      : memory(allocate(like, {bytes + 63}, ScalarType::Byte)),
+        data(reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()) + 63) & ~uintptr_t{63})) {}
+};
 
 // Index values lie in [-1, size): -1 is "no token here".
 inline void check_index_range(const Tensor& index, int64_t size, const char* op, const char* arg) {

@@ -28,13 +28,13 @@ struct DpcKnnCall {
              shape_of(x));
     HK_CHECK(1 <= M && M <= N, kDpcKnn, "num_clusters", "in [1, N = " << N << "]", M);
     HK_CHECK(1 <= k && k <= N, kDpcKnn, "k", "in [1, N = " << N << "]", k);
-    check_optional(mask, x, "mask", ScalarType::Bool, "bool", B, N);
-    check_optional(noise, x, "noise", ScalarType::Float, "float32", B, N);
+    if (mask) check_tensor(*mask, x, kDpcKnn, "mask", ScalarType::Bool, {B, N});
+    if (noise) check_tensor(*noise, x, kDpcKnn, "noise", ScalarType::Float, {B, N});
     if (keep) {
       HK_CHECK(keep->dim() == 2 && (keep->size(0) == B || keep->size(0) == 1), kDpcKnn, "keep",
                "[B or 1, K] with B = " << B, shape_of(*keep));
       HK_CHECK(keep->size(1) <= M, kDpcKnn, "keep", "at most num_clusters = " << M << " positions", keep->size(1));
-      check_optional(keep, x, "keep", ScalarType::Long, "int64", keep->size(0), keep->size(1));
+      check_tensor(*keep, x, kDpcKnn, "keep", ScalarType::Long, sizes_of(*keep));
     }
 
     index = allocate(x, {B, M}, ScalarType::Long);
@@ -62,16 +62,6 @@ struct DpcKnnCall {
   }
 
   Peaks results() const { return {index, assignment, density, delta, score}; }
-
- private:
-  static void check_optional(const std::optional<Tensor>& t, const Tensor& x, const char* arg, ScalarType type,
-                             const char* type_name, int64_t rows, int64_t columns) {
-    if (!t) return;
-    HK_CHECK(t->device() == x.device() && t->scalar_type() == type && t->is_contiguous() && t->dim() == 2 &&
-                 t->size(0) == rows && t->size(1) == columns,
-             kDpcKnn, arg, "a contiguous " << type_name << " tensor [" << rows << ", " << columns << "] on x's device",
-             torch::headeronly::toString(t->scalar_type()) << " " << shape_of(*t));
-  }
 };
 
 }  // namespace hotkernels

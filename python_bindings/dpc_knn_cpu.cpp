@@ -12,24 +12,17 @@ Peaks dpc_knn(const Tensor& x, int64_t num_clusters, int64_t k, const std::optio
   if (keep) check_index_range(*keep, p.N, kDpcKnn, "keep");
 
   const Isa set = isa();
-  const auto scratch_fn = HK_CPU_DISPATCH(set, dpc_knn_scratch);
+  const auto scratch_bytes = HK_CPU_DISPATCH(set, dpc_knn_scratch);
   const auto fwd = HK_CPU_DISPATCH(set, dpc_knn_fwd);
-  const auto scratch_for = [&](int32_t threads) {
-    return allocate(x, {scratch_fn(p, threads) + 64}, ScalarType::Byte);
-  };
-  const auto aligned = [](Tensor& t) {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + 63) & ~uintptr_t{63});
-  };
-
   const Runner runner = torch_runner();
   if (p.B >= runner.threads) {  // samples share nothing: the cheapest cut
     parallel(p.B, [&](int64_t begin, int64_t end) {
-      Tensor scratch = scratch_for(1);
-      for (int64_t b = begin; b < end; ++b) fwd(p, b, aligned(scratch), kSerial);
+      const Scratch scratch(x, scratch_bytes(p, 1));
+      for (int64_t b = begin; b < end; ++b) fwd(p, b, scratch.data, kSerial);
     });
   } else if (p.B > 0) {
-    Tensor scratch = scratch_for(runner.threads);
-    for (int64_t b = 0; b < p.B; ++b) fwd(p, b, aligned(scratch), runner);
+    const Scratch scratch(x, scratch_bytes(p, runner.threads));
+    for (int64_t b = 0; b < p.B; ++b) fwd(p, b, scratch.data, runner);
   }
   return call.results();
 }

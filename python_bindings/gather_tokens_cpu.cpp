@@ -12,16 +12,14 @@ Tensor forward(const Tensor& x, const Tensor& index, const std::optional<Tensor>
   check_index_range(index, call.p.N, kGatherTokens, "index");
   const auto kernel = HK_CPU_DISPATCH(isa(), gather_tokens_fwd);
   const int64_t tokens = call.out.numel() == 0 ? 0 : call.p.B * call.p.M;  // C = 0 leaves no memory to point at
-  torch::stable::parallel_for(0, tokens, kGrain,
-                              [&](int64_t begin, int64_t end) { kernel(call.p, begin, end); });
+  torch::stable::parallel_for(0, tokens, kGrain, [&](int64_t begin, int64_t end) { kernel(call.p, begin, end); });
   return call.out;
 }
 
 Tensor backward(const Tensor& grad_out, const Tensor& index, int64_t num_tokens) {
   GatherTokensGradCall call(grad_out, index, num_tokens);
   GatherTokensGrad& p = call.p;
-  const auto [start, slots] = invert_index(index, num_tokens);
-  p.start = start.const_data_ptr<int64_t>(), p.slots = slots.const_data_ptr<int64_t>();
+  const auto inverse = take_inverse(p, index, num_tokens);
   const auto sum = HK_CPU_DISPATCH(isa(), gather_tokens_bwd);
   const int64_t tokens = call.grad_x.numel() == 0 ? 0 : p.B * p.N;
   torch::stable::parallel_for(0, tokens, kGrain, [&](int64_t begin, int64_t end) { sum(p, begin, end); });

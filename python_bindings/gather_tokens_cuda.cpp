@@ -24,12 +24,8 @@ Tensor backward(const Tensor& grad_out, const Tensor& index, int64_t num_tokens)
   const DeviceGuard guard(grad_out.get_device_index());
   GatherTokensGradCall call(grad_out, index, num_tokens);
   check_sizes(call.p.N, call.p.M, call.rows, "grad_out");
-  std::tuple<Tensor, Tensor> inverted;
-  if (call.p.M > kMaxSortedInBlock) {
-    inverted = invert_index(index, num_tokens);
-    call.p.start = std::get<0>(inverted).const_data_ptr<int64_t>();
-    call.p.slots = std::get<1>(inverted).const_data_ptr<int64_t>();
-  }
+  std::tuple<Tensor, Tensor> inverse;
+  if (call.p.M > kMaxSortedInBlock) inverse = take_inverse(call.p, index, num_tokens);
   check_launch(gather_tokens_bwd_cuda(call.p, current_stream(grad_out.get_device_index())), kGatherTokens);
   return call.grad_x;
 }

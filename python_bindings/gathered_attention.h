@@ -22,9 +22,9 @@ struct AttentionGrads {
 std::tuple<Tensor, Tensor> attention_forward(const AttentionArgs& args);
 
 // With `packed`, a contiguous [B, N, (J,) 3, H, D], the gradients of query, key and value go there.
-AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
-                                  const Tensor& out, const Tensor& lse, const std::optional<Tensor>& start,
-                                  const std::optional<Tensor>& slots, bool need_bias, bool need_key_bias,
-                                  Tensor* packed = nullptr);
+AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_out,
+                                  const std::optional<Tensor>& grad_lse, const Tensor& out, const Tensor& lse,
+                                  const std::optional<Tensor>& start, const std::optional<Tensor>& slots,
+                                  bool need_bias, bool need_key_bias, Tensor* packed = nullptr);
 
 }  // namespace hotkernels

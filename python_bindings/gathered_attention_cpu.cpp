@@ -13,11 +13,12 @@ bool contiguous_last(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.str
 
 Tensor with_contiguous_last(const Tensor& t) { return contiguous_last(t) ? t : torch::stable::contiguous(t); }
 
-// The strides of dims counted from the left, 0 where the tensor has size 1 or lacks the dim.
+// The stride of a dim, 0 where its size is 1.
 int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
 
 // start and slots list each token's slots, all of them and in ascending order.
-void check_inverse(const Tensor& index, const Tensor& start, const Tensor& slots, int64_t Nk, int64_t entries, const char* op) {
+void check_inverse(const Tensor& index, const Tensor& start, const Tensor& slots, int64_t Nk, int64_t entries,
+                   const char* op) {
   const int64_t *tokens = index.const_data_ptr<int64_t>(), *of = slots.const_data_ptr<int64_t>();
   const int64_t* begin = start.const_data_ptr<int64_t>();
   for (int64_t row = 0, rows = index.numel() / entries; row < rows; ++row) {
@@ -43,7 +44,8 @@ struct Problem {
   explicit Problem(const AttentionArgs& a)
       : query(with_contiguous_last(a.query)), key(with_contiguous_last(a.key)), value(with_contiguous_last(a.value)) {
     const char* op = a.op;
-    HK_CHECK(key.dim() == 4 || key.dim() == 5, op, "key", "[*batch, H, Nk, D] with one or two batch dims", shape_of(key));
+    HK_CHECK(key.dim() == 4 || key.dim() == 5, op, "key", "[*batch, H, Nk, D] with one or two batch dims",
+             shape_of(key));
     batch_dims = key.dim() - 3;
     const int64_t last = key.dim() - 1;
     p.B = key.size(0), p.J = batch_dims == 2 ? key.size(1) : 1;
@@ -58,8 +60,7 @@ struct Problem {
     HK_CHECK(1 <= p.D && p.D <= kMaxHeadDim, op, "query", "of a head dim in [1, " << kMaxHeadDim << "]", p.D);
     p.dtype = dtype_of(query, op, "query");
     p.bf16_pairs = isa() == Isa::avx512_bf16;
-    HK_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(), op, "key and value",
-             "of query's dtype", torch::headeronly::toString(key.scalar_type()));
+    check_dtypes(key, value, op, "key and value");
     p.query = view(query), p.key = view(key), p.value = view(value);
     p.scale = a.scale;
     p.S = p.Nk;
@@ -69,7 +70,8 @@ struct Problem {
       check_compute(*a.bias, op, "bias");
       HK_CHECK(n == key.dim() && fits(a.bias->size(0), p.B) && (batch_dims == 1 || fits(a.bias->size(1), p.J)) &&
                    fits(a.bias->size(n - 3), p.H) && fits(a.bias->size(n - 2), p.Nq) && fits(a.bias->size(n - 1), p.S),
-               op, "bias", "broadcastable to [*batch, H, Nq = " << p.Nq << ", slots = " << p.S << "]", shape_of(*a.bias));
+               op, "bias", "broadcastable to [*batch, H, Nq = " << p.Nq << ", slots = " << p.S << "]",
+               shape_of(*a.bias));
       p.bias = a.bias->const_data_ptr();
       p.bias_stride_b = stride_of(*a.bias, 0), p.bias_stride_j = batch_dims == 2 ? stride_of(*a.bias, 1) : 0;
       p.bias_stride_h = stride_of(*a.bias, n - 3), p.bias_stride_q = stride_of(*a.bias, n - 2);
@@ -88,8 +90,6 @@ struct Problem {
     }
   }
 
-  ScalarType compute_type() const { return p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
-
   HeadsView view(const Tensor& t) const {
     const int64_t n = t.dim();
     const bool batched = n > 3;
@@ -99,7 +99,7 @@ struct Problem {
 
   // Part `which` of a contiguous [B, N, (J,) 3, H, D].
   HeadsView packed_view(Tensor& t, int64_t which) const {
-    const int64_t row = 3 * p.H * p.D, item = compute_type() == ScalarType::Double ? 8 : p.dtype == DType::f32 ? 4 : 2;
+    const int64_t row = 3 * p.H * p.D, item = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
     return {static_cast<char*>(t.mutable_data_ptr()) + which * p.H * p.D * item, p.Nq * p.J * row, row, p.D, p.J * row};
   }
 
@@ -122,22 +122,30 @@ struct Problem {
     const int64_t n = t.dim();
     const bool same_batch = shared || (n == key.dim() && t.size(0) == p.B && (batch_dims == 1 || t.size(1) == p.J));
     HK_CHECK(t.is_cpu() && same_batch && t.size(n - 3) == p.H && t.size(n - 2) == N && t.size(n - 1) == p.D, op, arg,
-             "a CPU tensor [*batch, H, N, D] of key's batch, H = " << p.H << " and D = " << p.D, shape_of(t));
+             "a CPU tensor [*batch, H = " << p.H << ", N = " << N << ", D = " << p.D << "] of key's batch",
+             shape_of(t));
+  }
+
+  void check_dtypes(const Tensor& one, const Tensor& other, const char* op, const char* args) const {
+    HK_CHECK(one.scalar_type() == query.scalar_type() && other.scalar_type() == query.scalar_type(), op, args,
+             "of query's dtype " << name_of(query.scalar_type()),
+             name_of(one.scalar_type()) << " and " << name_of(other.scalar_type()));
   }
 
   // What invert_index made of the index, whose range is known to be good.
   void take_inverse(const Tensor& index, const std::optional<Tensor>& start, const std::optional<Tensor>& slots,
                     const char* op) {
     const bool set = !p.index_per_query;
-    const int64_t n = start ? start->dim() : 0, entries = set ? p.S : p.Nq * p.S;
-    HK_CHECK(start && slots && start->is_contiguous() && slots->is_contiguous() && slots->dim() == n &&
-                 start->scalar_type() == ScalarType::Long && slots->scalar_type() == ScalarType::Long &&
-                 n == index.dim() - (set ? 0 : 1) && start->size(n - 1) == p.Nk + 1 && slots->size(n - 1) == entries,
-             op, "start and slots", "as invert_index returns them with dims = " << (set ? 1 : 2), (start ? shape_of(*start) : std::string("none")));
-    for (int64_t d = 0; d + 1 < n; ++d) {
-      HK_CHECK(start->size(d) == index.size(d) && slots->size(d) == index.size(d), op, "start and slots",
-               "as invert_index returned them for this index", shape_of(*start));
-    }
+    const int64_t n = index.dim() - (set ? 0 : 1), entries = set ? p.S : p.Nq * p.S;
+    const auto as_returned = [&](const std::optional<Tensor>& t, int64_t last) {
+      bool good = t && t->is_contiguous() && t->scalar_type() == ScalarType::Long && t->dim() == n;
+      for (int64_t d = 0; good && d + 1 < n; ++d) good = t->size(d) == index.size(d);
+      return good && t->size(n - 1) == last;
+    };
+    const auto shape = [](const std::optional<Tensor>& t) { return t ? shape_of(*t) : "none"; };
+    HK_CHECK(as_returned(start, p.Nk + 1) && as_returned(slots, entries), op, "start and slots",
+             "as invert_index returns them for this index with dims = " << (set ? 1 : 2),
+             shape(start) << " and " << shape(slots));
     check_inverse(index, *start, *slots, p.Nk, entries, op);
     p.start = start->const_data_ptr<int64_t>(), p.slots = slots->const_data_ptr<int64_t>();
     p.start_stride_b = stride_of(*start, 0), p.slots_stride_b = stride_of(*slots, 0);
@@ -149,18 +157,17 @@ struct Problem {
   static bool fits(int64_t size, int64_t full) { return size == 1 || size == full; }
 
   void check_compute(const Tensor& t, const char* op, const char* arg) const {
-    HK_CHECK(t.is_cpu() && t.scalar_type() == compute_type(), op, arg,
-             "a CPU tensor of " << torch::headeronly::toString(compute_type()),
-             torch::headeronly::toString(t.scalar_type()));
+    const ScalarType type = compute_type(p.dtype);
+    HK_CHECK(t.is_cpu() && t.scalar_type() == type, op, arg, "a CPU tensor of " << name_of(type),
+             name_of(t.scalar_type()));
   }
 
   void take_index(const Tensor& index, const char* op) {
     const int64_t n = index.dim();
-    HK_CHECK(index.is_cpu() && index.scalar_type() == ScalarType::Long && index.is_contiguous(), op, "index",
-             "a contiguous int64 CPU tensor", torch::headeronly::toString(index.scalar_type()) << " " << shape_of(index));
+    check_tensor(index, key, op, "index", ScalarType::Long, sizes_of(index));
     const bool set = n == 2, per_query = n == batch_dims + 2, per_head = n == batch_dims + 3;
     HK_CHECK(set || per_query || per_head, op, "index",
-             "[B, M] (one set of keys per sample), [*batch, Nq, K] (per query) or [*batch, H, Nq, K] (per head and query)",
+             "[B, M] (keys per sample), [*batch, Nq, K] (per query) or [*batch, H, Nq, K] (per head and query)",
              shape_of(index));
     p.S = index.size(n - 1);
     HK_CHECK(p.S >= 1 && fits(index.size(0), p.B), op, "index", "of batch " << p.B << " and at least one slot",
@@ -180,15 +187,12 @@ struct Problem {
   }
 };
 
-using Scratch = int64_t (*)(const Attention&);
 using Kernel = void (*)(const Attention&, int64_t, int64_t, void*);
 
 // Runs a kernel over its work items, each thread with scratch of its own.
 void run(const Attention& p, int64_t items, int64_t grain, int64_t scratch_bytes, Kernel kernel, const Tensor& like) {
   torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    Tensor scratch = allocate(like, {scratch_bytes + 64}, ScalarType::Byte);
-    const auto address = (reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) + 63) & ~uintptr_t{63};
-    kernel(p, begin, end, reinterpret_cast<void*>(address));
+    kernel(p, begin, end, Scratch(like, scratch_bytes).data);
   });
 }
 
@@ -218,54 +222,49 @@ std::tuple<Tensor, Tensor> attention_forward(const AttentionArgs& args) {
   Problem problem(args);
   Attention& p = problem.p;
   Tensor out = problem.token_major(problem.query, p.Nq);
-  Tensor lse = allocate(problem.query, problem.per_head({p.Nq}), problem.compute_type());
+  Tensor lse = allocate(problem.query, problem.per_head({p.Nq}), compute_type(p.dtype));
   p.out = problem.view(out), p.lse = lse.mutable_data_ptr();
   const Isa set = isa();
   if (p.index_per_query) {
     run(p, p.B * p.J * p.Nq, 16, HK_CPU_DISPATCH(set, attention_per_query_scratch)(p),
         HK_CPU_DISPATCH(set, attention_per_query_fwd), out);
   } else {
-    run(p, p.B * p.J * p.H, 1, HK_CPU_DISPATCH(set, attention_scratch)(p, false), HK_CPU_DISPATCH(set, attention_fwd), out);
+    run(p, p.B * p.J * p.H, 1, HK_CPU_DISPATCH(set, attention_scratch)(p, false),
+        HK_CPU_DISPATCH(set, attention_fwd), out);
   }
   return {out, lse};
 }
 
 AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_out_given,
                                   const std::optional<Tensor>& grad_lse_given, const Tensor& out, const Tensor& lse,
-                                  const std::optional<Tensor>& start, const std::optional<Tensor>& slots, bool need_bias,
-                                  bool need_key_bias, Tensor* packed) {
+                                  const std::optional<Tensor>& start, const std::optional<Tensor>& slots,
+                                  bool need_bias, bool need_key_bias, Tensor* packed) {
   Problem problem(args);
   Attention& p = problem.p;
   const char* op = args.op;
   const Tensor grad_out = with_contiguous_last(grad_out_given);
   problem.check_heads(grad_out, op, "grad_out", p.Nq);
   problem.check_heads(out, op, "out", p.Nq);
-  HK_CHECK(contiguous_last(out) && out.scalar_type() == grad_out.scalar_type() &&
-               out.scalar_type() == problem.query.scalar_type(),
-           op, "out and grad_out", "of query's dtype", torch::headeronly::toString(grad_out.scalar_type()));
-  const auto check_lse = [&](const Tensor& t, const char* arg) {
-    HK_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == problem.compute_type() &&
-                 t.numel() == p.B * p.J * p.H * p.Nq,
-             op, arg, "as the forward returned it", shape_of(t));
-  };
-  check_lse(lse, "lse");
+  problem.check_dtypes(out, grad_out, op, "out and grad_out");
+  HK_CHECK(contiguous_last(out), op, "out", "contiguous in its last dim", "stride " << out.stride(out.dim() - 1));
+  const ScalarType compute = compute_type(p.dtype);
+  check_tensor(lse, problem.key, op, "lse", compute, problem.per_head({p.Nq}));
   p.out = problem.view(out), p.grad_out = problem.view(grad_out);
   p.lse = const_cast<void*>(lse.const_data_ptr());
   std::optional<Tensor> grad_lse;
   if (grad_lse_given) {
     grad_lse = torch::stable::contiguous(*grad_lse_given);
-    check_lse(*grad_lse, "grad_lse");
+    check_tensor(*grad_lse, problem.key, op, "grad_lse", compute, problem.per_head({p.Nq}));
     p.grad_lse = grad_lse->const_data_ptr();
   }
   if (args.index) problem.take_inverse(*args.index, start, slots, op);
 
-  const ScalarType compute = problem.compute_type();
   const Tensor& like = problem.query;
   const bool shared_query = like.dim() == 3;
   const bool sum_bias = need_bias && args.bias && !p.index_per_query && args.bias->size(0) == 1 &&
                         (problem.batch_dims == 1 || args.bias->size(1) == 1);
-  const auto zeros = [&](std::vector<int64_t> shape, ScalarType type) { return torch::stable::new_zeros(like, shape, type); };
-  const auto none = [&] { return zeros({0}, compute); };  // a tensor each: outputs of an operator share no memory
+  const auto zeros = [&](const std::vector<int64_t>& shape) { return torch::stable::new_zeros(like, shape, compute); };
+  const auto none = [&] { return zeros({0}); };  // a tensor each: outputs of an operator share no memory
   AttentionGrads grads{none(), none(), none(), none(), none()};
   if (packed) {
     p.grad_query = problem.packed_view(*packed, 0);
@@ -276,17 +275,17 @@ AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_
     grads.value = problem.token_major(problem.value, p.Nk), p.grad_value = problem.view(grads.value);
   }
   if (shared_query || sum_bias) p.parts = std::min(kParts, std::max<int64_t>(p.B * p.J, 1));
-  Tensor query_parts = zeros({shared_query ? p.parts : 0, p.H, p.Nq, p.D}, compute);
-  Tensor bias_parts = zeros({sum_bias ? p.parts : 0, p.H, p.Nq, p.S}, compute);
+  Tensor query_parts = zeros({shared_query ? p.parts : 0, p.H, p.Nq, p.D});
+  Tensor bias_parts = zeros({sum_bias ? p.parts : 0, p.H, p.Nq, p.S});
   if (shared_query) p.grad_query_parts = query_parts.mutable_data_ptr();
   if (sum_bias) {
     p.grad_bias_parts = bias_parts.mutable_data_ptr();
   } else if (need_bias) {
-    grads.bias = zeros(problem.per_head({p.Nq, p.S}), compute);
+    grads.bias = zeros(problem.per_head({p.Nq, p.S}));
     p.grad_bias = grads.bias.mutable_data_ptr();
   }
   if (need_key_bias) {
-    grads.key_bias = zeros(problem.per_head({p.Nk}), compute);
+    grads.key_bias = zeros(problem.per_head({p.Nk}));
     p.grad_key_bias = grads.key_bias.mutable_data_ptr();
   }
 

@@ -12,23 +12,30 @@ constexpr const char* kInvertIndex = "invert_index";
 // index [..., L] -> start [..., num_tokens + 1], slots [..., L]. On the CPU in the one library, on GPUs in the other.
 std::tuple<Tensor, Tensor> invert_index(const Tensor& index, int64_t num_tokens);
 
+// Gives a contract the inverse of its index. The answer owns it.
+template <class Contract>
+[[nodiscard]] std::tuple<Tensor, Tensor> take_inverse(Contract& p, const Tensor& index, int64_t num_tokens) {
+  std::tuple<Tensor, Tensor> inverse = invert_index(index, num_tokens);
+  p.start = std::get<0>(inverse).template const_data_ptr<int64_t>();
+  p.slots = std::get<1>(inverse).template const_data_ptr<int64_t>();
+  return inverse;
+}
+
 // A checked call: its results, allocated, and the native contract. Index values are not looked at.
 struct InvertIndexCall {
   Tensor start, slots;
   InvertIndex p{};
 
   InvertIndexCall(const Tensor& index, int64_t num_tokens) {
-    HK_CHECK(index.scalar_type() == ScalarType::Long && index.dim() >= 1 && index.is_contiguous(), kInvertIndex,
-             "index", "a contiguous int64 tensor [..., L]",
-             torch::headeronly::toString(index.scalar_type()) << " " << shape_of(index));
+    HK_CHECK(index.dim() >= 1, kInvertIndex, "index", "[..., L]", shape_of(index));
+    std::vector<int64_t> sizes = sizes_of(index);
+    check_tensor(index, index, kInvertIndex, "index", ScalarType::Long, sizes);
     HK_CHECK(num_tokens >= 0, kInvertIndex, "num_tokens", "at least 0", num_tokens);
-    std::vector<int64_t> shape;
-    p.G = 1, p.L = index.size(index.dim() - 1), p.N = num_tokens;
-    for (int64_t d = 0; d + 1 < index.dim(); ++d) shape.push_back(index.size(d)), p.G *= index.size(d);
-    shape.push_back(num_tokens + 1);
-    start = allocate(index, shape);
-    shape.back() = p.L;
-    slots = allocate(index, shape);
+    p.G = 1, p.L = sizes.back(), p.N = num_tokens;
+    for (size_t d = 0; d + 1 < sizes.size(); ++d) p.G *= sizes[d];
+    slots = allocate(index, sizes);
+    sizes.back() = num_tokens + 1;
+    start = allocate(index, sizes);
     p.index = index.const_data_ptr<int64_t>();
     p.start = start.mutable_data_ptr<int64_t>(), p.slots = slots.mutable_data_ptr<int64_t>();
   }

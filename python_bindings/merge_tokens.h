@@ -19,18 +19,10 @@ struct MergeTokensInputs {
     HK_CHECK(num_clusters >= 1, kMergeTokens, "num_clusters", "at least 1", num_clusters);
     p.B = x.size(0), p.N = x.size(1), p.M = num_clusters, p.C = x.size(2);
     p.dtype = dtype_of(x, kMergeTokens, "x");
-    const auto check = [&](const Tensor& t, const char* arg, ScalarType type) {
-      HK_CHECK(t.device() == x.device() && t.scalar_type() == type && t.is_contiguous() && t.dim() == 2 &&
-                   t.size(0) == p.B && t.size(1) == p.N,
-               kMergeTokens, arg,
-               "a contiguous " << torch::headeronly::toString(type) << " tensor [" << p.B << ", " << p.N
-                               << "] on x's device",
-               torch::headeronly::toString(t.scalar_type()) << " " << shape_of(t));
-    };
-    check(assignment, "assignment", ScalarType::Long);
+    check_tensor(assignment, x, kMergeTokens, "assignment", ScalarType::Long, {p.B, p.N});
     p.assignment = assignment.const_data_ptr<int64_t>();
     if (weight) {
-      check(*weight, "weight", x.scalar_type());
+      check_tensor(*weight, x, kMergeTokens, "weight", x.scalar_type(), {p.B, p.N});
       p.weight = weight->const_data_ptr();
     }
     if (p.C > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
@@ -38,8 +30,6 @@ struct MergeTokensInputs {
     p.x_stride_b = x.stride(0), p.x_stride_n = x.stride(1);
   }
 
-  // What sums are kept in.
-  ScalarType compute_type() const { return p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
   bool half() const { return p.dtype == DType::f16 || p.dtype == DType::bf16; }
 };
 
@@ -51,8 +41,8 @@ struct MergeTokensCall : MergeTokensInputs {
       : MergeTokensInputs(given, assignment, num_clusters, weight) {
     const bool keep_mean = half() && need_mean;
     out = allocate(x, {p.B, p.M, p.C});
-    total = allocate(x, {p.B, p.M}, compute_type());
-    mean = allocate(x, {keep_mean ? p.B : 0, p.M, p.C}, compute_type());
+    total = allocate(x, {p.B, p.M}, compute_type(p.dtype));
+    mean = allocate(x, {keep_mean ? p.B : 0, p.M, p.C}, compute_type(p.dtype));
     p.eps = eps, p.out = out.mutable_data_ptr(), p.total = total.mutable_data_ptr();
     if (keep_mean) p.mean = mean.mutable_data_ptr();
   }
@@ -65,15 +55,10 @@ struct MergeTokensGradCall : MergeTokensInputs {
   MergeTokensGradCall(const Tensor& grad, const Tensor& mean, const Tensor& total, const Tensor& given,
                       const Tensor& assignment, const std::optional<Tensor>& weight, bool need_weight)
       : MergeTokensInputs(given, assignment, clusters_of(mean), weight), grad_out(torch::stable::contiguous(grad)) {
-    const auto check = [&](const Tensor& t, const char* arg, ScalarType type, bool rank3) {
-      HK_CHECK(t.device() == x.device() && t.scalar_type() == type && t.is_contiguous() && t.dim() == (rank3 ? 3 : 2) &&
-                   t.size(0) == p.B && t.size(1) == p.M && (!rank3 || t.size(2) == p.C),
-               kMergeTokens, arg, "as merge_tokens_fwd returned it",
-               torch::headeronly::toString(t.scalar_type()) << " " << shape_of(t));
-    };
-    check(grad_out, "grad_out", x.scalar_type(), true);
-    check(mean, "mean", need_weight ? compute_type() : mean.scalar_type(), true);
-    check(total, "total", compute_type(), false);
+    const ScalarType compute = compute_type(p.dtype), type_of_mean = need_weight ? compute : mean.scalar_type();
+    check_tensor(grad_out, x, kMergeTokens, "grad_out", x.scalar_type(), {p.B, p.M, p.C});
+    check_tensor(mean, x, kMergeTokens, "mean", type_of_mean, {p.B, p.M, p.C});
+    check_tensor(total, x, kMergeTokens, "total", compute, {p.B, p.M});
     grad_x = allocate(x, {p.B, p.N, p.C});
     grad_weight = allocate(x, {p.B, need_weight ? p.N : 0});
     p.grad_out = grad_out.const_data_ptr();

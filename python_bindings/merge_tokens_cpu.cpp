@@ -7,9 +7,9 @@
 namespace hotkernels {
 namespace {
 
-constexpr int64_t kChannels = 128;      // channels per task at least: 512 bytes of a row, enough for the prefetcher to follow
-constexpr int64_t kSums = 128 * 1024;   // of a task's sums: half a megabyte, which the second-level cache keeps
-constexpr int64_t kGrain = 64;          // tokens per task at least
+constexpr int64_t kChannels = 128;     // channels per task at least: 512 bytes of a row, which the prefetcher follows
+constexpr int64_t kSums = 128 * 1024;  // of a task's sums: half a megabyte, which the second-level cache keeps
+constexpr int64_t kGrain = 64;         // tokens per task at least
 
 // Whole rows are read fastest, but sums should stay in the cache and every thread should have a task.
 int64_t channels_per_task(const MergeTokens& p) {
@@ -32,10 +32,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& assign
   const int64_t channels = channels_per_task(p), chunks = (p.C + channels - 1) / channels;
   const int64_t bytes = HK_CPU_DISPATCH(set, merge_tokens_scratch)(p, channels);
   parallel(p.B * chunks, [&](int64_t begin, int64_t end) {
-    Tensor scratch = allocate(x, {bytes}, ScalarType::Byte);
+    const Scratch scratch(x, bytes);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t c = t % chunks * channels;
-      kernel(p, t / chunks, c, std::min(p.C, c + channels), scratch.mutable_data_ptr());
+      kernel(p, t / chunks, c, std::min(p.C, c + channels), scratch.data);
     }
   });
   return {call.out, call.total, call.mean};

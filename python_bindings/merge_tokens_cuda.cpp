@@ -17,12 +17,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& assign
   const DeviceGuard guard(x.get_device_index());
   MergeTokensCall call(x, assignment, num_clusters, weight, eps, need_mean);
   check_sizes(call.p);
-  std::tuple<Tensor, Tensor> inverted;
-  if (call.p.N > kMaxSortedInBlock) {
-    inverted = invert_index(assignment, num_clusters);
-    call.p.start = std::get<0>(inverted).const_data_ptr<int64_t>();
-    call.p.slots = std::get<1>(inverted).const_data_ptr<int64_t>();
-  }
+  std::tuple<Tensor, Tensor> inverse;
+  if (call.p.N > kMaxSortedInBlock) inverse = take_inverse(call.p, assignment, num_clusters);
   check_launch(merge_tokens_fwd_cuda(call.p, current_stream(x.get_device_index())), kMergeTokens);
   return {call.out, call.total, call.mean};
 }

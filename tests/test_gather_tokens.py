@@ -192,7 +192,8 @@ def test_raw_operators_check_for_themselves(backend: str) -> None:
         "pos    ": lambda: fwd(x, index, torch.zeros(5, 4, 1)),
         "pos ": lambda: fwd(x, index, torch.zeros(5, 4).half()),
         "pos  ": lambda: fwd(x, index, torch.zeros(4, 5).T),
-        "grad_out": lambda: bwd(x, index, 9),
+        "index        ": lambda: bwd(x, index, 9),
+        "grad_out": lambda: bwd(x[0], index, 9),
         "grad_out ": lambda: bwd(x[:, :5].long(), index, 9),
         "num_tokens": lambda: bwd(x[:, :5], index, -1),
     }

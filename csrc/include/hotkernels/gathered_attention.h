@@ -13,7 +13,7 @@ struct HeadsView {
 struct Attention {
   int64_t B, J, H, Nq, Nk, D;
   int64_t S;                // slots of a query: Nk without an index, else the index's last dim
-  DType dtype;              // of query, key, value, out and their gradients; "compute" below is float32, float64 for f64
+  DType dtype;              // of query, key, value, out and their gradients; "compute" is float32, float64 for f64
   bool bf16_pairs;          // whether the processor has AVX512-BF16, and it shall be used (not for keys per query)
   HeadsView query, key, value, out;
   const int64_t* index;     // null = dense; values in [-1, Nk); slots contiguous
@@ -32,8 +32,8 @@ struct Attention {
   const void* grad_lse;     // [B, J, H, Nq] compute, contiguous; or null
   void* grad_bias;          // [B, J, H, Nq, S] compute, contiguous; or null
   void* grad_key_bias;      // [B, J, H, Nk] compute, contiguous, still to be summed over H; or null
-  // What has no batch gets its gradient summed over it, in an order that does not depend on threads: the B * J sequences
-  // are cut in `parts` runs, each with sums of its own. 0 = nothing to sum.
+  // What has no batch gets its gradient summed over it, in an order that does not depend on threads: the B * J
+  // sequences are cut in `parts` runs, each with sums of its own. 0 = nothing to sum.
   int64_t parts;
   void* grad_query_parts;   // [parts, H, Nq, D] compute, zeroed, instead of grad_query; or null
   void* grad_bias_parts;    // [parts, H, Nq, S] compute, zeroed, instead of grad_bias; or null
@@ -44,8 +44,8 @@ struct Attention {
   void* grad_logits;        // index_per_query only: scratch [B, J, H, Nq, S] compute
 };
 
-// Dense or one set of keys per (b, j, h). Work items are the B * J * H pairs of sequence and head; backward with `parts`
-// counts parts * H items instead.
+// Dense or one set of keys per (b, j, h). Work items are the B * J * H pairs of sequence and head; backward with
+// `parts` counts parts * H items instead. Scratch here and below is 64-byte aligned.
 HK_CPU_KERNEL(int64_t attention_scratch(const Attention& p, bool backward))
 HK_CPU_KERNEL(void attention_fwd(const Attention& p, int64_t begin, int64_t end, void* scratch))
 HK_CPU_KERNEL(void attention_bwd(const Attention& p, int64_t begin, int64_t end, void* scratch))

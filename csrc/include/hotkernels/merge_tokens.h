@@ -30,7 +30,7 @@ struct MergeTokens {
 
 // Sums the weights of samples [begin, end) into total.
 HK_CPU_KERNEL(void merge_tokens_total(const MergeTokens& p, int64_t begin, int64_t end))
-// Bytes of scratch for as many channels at a time.
+// Bytes of scratch for as many channels at a time, 64-byte aligned.
 HK_CPU_KERNEL(int64_t merge_tokens_scratch(const MergeTokens& p, int64_t channels))
 // Averages channels [c_begin, c_end) of sample b, tokens in ascending order.
 HK_CPU_KERNEL(void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t c_end, void* scratch))
