@@ -19,6 +19,9 @@ __device__ inline int pivot_token(int n, int which) { return n / 6 + which * (n 
 
 // ---- warps --------------------------------------------------------------------------------------------------------
 
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
+__device__ inline int warp_id() { return static_cast<int>(threadIdx.x / kWarp); }
+
 __device__ inline float warp_sum(float x) {  // the same bits in every lane
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);

@@ -22,7 +22,7 @@
 #include <atomic>
 #include <climits>
 
-#include "dpc_knn_products.h"
+#include "dpc_knn_small_products.h"
 #include "launch.h"
 
 namespace hotkernels::dpc::small {
@@ -34,6 +34,7 @@ enum Step { kDistancesTold, kScoresTold, kSlotsTold, kSteps };  // when every bl
 
 // Floats from one row of distances to the next: 8 banks further.
 __host__ __device__ constexpr int row_stride(int across) { return across * kTile + 8; }
+__host__ __device__ inline int across_of(const DpcKnn& p) { return ceil_div(static_cast<int>(p.N), kTile); }
 
 struct Shared : Tokens {
   DensityKey key[kMaxTokens];
@@ -78,7 +79,8 @@ struct Cluster {
   __device__ E* in(int block, E* shared) const { return ptx::in_block(shared, static_cast<uint32_t>(block)); }
   __device__ const float* partial_of(int block) const { return in(block, partial); }
 
-  // Tells a block something of a token, without waiting; `hear` waits for what is told of all n, and for nothing else.
+  // Tells a block something of a token, without waiting; `hear` waits for what is told of all n, an E each, and for
+  // nothing else.
   template <class E>
   __device__ void tell(Step step, int block, E* shared, E value) const {
     ptx::store_async(shared, value, told + step, static_cast<uint32_t>(block));
@@ -116,10 +118,29 @@ struct Rows {
   __device__ int owner(int row) const { return row * inverse >> 20; }  // row / count: exact up to kMaxTokens
 };
 
+// Brings the products of token i with tokens j and j + 1 to the rows of all three; at(row, column) says where that is.
+template <class Team, class At>
+__device__ inline void place_pair(const Team& team, Shared& s, int n, int i, int j, const float (&value)[2],
+                                  const At& at) {
+  if (i < j && j + 1 < n) {
+    *reinterpret_cast<float2*>(at(i, j)) = make_float2(value[0], value[1]);
+    *at(j, i) = value[0];
+    *at(j + 1, i) = value[1];
+    return;
+  }
+#pragma unroll
+  for (int w = 0; w < 2; ++w) {  // at the diagonal and the end
+    if (i < j + w && j + w < n) *at(i, j + w) = *at(j + w, i) = value[w];
+    if (i != j + w || i >= n) continue;
+#pragma unroll 1
+    for (int block = 0; block < Team::kSize; ++block) team.in(block, s.norm)[i] = value[w];
+  }
+}
+
 // Adds the partial products up and brings each to the owners of its row and of its column; norms go to all.
 template <class Team>
 __device__ void collect(const Team& team, Shared& s, int n) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = warp_id(), lane = lane_id();
   const int across = ceil_div(n, kTile), tiles = tiles_of(across), stride = row_stride(across);
   const Rows<Team> mine(team, n);
   const auto at = [&](int row, int column) {
@@ -145,20 +166,7 @@ __device__ void collect(const Team& team, Shared& s, int n) {
       const int j = where.column * kTile + e % 4 * 8 + lane % 4 * 2;
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        const int i = where.row * kTile + e / 4 * 16 + v * 8 + lane / 4;
-        if (i < j && j + 1 < n) {
-          *reinterpret_cast<float2*>(at(i, j)) = make_float2(value[v][0], value[v][1]);
-          *at(j, i) = value[v][0];
-          *at(j + 1, i) = value[v][1];
-          continue;
-        }
-#pragma unroll
-        for (int w = 0; w < 2; ++w) {  // at the diagonal and the end
-          if (i < j + w && j + w < n) *at(i, j + w) = *at(j + w, i) = value[v][w];
-          if (i != j + w || i >= n) continue;
-#pragma unroll 1
-          for (int block = 0; block < Team::kSize; ++block) team.in(block, s.norm)[i] = value[v][w];
-        }
+        place_pair(team, s, n, where.row * kTile + e / 4 * 16 + v * 8 + lane / 4, j, value[v], at);
       }
     }
   }
@@ -181,7 +189,7 @@ struct Limits {
 __device__ inline bool all_count(const Shared& s, const Limits& limits, int n) {
   bool sure = limits.pivot2 <= kNormLimit / 8;
   int below = 0;
-  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < n; i += kWarp) {
+  for (int i = lane_id(); i < n; i += kWarp) {
     sure = sure && s.norm[i] <= kNormLimit / 8;
     below += s.norm[i] < limits.floor2;
   }
@@ -217,7 +225,7 @@ struct Choice {
   const Team& team;
   Shared& s;
   const int n;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int thread = static_cast<int>(threadIdx.x), warp = warp_id(), lane = lane_id();
   const int num_keep = static_cast<int>(p.num_keep), stride = row_stride(ceil_div(n, kTile));
   const Rows<Team> mine{team, n};
 
@@ -322,7 +330,7 @@ struct Choice {
     for (int i = mine.first + warp; i < mine.last; i += kWarps) {
       const uint64_t score = s.score[i];
       const int keep = s.keep[i];
-      unsigned before = 0;
+      int before = 0;
       if (keep == kNever) {
 #pragma unroll
         for (int e = 0; e < kMaxAcross; ++e) {
@@ -406,7 +414,7 @@ __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, in
   float* const partial = reinterpret_cast<float*>(memory);
   const int64_t b = first_sample + blockIdx.x / kTeam;
   const int rank = static_cast<int>(ptx::cluster_rank()), group = rank / kSplits, split = rank % kSplits;
-  const int partial_floats = tiles_of_group(ceil_div(static_cast<int>(p.N), kTile)) * kTileFloats;
+  const int partial_floats = tiles_of_group(across_of(p)) * kTileFloats;
   const Cluster team{rank, partial + partial_floats, partial, s.told};
   Pair pair{s, group * Pair::kTokens, static_cast<uint32_t>(rank ^ kSplits)};
   if (threadIdx.x < Pair::kSlots) ptx::barrier_init(s.arrived + threadIdx.x, kWarps);
@@ -421,9 +429,9 @@ __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, in
     collect(team, s, n);
     team.sync();
     if (bound >= 0 || all_count(s, limits, n)) break;
-    for (int i = rank * kWarps + static_cast<int>(threadIdx.x) / kWarp; i < n; i += kTeam * kWarps) {
+    for (int i = rank * kWarps + warp_id(); i < n; i += kTeam * kWarps) {
       const float own = bound_of<T>(p, b, s.position[i]);
-      if (threadIdx.x % kWarp < kTeam) team.in(threadIdx.x % kWarp, s.bound)[i] = own;
+      if (lane_id() < kTeam) team.in(lane_id(), s.bound)[i] = own;
     }
     team.sync();
     bound = largest_bound(s.bound, n);
@@ -442,7 +450,7 @@ struct Staged {
   int64_t samples, partial_floats, row_floats, bytes;
 
   Staged(const DpcKnn& p, void* scratch) : samples(min(p.B, kStagedSamples)) {
-    const int across = ceil_div(static_cast<int>(p.N), kTile);
+    const int across = across_of(p);
     partial_floats = int64_t{tiles_of_group(across)} * kTileFloats, row_floats = p.N * row_stride(across);
     const int64_t bounds = (samples * p.N + 63) / 64 * 64;
     bound = static_cast<float*>(scratch);
@@ -456,11 +464,11 @@ struct Staged {
 template <class T>
 __global__ void __launch_bounds__(kThreads)
 dpc_knn_bound_kernel(DpcKnn p, int64_t first_sample, int64_t tokens, float* bound) {
-  const int64_t t = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
+  const int64_t t = int64_t{blockIdx.x} * kWarps + warp_id();
   if (t >= tokens) return;
   const int64_t at = first_sample * p.N + t, b = at / p.N;
   const float own = in_mask(p, at) ? bound_of<T>(p, b, at - b * p.N) : -1;
-  if (threadIdx.x % kWarp == 0) bound[t] = own;
+  if (lane_id() == 0) bound[t] = own;
 }
 
 template <class T, bool kWide>
@@ -471,9 +479,9 @@ dpc_knn_products_kernel(DpcKnn p, int64_t first_sample, const float* bound, floa
   const int rank = static_cast<int>(blockIdx.x % kTeam);
   bound += sample * p.N;
   const int n = number_tokens(s, threadIdx.x < p.N && bound[threadIdx.x] >= 0);
-  Single alone;
+  Single single;
   products<T, kWide>(p, first_sample + sample, s, n, largest_bound(bound, static_cast<int>(p.N)), rank / kSplits,
-                     rank % kSplits, alone, ptx::shared_memory() + sizeof(Tokens),
+                     rank % kSplits, single, ptx::shared_memory() + sizeof(Tokens),
                      partial + blockIdx.x * partial_floats);
 }
 
@@ -561,8 +569,6 @@ inline bool has_clusters() {
   known.fetch_or(bit);
   return clusters > 0;
 }
-
-inline int across_of(const DpcKnn& p) { return ceil_div(static_cast<int>(p.N), kTile); }
 
 inline cudaError_t fwd_cluster(const DpcKnn& p, cudaStream_t stream) {
   return with_layout(p, [&](auto element, auto wide) {

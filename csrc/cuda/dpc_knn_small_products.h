@@ -33,7 +33,7 @@ struct alignas(16) Tokens {
 
 // Numbers the positions whose thread says so; returns how many. Called by all threads, thread = position.
 __device__ inline int number_tokens(Tokens& s, bool counts) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int warp = warp_id(), lane = lane_id();
   const unsigned word = __ballot_sync(kAllLanes, counts);
   if (lane == 0) s.words[warp] = word;
   __syncthreads();
@@ -60,7 +60,7 @@ template <class T>
 __device__ float bound_of(const DpcKnn& p, int64_t b, int64_t position) {
   const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b + position * p.x_stride_n;
   float square = 0, largest = 0;
-  for (int64_t c = threadIdx.x % kWarp; c < p.C; c += kWarp) {
+  for (int64_t c = lane_id(); c < p.C; c += kWarp) {
     const float value = get(x[c * p.x_stride_c]);
     square += value * value;
     largest = fmaxf(largest, fabsf(value));
@@ -71,7 +71,7 @@ __device__ float bound_of(const DpcKnn& p, int64_t b, int64_t position) {
 // The largest of those that are not negative, in every warp; 0 if there is none.
 __device__ inline float largest_bound(const float* bound, int n) {
   float largest = 0;
-  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < n; i += kWarp) largest = fmaxf(largest, bound[i]);
+  for (int i = lane_id(); i < n; i += kWarp) largest = fmaxf(largest, bound[i]);
   return warp_max_of_nonnegative(largest);
 }
 
@@ -95,8 +95,8 @@ struct Single {
 // Two blocks of a cluster each centre half of the tokens, for both. No warp asks whether a place is free: before it
 // puts chunk i it has waited for chunk i - 2, of which every warp of both blocks put a share, after it had multiplied
 // chunk i - 4, the last in this place. Hence four places, and hence warps without tokens put something, too. That a
-// warp's loads of one chunk come before its asynchronous stores of a later one, PTX does not say; the machine code does,
-// in which products that need what was loaded are issued first.
+// warp's loads of one chunk come before its asynchronous stores of a later one, PTX does not say; the machine code
+// does, in which products that need what was loaded are issued first.
 struct Pair {
   static constexpr int kChunk = 32, kSlots = 4, kTokens = kTile / 2;
   Tokens& s;
@@ -112,9 +112,9 @@ struct Pair {
     ptx::store_async(reinterpret_cast<uint2*>(to), four, arrived(chunk), other);
   }
   __device__ void end(int chunk, int across) const {
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int warp = warp_id();
     __syncwarp();
-    if (threadIdx.x % kWarp != 0) return;
+    if (lane_id() != 0) return;
     if (warp >= across) ptx::store_async(s.unread + warp, uint64_t{0}, arrived(chunk), other);
     if (warp == 0) {
       ptx::barrier_arrive(arrived(chunk), across * kTokens * kChunk * 2 + (kWarps - across) * 8);
@@ -197,6 +197,40 @@ __device__ inline float power_of_two(int exponent) {
   return __uint_as_float(static_cast<unsigned>(127 + exponent) << 23);
 }
 
+// Which of the tiles of `group` a warp multiplies. Warps w, w + 4, .. share a scheduler: they get neighbouring shares,
+// so that all schedulers have as much to do.
+struct Share {
+  int first, count;  // of the group's tiles
+  int row[kTilesPerWarp] = {}, column[kTilesPerWarp] = {};  // where a tile's tokens start in a centred chunk
+
+  __device__ Share(int group, int across, int token_bytes) {
+    const int all = tiles_of(across), first_of_group = group * (all / kGroups);
+    const int tiles = group == 0 ? all / kGroups : all - first_of_group;
+    const int share = warp_id() % 4 * (kWarps / 4) + warp_id() / 4;
+    first = tiles * share / kWarps, count = tiles * (share + 1) / kWarps - first;
+#pragma unroll
+    for (int u = 0; u < kTilesPerWarp; ++u) {
+      if (u >= count) continue;
+      const TileAt at(first_of_group + first + u, across);
+      row[u] = at.row * kTile * token_bytes, column[u] = at.column * kTile * token_bytes;
+    }
+  }
+};
+
+// Writes the products of a warp's tiles, times `factor`, as `partial` of `products` has them.
+__device__ inline void store_products(const float (&acc)[kTilesPerWarp][8][4], const Share& mine, float factor,
+                                      float* partial) {
+#pragma unroll
+  for (int u = 0; u < kTilesPerWarp; ++u) {
+    if (u >= mine.count) continue;
+    float4* to = reinterpret_cast<float4*>(partial + (mine.first + u) * kTileFloats) + lane_id();
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      to[e * kWarp] = make_float4(acc[u][e][0], acc[u][e][1], acc[u][e][2], acc[u][e][3]) * factor;
+    }
+  }
+}
+
 // The dot products of the tiles of `group`, summed over the channels of `split`, in the order of the registers:
 // `partial` is [tile of the group, 8, lane, 4]. It may lie where `memory` does, centred_bytes. No coordinate exceeds
 // `bound`; if that is negative, the three tokens of the pivot tell how large they are. Others may be 1000 times as
@@ -206,7 +240,7 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
                          Exchange& exchange, unsigned char* memory, float* partial) {
   constexpr int kChunk = Exchange::kChunk, kBytes = kChunk * 2, kQuads = kChunk / 4, kAtOnce = kWarp / kQuads;
   constexpr int kPasses = Exchange::kTokens / kAtOnce;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int thread = static_cast<int>(threadIdx.x), warp = warp_id(), lane = lane_id();
   const int across = ceil_div(n, kTile), padded = across * kTile;
   const int all_chunks = static_cast<int>((p.C + kChunk - 1) / kChunk), most = ceil_div(all_chunks, kSplits);
   const int chunks = n == 0 ? 0 : max(0, min(most, all_chunks - split * most));
@@ -291,22 +325,8 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
     exchange.end(chunk, across);
   };
 
-  // Warps w, w + 4, .. share a scheduler: they get neighbouring shares, so that all schedulers have as much to do.
-  const int all_tiles = tiles_of(across), first_tile = group * (all_tiles / kGroups);
-  const int tiles = group == 0 ? all_tiles / kGroups : all_tiles - first_tile;
-  const int share = warp % 4 * (kWarps / 4) + warp / 4;
-  const int my_tile = tiles * share / kWarps, my_tiles = tiles * (share + 1) / kWarps - my_tile;
-  int row_at[kTilesPerWarp] = {}, column_at[kTilesPerWarp] = {};  // where a tile's tokens start in a centred chunk
-  float acc[kTilesPerWarp][8][4];
-#pragma unroll
-  for (int u = 0; u < kTilesPerWarp; ++u) {
-    if (u < my_tiles) {
-      const TileAt at(first_tile + my_tile + u, across);
-      row_at[u] = at.row * kTile * kBytes, column_at[u] = at.column * kTile * kBytes;
-    }
-#pragma unroll
-    for (int e = 0; e < 8; ++e) acc[u][e][0] = acc[u][e][1] = acc[u][e][2] = acc[u][e][3] = 0;
-  }
+  const Share mine(group, across, kBytes);
+  float acc[kTilesPerWarp][8][4] = {};
   const int row_lane = offset_of<kChunk>(lane % 16, lane / 16);
   const int column_lane = offset_of<kChunk>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
@@ -340,14 +360,14 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
       uint32_t rows[2][4];
 #pragma unroll
       for (int u = 0; u < kTilesPerWarp; ++u) {
-        if (u < my_tiles) {
-          if (u == 0 || row_at[u] != row_at[u - 1]) {
+        if (u < mine.count) {
+          if (u == 0 || mine.row[u] != mine.row[u - 1]) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-              ptx::load_matrices(rows[r], here + row_at[u] + (row_lane ^ step * 32) + r * 16 * kBytes);
+              ptx::load_matrices(rows[r], here + mine.row[u] + (row_lane ^ step * 32) + r * 16 * kBytes);
             }
           }
-          multiply(acc[u], rows, here + column_at[u] + (column_lane ^ step * 32), 8 * kBytes);
+          multiply(acc[u], rows, here + mine.column[u] + (column_lane ^ step * 32), 8 * kBytes);
         }
       }
     }
@@ -356,16 +376,7 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
   if (lane == 0) s.pivot_part[warp] = pivot2;
   __syncthreads();
   const float inverse2 = power_of_two(-2 * exponent);
-#pragma unroll
-  for (int u = 0; u < kTilesPerWarp; ++u) {
-    if (u < my_tiles) {
-      float4* to = reinterpret_cast<float4*>(partial + (my_tile + u) * kTileFloats) + lane;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        to[e * kWarp] = make_float4(acc[u][e][0], acc[u][e][1], acc[u][e][2], acc[u][e][3]) * inverse2;
-      }
-    }
-  }
+  store_products(acc, mine, inverse2, partial);
   if (thread == 0) {
     for (int w = 1; w < kWarps; ++w) pivot2 += s.pivot_part[w];
     s.pivot2 = pivot2;

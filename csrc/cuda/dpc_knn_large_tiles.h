@@ -5,10 +5,9 @@
 // products, so a squared distance (|x_i|^2 + |x_j|^2) - 2 <x_i, x_j> is the same bits both ways and exactly 0 between
 // copies.
 #pragma once
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
+#include "dpc_knn_order.h"
 #include "ptx.h"
 
 namespace hotkernels::dpc::large {
@@ -28,8 +27,6 @@ static_assert(kTile == kThreads);  // a thread looks after one token of the bloc
 // Squared distances of a warp, in the layout of the tensor core: see row_of and column_of.
 using Accumulators = float[kWarpTile / 16][kWarpTile / 8][4];
 
-__device__ inline int lane_id() { return static_cast<int>(threadIdx.x % 32); }
-__device__ inline int warp_id() { return static_cast<int>(threadIdx.x / 32); }
 // The row of accumulators [i][...][2 * half + ...], and the column of [...][j][... + e].
 __device__ inline int row_of(int i, int half) { return warp_id() / 2 * kWarpTile + i * 16 + half * 8 + lane_id() / 4; }
 __device__ inline int column_of(int j, int e) { return warp_id() % 2 * kWarpTile + j * 8 + lane_id() % 4 * 2 + e; }
