@@ -1,13 +1,13 @@
 // The attention core: one head of one sequence, dense or over a set of keys, forward and backward.
 //
-// Scores are held transposed, keys x queries: a register's lanes are queries. So the softmax needs no sums across lanes,
-// keys are broadcast from wherever they lie, and only the queries are repacked, a block of kQueries at a time.
-// Keys are taken in blocks of kKeys with the running maximum and sum of online softmax (Milakov & Gimelshein 2018; Dao et
-// al. 2022), so scratch does not grow with Nq * Nk. With s = scale * q k^T + bias, p = softmax(s), o = p v, backward is
-// (with delta_i = sum_d grad_o_id o_id - grad_lse_i)
+// Logits are held transposed, keys x queries: a register's lanes are queries. So the softmax needs no sums across
+// lanes, keys are broadcast from wherever they lie, and only the queries are repacked, a block of kQueries at a time.
+// Keys are taken in blocks of kKeys with the running maximum and sum of online softmax (Milakov & Gimelshein 2018; Dao
+// et al. 2022), so scratch does not grow with Nq * Nk. With logits s = scale * q k^T + bias, p = softmax(s), o = p v,
+// backward is (with delta_i = sum_d grad_o_id o_id - grad_lse_i)
 //   grad_v_j = sum_i p_ij grad_o_i      grad_s_ij = p_ij (grad_o_i . v_j - delta_i)
 //   grad_q_i = scale sum_j grad_s_ij k_j      grad_k_j = scale sum_i grad_s_ij q_i      grad_bias = grad_s.
-// Where bfloat16 is multiplied in pairs (operand.h), p and grad_s are rounded to it for the products, and nothing else is.
+// Where bfloat16 is multiplied in pairs (operand.h), p and grad_s are rounded to it for the products, nothing else is.
 #pragma once
 #include <cmath>
 
@@ -19,12 +19,12 @@
 namespace hotkernels::HK_ISA {
 namespace {
 
-constexpr int64_t kKeys = 512;  // keys per block of scores: 512 x 48 floats are 96 KB
+constexpr int64_t kKeys = 512;  // keys per block of logits: 512 x 48 floats are 96 KB
 constexpr int64_t kShortSum = 32;  // terms added up one by one; a longer sum is one of such sums, for their rounding
 template <class E>
 constexpr int64_t kQueries = 3 * kLanes<E>;
 
-// e^x for x up to a little over 0, to about 1 ulp; 0 below -87.7, where the result is not a normal float. NaN stays NaN.
+// e^x for x up to a little over 0, to about 1 ulp; 0 below -87.7, where the result is not a normal float. NaN stays.
 inline vf vexp(vf x) {
   const vf clamped = x < splat(-88.0f) ? splat(-88.0f) : x;  // not vmax: GCC may make a maximum of it that loses a NaN
   const vf shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the nearest integer n lands in the low bits
@@ -49,8 +49,8 @@ inline void fill(T* p, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) p[i] = value;
 }
 
-// Asks for the D elements of a row to be brought in, to be written to if `writing`. Inlined for sure, as is what calls it:
-// GCC takes a function that only prefetches for one without effects, and drops calls of it.
+// Asks for the D elements of a row to be brought in, to be written to if `writing`. Inlined for sure, as is what calls
+// it: GCC takes a function that only prefetches for one without effects, and drops calls of it.
 template <bool writing, class S>
 [[gnu::always_inline]] inline void prefetch_row(const S* row, int64_t D) {
   for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d, writing, 3);
@@ -86,7 +86,7 @@ struct Core {
   static constexpr bool pairs = deep == 2;
 
   const Attention& p;
-  const bool has_gradients;
+  const bool for_backward;
   const int64_t Dp = round_up(p.D, lanes), Da = round_up(p.D, lanes * deep) / deep;  // operands of a row across, along
   const int64_t blocks = (p.Nq + Q - 1) / Q;
   const T scale_after = pairs ? static_cast<T>(p.scale) : T{1}, scale_before = pairs ? T{1} : static_cast<T>(p.scale);
@@ -96,14 +96,14 @@ struct Core {
   O *key_rows, *value_rows;                    // [S, Da] packed keys; values, across [S, Dp], backward along [S, Da]
   int64_t *present, *place;                    // [S] slots that hold a key, and where a slot's key is packed
   O* query_columns;                            // [blocks or 1, D, Q] queries, transposed
-  T *scores, *out_rows;                        // [min(S, kKeys), Q], [Q, Dp]
+  T *logits, *out_rows;                        // [min(S, kKeys), Q], [Q, Dp]
   T *top, *sum;                                // [Q] running maximum and sum
   // Backward.
   O *query_rows, *grad_rows, *grad_columns;    // [Q, Dp] across, [Q, Dp] across, [D, Q]
-  T *grad_scores, *grad_query, *delta, *lse;   // [min(S, kKeys), Q], [Q, Dp], [Q], [Q]
+  T *grad_logits, *grad_query, *delta, *lse;   // [min(S, kKeys), Q], [Q, Dp], [Q], [Q]
   T *grad_key_rows, *grad_value_rows;          // [S, Dp]
-  // Keys across [S, Dp]; probabilities and gradients of scores as operands, [min(S, kKeys), Q]. Where operands are numbers,
-  // these are key_rows, scores and grad_scores.
+  // Keys across [S, Dp]; probabilities and gradients of logits as operands, [min(S, kKeys), Q]. Where operands are
+  // numbers, these are key_rows, logits and grad_logits.
   O *keys_across, *weights_along, *grads_along, *grads_across;
 
   // What is packed now.
@@ -115,25 +115,26 @@ struct Core {
   const O* k_across = nullptr;                 // the keys across, for backward
 
   // So many elements, or rows across, in operands.
-  static constexpr int64_t in(int64_t elements) { return (elements + deep - 1) / deep; }
+  static constexpr int64_t operands(int64_t elements) { return (elements + deep - 1) / deep; }
 
-  Core(const Attention& p, void* scratch, bool backward, int64_t* bytes = nullptr) : p(p), has_gradients(backward) {
+  Core(const Attention& p, void* scratch, bool backward, int64_t* bytes = nullptr) : p(p), for_backward(backward) {
     Arena a{reinterpret_cast<uintptr_t>(scratch)};
     const int64_t tile = round_up(p.S < kKeys ? p.S : kKeys, 8) * Q;
-    key_rows = a.take<O>(p.S * Da), value_rows = a.take<O>(backward ? p.S * Da : in(p.S) * Dp);
+    key_rows = a.take<O>(p.S * Da), value_rows = a.take<O>(backward ? p.S * Da : operands(p.S) * Dp);
     present = a.take<int64_t>(p.S), place = a.take<int64_t>(p.S);
-    query_columns = a.take<O>((shared_query ? blocks : 1) * in(p.D) * Q);
-    scores = a.take<T>(tile), out_rows = a.take<T>(Q * Dp);
+    query_columns = a.take<O>((shared_query ? blocks : 1) * operands(p.D) * Q);
+    logits = a.take<T>(tile), out_rows = a.take<T>(Q * Dp);
     top = a.take<T>(Q), sum = a.take<T>(Q);
     if (backward) {
-      query_rows = a.take<O>(in(Q) * Dp), grad_rows = a.take<O>(in(Q) * Dp), grad_columns = a.take<O>(in(p.D) * Q);
-      grad_scores = a.take<T>(tile), grad_query = a.take<T>(Q * Dp), delta = a.take<T>(Q), lse = a.take<T>(Q);
+      query_rows = a.take<O>(operands(Q) * Dp), grad_rows = a.take<O>(operands(Q) * Dp);
+      grad_columns = a.take<O>(operands(p.D) * Q);
+      grad_logits = a.take<T>(tile), grad_query = a.take<T>(Q * Dp), delta = a.take<T>(Q), lse = a.take<T>(Q);
       grad_key_rows = a.take<T>(p.S * Dp), grad_value_rows = a.take<T>(p.S * Dp);
       if constexpr (pairs) {
-        keys_across = a.take<O>(in(p.S) * Dp), weights_along = a.take<O>(in(tile));
-        grads_along = a.take<O>(in(tile)), grads_across = a.take<O>(in(tile));
+        keys_across = a.take<O>(operands(p.S) * Dp), weights_along = a.take<O>(operands(tile));
+        grads_along = a.take<O>(operands(tile)), grads_across = a.take<O>(operands(tile));
       } else {
-        keys_across = key_rows, weights_along = scores, grads_along = grads_across = grad_scores;
+        keys_across = key_rows, weights_along = logits, grads_along = grads_across = grad_logits;
       }
     }
     if (bytes) *bytes = static_cast<int64_t>(a.next);
@@ -151,10 +152,12 @@ struct Core {
   void pack_columns(const S* x, int64_t stride, int64_t count, T scale, O* columns) const {
     for (int64_t i = 0; i < round_up(count, lanes); i += lanes) {
       for (int64_t d = 0; d < p.D; d += lanes * deep) {
-        const int64_t left = p.D - d, wide = left < lanes * deep ? in(left) : lanes;
+        const int64_t left = p.D - d, wide = left < lanes * deep ? operands(left) : lanes;
         vec block[lanes];
 #pragma GCC unroll 16
-        for (int64_t l = 0; l < lanes; ++l) block[l] = i + l < count ? Pack::take(x + (i + l) * stride + d, left) : vec{};
+        for (int64_t l = 0; l < lanes; ++l) {
+          block[l] = i + l < count ? Pack::take(x + (i + l) * stride + d, left) : vec{};
+        }
         transpose<T>(block);
         for (int64_t l = 0; l < wide; ++l) Pack::put(columns + (d / deep + l) * Q + i, block[l], scale);
       }
@@ -188,7 +191,7 @@ struct Core {
       if (n < 0 || masked<T>(p, b, j, n)) continue;
       const S *key_row = key + n * p.key.stride_n, *value_row = value + n * p.value.stride_n;
       Pack::along(key_row, p.D, key_rows + keys * Da);
-      if (has_gradients) {
+      if (for_backward) {
         Pack::along(value_row, p.D, value_rows + keys * Da);
         if constexpr (pairs) Pack::across(key_row, p.D, T{1}, keys, keys_across, Dp);
       } else {
@@ -197,7 +200,7 @@ struct Core {
       present[keys++] = s;
     }
     k = key_rows, k_across = keys_across, v = value_rows;
-    key_stride = Da, across_stride = Dp, value_stride = has_gradients ? Da : Dp;
+    key_stride = Da, across_stride = Dp, value_stride = for_backward ? Da : Dp;
   }
 
   int64_t slot(int64_t key) const { return keys < p.S ? present[key] : key; }
@@ -217,18 +220,20 @@ struct Core {
       packed_query = query;
       for (int64_t e = 0; e < blocks; ++e) {
         const int64_t rows = p.Nq - e * Q < Q ? p.Nq - e * Q : Q;
-        pack_columns(query + e * Q * p.query.stride_n, p.query.stride_n, rows, scale_before, query_columns + e * in(p.D) * Q);
+        O* columns = query_columns + e * operands(p.D) * Q;
+        pack_columns(query + e * Q * p.query.stride_n, p.query.stride_n, rows, scale_before, columns);
       }
     }
-    return query_columns + block * in(p.D) * Q;
+    return query_columns + block * operands(p.D) * Q;
   }
 
-  // scores[key][query] of keys [k0, k1) and one block of queries, biases included.
-  void score(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, int64_t k0, int64_t k1, const O* columns) {
+  // logits[key][query] of keys [k0, k1) and one block of queries, biases included.
+  void compute_logits(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, int64_t k0, int64_t k1,
+                      const O* columns) {
     const int64_t vectors = (count + lanes - 1) / lanes;
-    multiply<false>(k + k0 * key_stride, key_stride, columns, Q, k1 - k0, vectors, in(p.D), scores, Q, false);
+    multiply<false>(k + k0 * key_stride, key_stride, columns, Q, k1 - k0, vectors, operands(p.D), logits, Q, false);
     for (int64_t key = 0; pairs && key < k1 - k0; ++key) {
-      T* row = scores + key * Q;
+      T* row = logits + key * Q;
       for (int64_t e = 0; e < vectors; ++e) store(row + e * lanes, load(row + e * lanes) * scale_after);
     }
     if (p.bias) {
@@ -236,22 +241,22 @@ struct Core {
                       q0 * p.bias_stride_q;
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t key = k0; key < k1; ++key) {
-          scores[(key - k0) * Q + i] += bias[i * p.bias_stride_q + slot(key) * p.bias_stride_s];
+          logits[(key - k0) * Q + i] += bias[i * p.bias_stride_q + slot(key) * p.bias_stride_s];
         }
       }
     }
     if (const T* bias = key_bias_of<T>(p, b, j)) {
       for (int64_t key = k0; key < k1; ++key) {
         const T add = bias[token(key, b, j, h) * p.key_bias_stride_n];
-        T* row = scores + (key - k0) * Q;
+        T* row = logits + (key - k0) * Q;
         for (int64_t e = 0; e < vectors; ++e) store(row + e * lanes, load(row + e * lanes) + add);
       }
     }
   }
 
-  // Asks for a query block's share of the next item's rows while this one's are at work: a head's rows lie a whole token
-  // apart, where the prefetchers of the Xeon that was measured did not follow. With the rows to be written, forward at 17
-  // and 81 tokens takes 0.7 of the time there.
+  // Asks for a query block's share of the next item's rows while this one's are at work: a head's rows lie a whole
+  // token apart, where the prefetchers of the Xeon that was measured did not follow. With the rows to be written,
+  // forward at 17 and 81 tokens takes 0.7 of the time there.
   [[gnu::always_inline]] inline void prefetch_share(const Item& next, int64_t block, bool backward) const {
     const auto [b, j, h] = next;
     const S *key = at(p.key, b, j, h), *value = at(p.value, b, j, h), *query = at(p.query, b, j, h);
@@ -270,7 +275,8 @@ struct Core {
   }
 
   // Asks for rows [first, last) of one head of `to`, about to be written.
-  [[gnu::always_inline]] inline void prefetch_written(const HeadsView& to, const Item& item, int64_t first, int64_t last) const {
+  [[gnu::always_inline]] inline void prefetch_written(const HeadsView& to, const Item& item, int64_t first,
+                                                      int64_t last) const {
     if (!to.data) return;
     const S* rows = at(to, item.b, item.j, item.h);
     for (int64_t n = first; n < last; ++n) prefetch_row<true>(rows + n * to.stride_n, p.D);
@@ -289,12 +295,13 @@ struct Core {
       if (keys == 0) fill(out_rows, Q * Dp, T{0});
       for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
         const int64_t k1 = keys - k0 < kKeys ? keys : k0 + kKeys;
-        score(b, j, h, q0, count, k0, k1, columns);
+        compute_logits(b, j, h, q0, count, k0, k1, columns);
         if (k0 == 0) prefetch_written(p.out, item, q0, q0 + count);
         softmax_block(k1 - k0, vectors, count, k0 > 0);
         if (k0 == 0) prefetch_share(next, block, false);
         const O* values = v + k0 / deep * value_stride;
-        multiply<true>(weights(), Q, values, value_stride, count, Dp / lanes, in(k1 - k0), out_rows, Dp, k0 > 0);
+        multiply<true>(weights(), Q, values, value_stride, count, Dp / lanes, operands(k1 - k0), out_rows, Dp,
+                       k0 > 0);
       }
       for (int64_t i = 0; i < count; ++i) {
         // A query with nothing to attend to has sum 0: its output is 0, its lse -inf.
@@ -305,11 +312,11 @@ struct Core {
     }
   }
 
-  // The scores' place, where operands across take theirs: two rows of scores make one row of pairs.
-  O* weights() const { return reinterpret_cast<O*>(scores); }
+  // The logits' place, where operands across take theirs: two rows of logits make one row of pairs.
+  O* weights() const { return reinterpret_cast<O*>(logits); }
 
-  // One step of online softmax: scores become exp(score - maximum), as operands across; sum and out_rows are rescaled to the
-  // new maximum.
+  // One step of online softmax: logits become exp(logit - maximum), as operands across; sum and out_rows are rescaled
+  // to the new maximum.
   void softmax_block(int64_t count_keys, int64_t vectors, int64_t count, bool rescale) {
     switch (vectors) {
       case 1: return softmax_vectors<1>(count_keys, count, rescale);
@@ -325,7 +332,7 @@ struct Core {
     for (int v = 0; v < V; ++v) most[v] = load(top + v * lanes);
     for (int64_t key = 0; key < count_keys; ++key) {
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) most[v] = vmax(most[v], load(scores + key * Q + v * lanes));
+      for (int v = 0; v < V; ++v) most[v] = vmax(most[v], load(logits + key * Q + v * lanes));
     }
     for (int v = 0; v < V; ++v) {
       // With every logit -inf so far, 0 stands in for the maximum: exp(-inf - 0) = 0, where -inf - -inf would be NaN.
@@ -341,7 +348,7 @@ struct Core {
         for (int v = 0; v < V; ++v) {
           vec weight[deep] = {};
           for (int64_t i = 0; i < deep && key + i < last; ++i) {
-            part[v] += weight[i] = vexp(load(scores + (key + i) * Q + v * lanes) - minus[v]);
+            part[v] += weight[i] = vexp(load(logits + (key + i) * Q + v * lanes) - minus[v]);
           }
           Pack::put_across(weights() + key / deep * Q + v * lanes, weight);
         }
@@ -385,19 +392,22 @@ struct Core {
       }
       for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
         const int64_t k1 = keys - k0 < kKeys ? keys : k0 + kKeys, n = k1 - k0;
-        score(b, j, h, q0, count, k0, k1, columns);
-        multiply<false>(v + k0 * value_stride, value_stride, grad_columns, Q, n, vectors, in(p.D), grad_scores, Q, false);
+        compute_logits(b, j, h, q0, count, k0, k1, columns);
+        multiply<false>(v + k0 * value_stride, value_stride, grad_columns, Q, n, vectors, operands(p.D), grad_logits,
+                        Q, false);
         softmax_gradient(n, vectors, whole);
         if (k0 == 0) prefetch_share(next, block, true);
-        multiply<false>(weights_along, in(Q), grad_rows, Dp, n, Dp / lanes, in(count), grad_value_rows + k0 * Dp, Dp, block > 0);
-        multiply<false>(grads_along, in(Q), query_rows, Dp, n, Dp / lanes, in(count), grad_key_rows + k0 * Dp, Dp, block > 0);
+        multiply<false>(weights_along, operands(Q), grad_rows, Dp, n, Dp / lanes, operands(count),
+                        grad_value_rows + k0 * Dp, Dp, block > 0);
+        multiply<false>(grads_along, operands(Q), query_rows, Dp, n, Dp / lanes, operands(count),
+                        grad_key_rows + k0 * Dp, Dp, block > 0);
         if (k0 == 0) {
           if (!query_sum) prefetch_written(p.grad_query, item, q0, q0 + count);
           prefetch_written(p.grad_key, item, p.Nk * block / blocks, p.Nk * (block + 1) / blocks);
           prefetch_written(p.grad_value, item, p.Nk * block / blocks, p.Nk * (block + 1) / blocks);
         }
         const O* across = k_across + k0 / deep * across_stride;
-        multiply<true>(grads_across, Q, across, across_stride, count, Dp / lanes, in(n), grad_query, Dp, k0 > 0);
+        multiply<true>(grads_across, Q, across, across_stride, count, Dp / lanes, operands(n), grad_query, Dp, k0 > 0);
         if (bias_sum) add_bias_gradients(bias_sum + q0 * p.S, count, k0, k1);
         if (p.grad_bias) add_bias_gradients(static_cast<T*>(p.grad_bias) + (row0 + q0) * p.S, count, k0, k1);
         if (p.grad_key_bias) key_bias_gradients(b, j, h, count, k0, k1);
@@ -409,12 +419,12 @@ struct Core {
     if (p.grad_value.data) write_grad_rows(p.grad_value, grad_value_rows, T{1}, b, j, h);
   }
 
-  // Scores become probabilities; grad_scores, so far grad_out . v, become the gradients of the logits. With the whole
+  // Logits become probabilities; grad_logits, so far grad_out . v, become the gradients of the logits. With the whole
   // row at hand, grad_out . o is taken from the probabilities: o may have been rounded to a half type.
   void softmax_gradient(int64_t count_keys, int64_t vectors, bool whole) {
     const bool exact = p.bias || p.key_bias;  // whether the gradients are wanted as numbers, too
     for (int64_t e = 0; e < vectors; ++e) {
-      T *s = scores + e * lanes, *g = grad_scores + e * lanes;
+      T *s = logits + e * lanes, *g = grad_logits + e * lanes;
       const vec log_sum = load(lse + e * lanes);
       const auto empty = log_sum == splat(static_cast<T>(-INFINITY));
       vec shift = load(delta + e * lanes), dot{}, total{};
@@ -430,9 +440,10 @@ struct Core {
         vec grads[deep] = {};
         for (int64_t i = 0; i < deep && key + i < count_keys; ++i) {
           const vec weight = load(s + (key + i) * Q) * inverse;
+          const int64_t along = (key + i) * operands(Q) + e * operands(lanes);
           grads[i] = weight * (load(g + (key + i) * Q) - shift);
-          Pack::put_along(weights_along + (key + i) * in(Q) + e * in(lanes), weight);
-          if constexpr (pairs) Pack::put_along(grads_along + (key + i) * in(Q) + e * in(lanes), grads[i]);
+          Pack::put_along(weights_along + along, weight);
+          if constexpr (pairs) Pack::put_along(grads_along + along, grads[i]);
           if (!pairs || exact) store(g + (key + i) * Q, grads[i]);
         }
         if constexpr (pairs) Pack::put_across(grads_across + key / deep * Q + e * lanes, grads);
@@ -447,10 +458,10 @@ struct Core {
     if (d < p.D) store_some_as<E>(out + d, load(from + d) * factor, p.D - d);
   }
 
-  // to[query][slot] += grad_scores; `to` starts as zeros.
+  // to[query][slot] += grad_logits; `to` starts as zeros.
   void add_bias_gradients(T* to, int64_t count, int64_t k0, int64_t k1) const {
     for (int64_t i = 0; i < count; ++i) {
-      for (int64_t key = k0; key < k1; ++key) to[i * p.S + slot(key)] += grad_scores[(key - k0) * Q + i];
+      for (int64_t key = k0; key < k1; ++key) to[i * p.S + slot(key)] += grad_logits[(key - k0) * Q + i];
     }
   }
 
@@ -458,7 +469,7 @@ struct Core {
     T* to = static_cast<T*>(p.grad_key_bias) + ((b * p.J + j) * p.H + h) * p.Nk;
     for (int64_t key = k0; key < k1; ++key) {
       T total = 0;
-      for (int64_t i = 0; i < count; ++i) total += grad_scores[(key - k0) * Q + i];
+      for (int64_t i = 0; i < count; ++i) total += grad_logits[(key - k0) * Q + i];
       to[token(key, b, j, h)] += total;
     }
   }

@@ -17,7 +17,8 @@ inline void fold_step(V* v, std::integer_sequence<int, L...>) {
 #pragma GCC unroll 16
   for (int a = 0; a < n; a += 2 * S) {
     const V x = v[a], y = v[a + S];
-    v[a] = __builtin_shufflevector(x, y, (L & S ? n + L - S : L)...) + __builtin_shufflevector(x, y, (L & S ? n + L : L + S)...);
+    v[a] = __builtin_shufflevector(x, y, (L & S ? n + L - S : L)...) +
+           __builtin_shufflevector(x, y, (L & S ? n + L : L + S)...);
   }
 }
 
@@ -34,7 +35,7 @@ inline typename Simd<T>::vec sums_across(typename Simd<T>::vec (&v)[Simd<T>::lan
 }
 
 template <class E>
-struct Each {
+struct PerQuery {
   using T = typename E::Compute;
   using S = typename E::Stored;
   using vec = Vec<E>;
@@ -48,7 +49,7 @@ struct Each {
   T *logits, *other;  // [Sp]
   int64_t keys = 0;
 
-  Each(const Attention& p, void* scratch, int64_t* bytes = nullptr) : p(p) {
+  PerQuery(const Attention& p, void* scratch, int64_t* bytes = nullptr) : p(p) {
     Arena a{reinterpret_cast<uintptr_t>(scratch)};
     tokens = a.take<int64_t>(Sp), present = a.take<int64_t>(Sp);
     row = a.take<T>(Dp), row2 = a.take<T>(Dp);
@@ -60,11 +61,12 @@ struct Each {
     return static_cast<S*>(x.data) + b * x.stride_b + j * x.stride_j + h * x.stride_h + n * x.stride_n;
   }
 
-  // The row's D values in vector e: the last one may be short.
+  // Elements d .. d + lanes - 1 of a row, zeros past its end.
   vec part(const S* x, int64_t d) const { return load_up_to<E>(x + d, p.D - d); }
 
   void take_index(int64_t b, int64_t j, int64_t h, int64_t i) {
-    const int64_t* index = p.index + b * p.index_stride_b + j * p.index_stride_j + h * p.index_stride_h + i * p.index_stride_q;
+    const int64_t* index =
+        p.index + b * p.index_stride_b + j * p.index_stride_j + h * p.index_stride_h + i * p.index_stride_q;
     keys = 0;
     for (int64_t s = 0; s < p.S; ++s) {
       if (index[s] >= 0 && !masked<T>(p, b, j, index[s])) tokens[keys] = index[s], present[keys++] = s;
@@ -72,7 +74,7 @@ struct Each {
     for (int64_t s = keys; s < round_up(keys, lanes); ++s) tokens[s] = tokens[0];
   }
 
-  // out[key] = <row, x[tokens[key]]>.
+  // out[key] = <query, x[tokens[key]]>.
   void dots(const HeadsView& x, int64_t b, int64_t j, int64_t h, const T* query, T* out) const {
     const S* base = at(x, b, j, h, 0);
     for (int64_t first = 0; first < keys; first += lanes) {
@@ -94,7 +96,7 @@ struct Each {
     }
   }
 
-  // The sum of term(i) for i < count. Long sums are sums of short ones: one token may fill many slots, and the roundings of
+  // The sum of term(i) for i < count. Long sums are sums of short ones: one token may fill many slots, and roundings of
   // equal terms all go the same way.
   template <class Term>
   static T sum_of(int64_t count, const Term& term) {
@@ -150,7 +152,7 @@ struct Each {
   }
 
   // Logits of one query and head. row holds the scaled query.
-  void score(int64_t b, int64_t j, int64_t h, int64_t i) {
+  void compute_logits(int64_t b, int64_t j, int64_t h, int64_t i) {
     pack_row<E>(at(p.query, b, j, h, i), p.D, static_cast<T>(p.scale), row);
     dots(p.key, b, j, h, row, logits);
     if (p.bias) {
@@ -172,7 +174,7 @@ struct Each {
   void forward(int64_t b, int64_t j, int64_t i) {
     for (int64_t h = 0; h < p.H; ++h) {
       if (h == 0 || p.index_stride_h != 0) take_index(b, j, h, i);
-      score(b, j, h, i);
+      compute_logits(b, j, h, i);
       T top = static_cast<T>(-INFINITY);
       for (int64_t key = 0; key < keys; ++key) top = logits[key] > top ? logits[key] : top;
       exponentials(top == static_cast<T>(-INFINITY) ? T{0} : top);
@@ -192,12 +194,13 @@ struct Each {
       T* probabilities = static_cast<T*>(p.probabilities) + at_row * p.S;
       T* grad_logits = static_cast<T*>(p.grad_logits) + at_row * p.S;
       const T log_sum = static_cast<const T*>(p.lse)[at_row];
-      score(b, j, h, i);
+      compute_logits(b, j, h, i);
       if (log_sum == static_cast<T>(-INFINITY)) fill(logits, keys, T{0}); else exponentials(log_sum);
       pack_row<E>(at(p.grad_out, b, j, h, i), p.D, T{1}, row2);
       dots(p.value, b, j, h, row2, other);
       // They sum to 1 but for the rounding of lse, which is no small part of gradients where one key takes all.
-      const T total = sum_of(keys, [&](int64_t key) { return logits[key]; }), inverse = total == 0 ? T{0} : T{1} / total;
+      const T total = sum_of(keys, [&](int64_t key) { return logits[key]; });
+      const T inverse = total == 0 ? T{0} : T{1} / total;
       for (int64_t key = 0; key < keys; ++key) logits[key] *= inverse;
       // grad_out . out, from the probabilities: out may have been rounded to a half type.
       T delta = sum_of(keys, [&](int64_t key) { return logits[key] * other[key]; });
@@ -255,11 +258,11 @@ void with_operands(const Attention& p, const Body& body) {
   });
 }
 
-// Calls step(worker, b, j, i) for items [begin, end) of B * J * per.
+// Calls step(worker, b, j, i) for tokens [begin, end) of B * J * per.
 template <class Step>
-void each_item(const Attention& p, int64_t per, int64_t begin, int64_t end, void* scratch, const Step& step) {
+void each_token(const Attention& p, int64_t per, int64_t begin, int64_t end, void* scratch, const Step& step) {
   with_element(p.dtype, [&](auto element) {
-    Each<decltype(element)> worker(p, scratch);
+    PerQuery<decltype(element)> worker(p, scratch);
     for (int64_t t = begin; t < end; ++t) step(worker, t / per / p.J, t / per % p.J, t % per);
   });
 }
@@ -282,21 +285,23 @@ void attention_bwd(const Attention& p, int64_t begin, int64_t end, void* scratch
 
 int64_t attention_per_query_scratch(const Attention& p) {
   int64_t bytes = 0;
-  with_element(p.dtype, [&](auto element) { Each<decltype(element)>(p, nullptr, &bytes); });
+  with_element(p.dtype, [&](auto element) { PerQuery<decltype(element)>(p, nullptr, &bytes); });
   return bytes;
 }
 
 void attention_per_query_fwd(const Attention& p, int64_t begin, int64_t end, void* scratch) {
-  each_item(p, p.Nq, begin, end, scratch, [](auto& worker, int64_t b, int64_t j, int64_t i) { worker.forward(b, j, i); });
+  each_token(p, p.Nq, begin, end, scratch,
+             [](auto& worker, int64_t b, int64_t j, int64_t i) { worker.forward(b, j, i); });
 }
 
 void attention_per_query_bwd_queries(const Attention& p, int64_t begin, int64_t end, void* scratch) {
-  each_item(p, p.Nq, begin, end, scratch,
-            [](auto& worker, int64_t b, int64_t j, int64_t i) { worker.backward_query(b, j, i); });
+  each_token(p, p.Nq, begin, end, scratch,
+             [](auto& worker, int64_t b, int64_t j, int64_t i) { worker.backward_query(b, j, i); });
 }
 
 void attention_per_query_bwd_keys(const Attention& p, int64_t begin, int64_t end, void* scratch) {
-  each_item(p, p.Nk, begin, end, scratch, [](auto& worker, int64_t b, int64_t j, int64_t n) { worker.backward_key(b, j, n); });
+  each_token(p, p.Nk, begin, end, scratch,
+             [](auto& worker, int64_t b, int64_t j, int64_t n) { worker.backward_key(b, j, n); });
 }
 
 }  // namespace hotkernels::HK_ISA
