@@ -7,7 +7,7 @@
 #define HK_STR(name) HK_STR_(name)
 
 PyMODINIT_FUNC HK_INIT(HK_MODULE)(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, HK_STR(HK_MODULE), nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                               nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, HK_STR(HK_MODULE), nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

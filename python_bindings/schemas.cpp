@@ -3,8 +3,8 @@
 
 STABLE_TORCH_LIBRARY(hotkernels, m) {
   m.def(
-      "dpc_knn_fwd(Tensor x, int num_clusters, int k, Tensor? mask, Tensor? keep, Tensor? noise, int seed, bool assign, "
-      "bool ordered) -> (Tensor index, Tensor assignment, Tensor density, Tensor delta, Tensor score)");
+      "dpc_knn_fwd(Tensor x, int num_clusters, int k, Tensor? mask, Tensor? keep, Tensor? noise, int seed, "
+      "bool assign, bool ordered) -> (Tensor index, Tensor assignment, Tensor density, Tensor delta, Tensor score)");
   m.def("gather_tokens_fwd(Tensor x, Tensor index, Tensor? pos) -> Tensor");
   m.def("gather_tokens_bwd(Tensor grad_out, Tensor index, int num_tokens) -> Tensor");
   m.def(
@@ -20,8 +20,8 @@ STABLE_TORCH_LIBRARY(hotkernels, m) {
   m.def(
       "gathered_attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor lse, Tensor? index, Tensor? start, Tensor? slots, Tensor? bias, Tensor? key_bias, float scale, bool "
-      "need_bias, bool need_key_bias) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor "
-      "grad_key_bias)");
+      "need_bias, bool need_key_bias) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, "
+      "Tensor grad_key_bias)");
   m.def(
       "gathered_attention_packed_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
       "float scale) -> Tensor grad_qkv");

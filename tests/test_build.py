@@ -148,6 +148,14 @@ def test_csrc_knows_no_torch() -> None:
     assert not found
 
 
+def test_native_lines_fit_in_120_columns() -> None:
+    # As ruff has it for Python.
+    paths = [p for folder in ("csrc", "python_bindings", "tests/emulation") for p in (ROOT / folder).rglob("*.*")]
+    native = [p for p in paths if p.suffix in (".h", ".c", ".cpp", ".cu")]
+    lines = [(p.name, n, line) for p in native for n, line in enumerate(p.read_text().splitlines(), 1)]
+    assert not [(name, n) for name, n, line in lines if len(line) > 120]
+
+
 @pytest.mark.parametrize("op", backends.OPS)
 def test_an_op_has_one_name_in_every_folder(op: str) -> None:
     places = [

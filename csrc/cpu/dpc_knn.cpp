@@ -1,7 +1,7 @@
 // DPC-kNN of one sample in one pass over its distances, without an N x N matrix.
 //
-// Tokens are centred and packed into panels (tile_dots.h); only tiles on and above the diagonal are multiplied, and each
-// squared distance d2 = (|x_i|^2 + |x_j|^2) - 2 <x_i, x_j> is offered to token i and to token j: the same number for both.
+// Tokens are centred and packed into panels (tile_dots.h); only tiles on and above the diagonal are multiplied, and
+// each squared distance d2 = (|x_i|^2 + |x_j|^2) - 2 <x_i, x_j> is offered to tokens i and j: the same number for both.
 // Up to kDense tokens, the distances stay in cache and every later step reads them again. Beyond, each token keeps a
 // sorted list of its nearest neighbours, and that list answers the later questions exactly:
 //   density   k nearest: the head of the list.
@@ -22,14 +22,14 @@ namespace hotkernels::HK_ISA {
 namespace {
 
 constexpr int64_t kDense = 384;     // 384^2 floats are 0.6 MB: they fit the second-level cache
-constexpr int64_t kDenseChannels = 256;  // packed at a time for those: 384 x 256 floats are 0.4 MB, beside them in that cache
+constexpr int64_t kDenseChannels = 256;  // packed at a time for those: 384 x 256 floats, 0.4 MB, beside them there
 constexpr int64_t kBlock = 192;     // tokens per side of a tile of distances; a multiple of P on every instruction set
 constexpr int64_t kListMin = 16;    // neighbours kept per token: fewer leave more tokens to the second search
 constexpr int64_t kListPad = 16;    // floats before a list: the last of them is -inf, its "entry -1"
 constexpr float kInf = __builtin_inff();
 static_assert(kBlock % P == 0 && kDense % P == 0 && W % R == 0);
 
-// Of a type of this file, so that what the compiler makes of std's algorithms stays in it: one copy per instruction set.
+// Of a type of this file, so that what the compiler makes of std's algorithms stays in it, a copy per instruction set.
 constexpr auto kAscending = [](auto a, auto b) { return a < b; };
 
 struct Rank {  // densest first: by key, then tie, then token
@@ -148,8 +148,8 @@ float median(float a, float b, float c) {
   return c < low ? low : c > high ? high : c;
 }
 
-// Finds the valid tokens and the pivot. A token counts if the mask has it, its noise is a number, and its squared norm is
-// at most kNormLimit.
+// Finds the valid tokens and the pivot. A token counts if the mask has it, its noise is a number, and its squared norm
+// is at most kNormLimit.
 // The pivot is what is subtracted from all: of each channel, the median of three tokens. A mean would do as well, were
 // it not for outliers: one of n that is A away moves the mean by A / n, and squared distances between all others would
 // be rounded as if they were that long. Not the first and the last token, which often are special.
@@ -348,7 +348,7 @@ void dense_assign(Sample& s, const Runner& runner) {
   });
 }
 
-// ---- 2b. many tokens: neighbour lists ---------------------------------------------------------------------------------
+// ---- 2b. many tokens: neighbour lists -------------------------------------------------------------------------------
 
 // Inserts (d, id) into an ascending list that ends in something larger: entry e becomes min(old e, max(old e-1, d)).
 inline void list_insert(float* distance, int32_t* neighbour, int64_t list, float d, int32_t id) {
@@ -449,8 +449,8 @@ void gather_panel(const DpcKnn& p, const Sample& s, const int32_t* tokens, int64
   }
 }
 
-// For every pending token: the nearest of `others` (packed, count of them) for which allowed(i, ranks of the
-// pending tokens) is set. accept(token, squared distance, i) is called once per pending token; i = -1 if there was none.
+// For every pending token: the nearest of `others` (packed, count of them) for which allowed(i, ranks of the pending
+// tokens) is set. accept(token, squared distance, i) is called once per pending token; i = -1 if there was none.
 template <class Allowed, class Accept>
 void second_search(const DpcKnn& p, Sample& s, const Runner& runner, int64_t pending, const float* others,
                    const float* others_norm, int64_t count, const Allowed& allowed, const Accept& accept) {
@@ -469,7 +469,8 @@ void second_search(const DpcKnn& p, Sample& s, const Runner& runner, int64_t pen
         tile_dots(others, i0, i1, part.panel, 0, P, p.C, false, part.tile, P);
         for (int64_t i = i0; i < i1; ++i) {
           for (int v = 0; v < 3; ++v) {
-            vf d = squared_distance(others_norm[i], load(part.panel_norm + v * W), load(part.tile + (i - i0) * P + v * W));
+            const vf dots = load(part.tile + (i - i0) * P + v * W);
+            vf d = squared_distance(others_norm[i], load(part.panel_norm + v * W), dots);
             d = allowed(i, load(rank + v * W)) ? d : splat(kInf);
             where[v] = d < best[v] ? splat(static_cast<int32_t>(i)) : where[v];
             best[v] = vmin(best[v], d);
@@ -526,7 +527,7 @@ void list_assign(const DpcKnn& p, Sample& s, const Runner& runner) {
       [&](int32_t token, float, int32_t m) { s.nearest[token] = m; });
 }
 
-// ---- 3-5. order, score, selection -------------------------------------------------------------------------------------
+// ---- 3-5. order, score, selection -----------------------------------------------------------------------------------
 
 inline uint32_t mix32(uint32_t h) {  // finaliser of MurmurHash3: every input bit reaches every output bit
   h = (h ^ (h >> 16)) * 0x85ebca6bu;

@@ -1,7 +1,7 @@
 // How attention packs its matrices as operands of products (register_tile.h): as numbers, or as pairs of bfloat16.
 //
-// A product over a matrix's columns takes its rows packed "along": a row's operands lie one after the other. One over its
-// rows takes them "across": an operand holds the values of `deep` rows in one column. For numbers both are the same.
+// A product over a matrix's columns takes its rows packed "along": a row's operands lie one after the other. One over
+// its rows takes them "across": an operand holds the values of `deep` rows in one column. For numbers both are alike.
 #pragma once
 #include "element.h"
 #include "register_tile.h"

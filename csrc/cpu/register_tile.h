@@ -1,6 +1,6 @@
 // The matrix product that fits in registers: R rows times V vectors of columns, accumulated over the depth.
 //
-// Its operands are numbers or, where the processor has AVX512-BF16, pairs of bfloat16 that are neighbours along the depth:
+// Its operands are numbers or, where the processor has AVX512-BF16, pairs of bfloat16, neighbours along the depth:
 // one instruction adds both products to a float, without rounding between them, twice as many per second (on a Zen 5).
 #pragma once
 #include "simd.h"
@@ -65,8 +65,12 @@ inline void register_tile_rows(const O* a, int64_t a_stride, const O* b, int64_t
   const auto at = [&](int64_t r) { return a + (by_column ? r : r * a_stride); };
   constexpr int R = tile_rows(V);
   int64_t r = 0;
-  for (; r + R <= rows; r += R) register_tile<R, V, by_column>(at(r), a_stride, b, b_stride, depth, t + r * t_stride, t_stride, add);
-  for (; r + 2 <= rows; r += 2) register_tile<2, V, by_column>(at(r), a_stride, b, b_stride, depth, t + r * t_stride, t_stride, add);
+  for (; r + R <= rows; r += R) {
+    register_tile<R, V, by_column>(at(r), a_stride, b, b_stride, depth, t + r * t_stride, t_stride, add);
+  }
+  for (; r + 2 <= rows; r += 2) {
+    register_tile<2, V, by_column>(at(r), a_stride, b, b_stride, depth, t + r * t_stride, t_stride, add);
+  }
   if (r < rows) register_tile<1, V, by_column>(at(r), a_stride, b, b_stride, depth, t + r * t_stride, t_stride, add);
 }
 

@@ -15,8 +15,8 @@ constexpr int64_t kChannelBlock = 128;    // channels per pass: a panel's 128 x 
 
 // t[i - i_begin][j - j_begin] = <a_i, b_j>. i_begin and j_begin are multiples of P; rows are written in groups of R and
 // columns in groups of W, so t needs room for round_up(i_end - i_begin, R) rows of round_up(j_end - j_begin, W).
-// With `upper` (a and b are the same tokens) only j >= i is computed, in whole vectors. With `more`, t holds the products
-// over earlier channels, and those over these C are added.
+// With `upper` (a and b are the same tokens) only j >= i is computed, in whole vectors. With `more`, t holds the
+// products over earlier channels, and those over these C are added.
 inline void tile_dots(const float* a, int64_t i_begin, int64_t i_end, const float* b, int64_t j_begin, int64_t j_end,
                       int64_t C, bool upper, float* t, int64_t t_stride, bool more = false) {
   for (int64_t c = 0; c < C; c += kChannelBlock) {

@@ -47,7 +47,8 @@ cudaError_t launch(const GatherTokens& p, int64_t R, int64_t C, cudaStream_t str
   const int64_t pieces = (R * packs + lanes - 1) / lanes;
   return launch_in_runs(p.B, p.M, [&](int64_t first, int64_t samples) {
     const auto tokens = static_cast<unsigned>(samples * p.M);
-    const dim3 grid(blocks_for(tokens, tokens_per_block), static_cast<unsigned>(pieces < kMaxPieces ? pieces : kMaxPieces));
+    const dim3 grid(blocks_for(tokens, tokens_per_block),
+                    static_cast<unsigned>(pieces < kMaxPieces ? pieces : kMaxPieces));
     return launch_kernel(gather_tokens_fwd_kernel<T, V, kAddPos>, grid, dim3(lanes, tokens_per_block), 0, stream, p,
                          first, tokens, static_cast<int>(R), static_cast<int>(packs));
   });

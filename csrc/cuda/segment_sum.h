@@ -149,7 +149,8 @@ cudaError_t launch_segment_sum(const SegmentSum& p, cudaStream_t stream) {
   const int64_t packs = p.R * (p.C / V);
   const unsigned lanes = lanes_for(packs, kMaxLanes), rows = kSumThreads / lanes;
   // Few blocks per sample where each of them sorts, then pieces of tokens to fill the GPU.
-  const int64_t slots = int64_t{kSumBlocksPerSM} * device_attribute(cudaDevAttrMultiProcessorCount, 1), wanted = sorts ? ranges_for(p.B, slots) : p.S;
+  const int64_t slots = int64_t{kSumBlocksPerSM} * device_attribute(cudaDevAttrMultiProcessorCount, 1);
+  const int64_t wanted = sorts ? ranges_for(p.B, slots) : p.S;
   const int64_t rounded = ((p.S + wanted - 1) / wanted + rows - 1) / rows * rows;
   const int range = static_cast<int>(rounded < kMaxSumRange ? rounded : kMaxSumRange);
   const unsigned ranges = blocks_for(p.S, range);

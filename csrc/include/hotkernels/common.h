@@ -35,8 +35,8 @@ enum class Isa : int32_t { base, avx2, avx512, avx512_bf16 };
 #define HK_CPU_DISPATCH(isa, kernel) (::hotkernels::base::kernel)
 #endif
 
-// Whether kernels for AVX-512 can multiply bfloat16 in pairs. They name the instructions (AVX512-BF16) themselves, since
-// only the running library knows whether the processor has them; Clang refuses names that its flags do not allow.
+// Whether kernels for AVX-512 can multiply bfloat16 in pairs. They name the instructions (AVX512-BF16) themselves,
+// since only the running library knows whether the processor has them; Clang refuses names that its flags do not allow.
 #if defined(__x86_64__) && !defined(__clang__)
 #define HK_BF16_PAIRS 1
 #else

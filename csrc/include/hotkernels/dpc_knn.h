@@ -1,5 +1,5 @@
 // Density-peak clustering (DPC-kNN) of each sample of x [B, N, C]: the M tokens that stand for all N.
-// The definition, step by step, is the docstring of hotkernels.dpc_knn; how the CPU kernel gets there: csrc/cpu/dpc_knn.cpp.
+// The definition, step by step, is the docstring of hotkernels.dpc_knn; how a kernel gets there: csrc/cpu/dpc_knn.cpp.
 #pragma once
 #include "hotkernels/common.h"
 #include "hotkernels/cuda.h"
