@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -816,6 +817,37 @@ def test_other_outputs_are_an_error_and_change_nothing() -> None:
         hotkernels.swap(model, example_inputs=torch.randn(2, 401, 32))
     assert not swapped_modules(model)
     hotkernels.swap(model, example_inputs=torch.randn(2, 5, 32))
+
+
+class OwnChoice(nn.Module):
+    """Attention, then a choice of the model's own that rounding decides, as MotionAGFormer's of nearest frames."""
+
+    def __init__(self, attention: type[nn.Module], far: float) -> None:
+        super().__init__()
+        self.attn, self.far = attention(32, 4), far
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attn(x)
+        return y + self.far * torch.sin(1e7 * y)
+
+
+def test_outputs_that_rounding_moves_are_no_difference() -> None:
+    model, x = OwnChoice(AttentionEager, 1.0), torch.randn(2, 300, 32)
+    report = hotkernels.swap(model, example_inputs=x)
+    assert report.replaced == [("attn", "attention")]
+    assert report.moved is not None
+    assert report.moved > 1e-2
+    assert re.search(
+        r"^moved\n  outputs by \d\.\de[+-]\d\d of the largest; the model's own move as far", str(report), re.M
+    )
+    steady = AttentionEager(32, 4)
+    assert hotkernels.swap(steady, example_inputs=x).moved is None
+
+
+def test_outputs_that_move_further_than_by_rounding_are_an_error() -> None:
+    model = OwnChoice(LongIsLocal, 1e-3)
+    with pytest.raises(ValueError, match=r"got a difference beyond rounding \(by \d\.\de[+-]\d\d of the largest\)$"):
+        hotkernels.swap(model, example_inputs=torch.randn(2, 600, 32))
 
 
 @dataclass

@@ -201,6 +201,12 @@ class SomeAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(32, 32) for _ in range(3))
 
 
+class AttentionOfContainers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_qkv, self.to_out = nn.Linear(32, 96), nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.0))
+
+
 def replaced_forward() -> nn.Module:
     module = AttentionEager(32, 4)
     module.forward = lambda x: x
@@ -282,7 +288,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "residual": (Residual, "its output differs from attention"),
     "drop key": (lambda: DropKey(32, 4), "its forward draws random numbers in training"),
     "training scale": (lambda: TrainingScale(32, 4), "its output differs from attention in training"),
-    "returns weights": (lambda: ReturnsWeights(32, 4), "its output differs from attention"),
+    "returns weights": (lambda: ReturnsWeights(32, 4), "it returns a tuple"),
     "stores its map": (lambda: StoresMap("attribute"), "its forward stores attn_map"),
     "stores its map in training": (lambda: StoresMap("training"), "its forward stores attn_map in training"),
     "adds to a list": (lambda: StoresMap("list"), "its forward stores maps"),
@@ -334,6 +340,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no gradient": (Decorated, "its forward is decorated"),
     "torch's": (lambda: nn.MultiheadAttention(32, 4), "a form of attention that swap does not know"),
     "unknown": (SomeAttention, "a form of attention that swap does not know"),
+    "layers in containers": (AttentionOfContainers, "a form of attention that swap does not know"),
     "ours": (lambda: hotkernels.nn.Attention(32, 4), "it is fused as it is"),
     "instance forward": (replaced_forward, "its forward was replaced on the instance"),
     "hooked probabilities": (hooked_probabilities, "attn_drop has hooks, which would not run"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,12 +33,15 @@ class SwapReport:
         left: (path, reason) of what looks like one of them and was left alone.
         choices: in the check by example_inputs, how many tokens the model's own clustering (HoT's, MHFormer's) chose,
             and how many others ours chooses in their place; None without one.
+        moved: in that check, how far outputs moved, relative to the largest, where that is more than rounding and the
+            model's own move as far when its inputs are rounded otherwise; None where they agree.
     """
 
     replaced: list[tuple[str, str]] = field(default_factory=list)
     functions: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
     choices: tuple[int, int] | None = None
+    moved: float | None = None
 
     def __str__(self) -> str:
         titles = ("replaced", "functions", "left")
@@ -59,7 +63,13 @@ class SwapReport:
         if self.choices:
             chosen, others = self.choices
             lines += ["choices", f"  {others} of {chosen} tokens kept are not the model's own choice: near ties"]
+        if self.moved:
+            what = "the model's own move as far when its inputs are rounded otherwise: it chooses between near ties"
+            lines += ["moved", f"  outputs by {self.moved:.1e} of the largest; {what}"]
         return "\n".join(lines)
+
+
+_AS_FAR = 4  # times what a model's own outputs move
 
 
 def _masked(path: str) -> str:
@@ -108,7 +118,8 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
 
     Raises:
         TypeError, ValueError: ``swap: model must be ...`` where nothing matches, as in a model of which everything is
-            swapped already, where the outputs differ beyond rounding, or hold what cannot be compared (an iterator),
+            swapped already, where the outputs differ beyond rounding and further than the model's own do when its
+            inputs are rounded otherwise, or hold what cannot be compared (an iterator),
             ``swap: example_inputs must be ...`` where the model cannot run on them. The model is then as it was.
 
     Numerics: as the operators; the random numbers drawn are those of the original. Training with dropout on the
@@ -134,7 +145,7 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     changes, report = _plan(model)
     if not changes:
         _refuse(model, report)
-    return replace(report, choices=_apply(model, changes, example_inputs))
+    return _apply(model, changes, example_inputs, report)
 
 
 def unswap(model: nn.Module) -> None:
@@ -192,7 +203,7 @@ def swapped(model: nn.Module, *, example_inputs: Any = None) -> Iterator[SwapRep
     if not changes and not _any_swapped(model):
         _refuse(model, report)
     before = [(change.module, type(change.module)) for change in changes]
-    report = replace(report, choices=_apply(model, changes, example_inputs))
+    report = _apply(model, changes, example_inputs, report)
     try:
         yield report
     finally:
@@ -213,9 +224,8 @@ def _any_swapped(model: nn.Module) -> bool:
     return any(map(is_swapped, model.modules()))
 
 
-def _apply(model: nn.Module, changes: list[_Change], example_inputs: Any) -> tuple[int, int] | None:
-    """Make the changes, unless the model's outputs for example_inputs would change with them; returns the choices."""
-    expected: Any = None
+def _apply(model: nn.Module, changes: list[_Change], example_inputs: Any, report: SwapReport) -> SwapReport:
+    """Make the changes, unless the model's outputs for example_inputs would change with them; completes the report."""
     tape: list[Any] = []
     choices: list[tuple[int, int]] = []
     if example_inputs is not None:
@@ -225,16 +235,25 @@ def _apply(model: nn.Module, changes: list[_Change], example_inputs: Any) -> tup
                 expected = _run(model, args, kwargs)
             except Exception as error:  # a model may raise anything
                 fail("swap", "example_inputs", "what the model takes", f"{type(error).__name__}: {error}")
+        chosen = [*tape]
         with _stand_ins(changes, lambda theirs, ours: _player(ours, tape, choices), fused=True):
             got = _run(model, args, kwargs)
         try:
-            found = "" if probe.same(expected, got) else "a difference beyond rounding"
+            if not probe.same(expected, got):
+                with _stand_ins(changes, lambda theirs, ours: _player(theirs, chosen, []), fused=False):
+                    rounded = _run(model, *_rounded_otherwise(args, kwargs))
+                moved, own = probe.distance(expected, got), probe.distance(expected, rounded)
+                if moved == math.inf or moved > _AS_FAR * own:
+                    size = "" if moved == math.inf else f" (by {moved:.1e} of the largest)"
+                    found = f"a difference beyond rounding{size}"
+                    fail("swap", "model", "one whose swapped outputs are the same", found)
+                report = replace(report, moved=moved)
         except probe.IncomparableError as error:
-            found = str(error)
-        if found:
-            fail("swap", "model", "one whose swapped outputs are the same", found)
+            fail("swap", "model", "one whose swapped outputs are the same", error)
     _set_classes([(c.module, subclass(type(c.module), c.twin, c.calls)) for c in changes])
-    return (sum(chosen for chosen, _ in choices), sum(others for _, others in choices)) if choices else None
+    if choices:
+        report = replace(report, choices=(sum(n for n, _ in choices), sum(others for _, others in choices)))
+    return report
 
 
 def _check_classes(op: str, model: nn.Module, modules: list[Any]) -> None:
@@ -376,6 +395,18 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, dict):
         return (), example_inputs
     fail("swap", "example_inputs", "a tensor, a tuple or a dict", type(example_inputs).__name__, TypeError)
+
+
+def _rounded_otherwise(args: Any, kwargs: Any) -> Any:
+    """The same inputs, moved by some roundings."""
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        noise = torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0)).to(leaf) * 2 - 1
+        return leaf + leaf * noise * (4 * torch.finfo(leaf.dtype).eps)
+
+    return pytree.tree_map(moved, (args, kwargs))
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

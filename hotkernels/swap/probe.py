@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import operator
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -65,6 +66,17 @@ def _same_tensor(expected: Tensor, got: Tensor) -> bool:
     tolerance = (_HALF_EPSILONS * eps if expected.dtype in HALF else eps**0.5) * largest
     close = (got - expected).abs() <= tolerance
     return bool(close.all()) or bool((close | (got == expected) | (got.isnan() & expected.isnan())).all())
+
+
+def distance(expected: Any, got: Any) -> float:
+    """The largest difference between floats of two results, relative to the largest number; inf where one is not."""
+    ours, theirs = ([t for t in pytree.tree_leaves(r) if isinstance(t, Tensor)] for r in (expected, got))
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if a.is_floating_point() and a.numel()]
+    if len(ours) != len(theirs) or not pairs or any(a.shape != b.shape for a, b in pairs):
+        return math.inf
+    largest = max(a.abs().max().item() for a, _ in pairs)
+    apart = max((a - b).abs().max().item() for a, b in pairs)
+    return apart / largest if 0 < largest < math.inf and apart < math.inf else math.inf
 
 
 def leaves(module: nn.Module, args: Any) -> list[Tensor]:

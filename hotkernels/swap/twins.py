@@ -131,10 +131,16 @@ def find_twin(module: nn.Module, verdicts: dict[Any, str | None]) -> type[Twin] 
             reasons.append(str(verdicts[key]))
     if reasons:
         return reasons[0]
-    linears = sum(isinstance(child, nn.Linear) for child in module.children())
-    if isinstance(module, nn.MultiheadAttention) or (linears > 1 and "attention" in type(module).__name__.lower()):
-        return "a form of attention that swap does not know"
-    return None
+    return "a form of attention that swap does not know" if _looks_like_attention(module) else None
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    """By its name, if it has layers that project, itself or in a container, and no attention inside."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    named = [isinstance(m, nn.MultiheadAttention) or "attention" in type(m).__name__.lower() for m in module.modules()]
+    linears = sum(isinstance(m, nn.Linear) for m in module.modules())
+    return named[0] and not any(named[1:]) and linears > 1
 
 
 def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
@@ -189,6 +195,8 @@ def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: l
     copy.__class__ = original
     try:
         if not probe.same(expected, got):
+            if not isinstance(expected, Tensor) and isinstance(got, Tensor):
+                return f"it returns a {type(expected).__name__}"
             return f"its output differs from {twin.kind}"
     except probe.IncomparableError as error:
         return f"its output is {error}"
