@@ -398,13 +398,13 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _rounded_otherwise(args: Any, kwargs: Any) -> Any:
-    """The same inputs, moved by some roundings."""
+    """The same inputs, moved by as many roundings as a model of some layers makes."""
 
     def moved(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
         noise = torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0)).to(leaf) * 2 - 1
-        return leaf + leaf * noise * (4 * torch.finfo(leaf.dtype).eps)
+        return leaf + leaf * noise * (32 * torch.finfo(leaf.dtype).eps)
 
     return pytree.tree_map(moved, (args, kwargs))
 
