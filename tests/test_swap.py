@@ -833,7 +833,8 @@ class OwnChoice(nn.Module):
 
 def test_outputs_that_rounding_moves_are_no_difference() -> None:
     model, x = OwnChoice(AttentionEager, 1.0), torch.randn(2, 300, 32)
-    report = hotkernels.swap(model, example_inputs=x)
+    with torch.device("meta"):  # where new tensors would be, a GPU say
+        report = hotkernels.swap(model, example_inputs=x)
     assert report.replaced == [("attn", "attention")]
     assert report.moved is not None
     assert report.moved > 1e-2
@@ -848,6 +849,9 @@ def test_outputs_that_move_further_than_by_rounding_are_an_error() -> None:
     model = OwnChoice(LongIsLocal, 1e-3)
     with pytest.raises(ValueError, match=r"got a difference beyond rounding \(by \d\.\de[+-]\d\d of the largest\)$"):
         hotkernels.swap(model, example_inputs=torch.randn(2, 600, 32))
+    half, x = OwnChoice(AttentionEager, 1.0).bfloat16(), torch.randn(2, 300, 32, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="got a difference beyond rounding"):
+        hotkernels.swap(half, example_inputs=x)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import fail
+from ..errors import HALF, fail
 from . import probe
 from .classes import Calls, Renames, hidden_names, is_swapped, look_up, subclass
 from .functions import find_calls, find_held
@@ -127,10 +127,11 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
         devices, with random parameters: outputs and gradients of a few tokens, outputs alone of some hundred, in the
         model's dtypes and, for half precision, in float32. They allow differences up to the root of the dtype's epsilon
         (in half precision 8 epsilons), relative to the largest value, as does the check by example_inputs, which sees
-        what probes do not: a window of 512 tokens. `torch.func` transforms and `torch.jit.trace` do not see into the
-        fused operators: unswap for them.
+        what probes do not: a window of 512 tokens. `torch.jit.script` and the derivatives of `torch.func` refuse a
+        swapped model, and `torch.jit.trace` takes it under `torch.no_grad` alone: unswap for them.
 
-    Cost: no memory; milliseconds per form and size of attention.
+    Cost: no memory; milliseconds per form and size of attention; with example_inputs two runs of the model, three where
+        outputs differ.
 
     Example::
 
@@ -398,12 +399,15 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _rounded_otherwise(args: Any, kwargs: Any) -> Any:
-    """The same inputs, moved by as many roundings as a model of some layers makes."""
+    """The same inputs, moved by as many roundings as a model of some layers makes.
+
+    Not those in half precision: as many would be a quarter of a value.
+    """
 
     def moved(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dtype in HALF:
             return leaf
-        noise = torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0)).to(leaf) * 2 - 1
+        noise = torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(leaf) * 2 - 1
         return leaf + leaf * noise * (32 * torch.finfo(leaf.dtype).eps)
 
     return pytree.tree_map(moved, (args, kwargs))
