@@ -115,5 +115,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x = _onednn(grad_out, weight.t()) if ctx.needs_input_grad[0] else None
-        grad_weight = _onednn(grad_out.t(), x.t()) if ctx.needs_input_grad[1] else None
+        grad_weight = _transposed_product(grad_out, x) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, grad_out.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """a.T @ b. oneDNN is given its first factor copied: the smaller of the two, as the copy takes up to 30 % more."""
+    return _onednn(a.t(), b.t()) if a.shape[1] <= b.shape[1] else _onednn(b.t(), a.t()).t()
