@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hotkernels.baselines import cluster_dpc_knn_eager, merge_tokens_eager
-from hotkernels.compat import chat_univi, hot, prunevid, tcformer
+from hotkernels.compat import chat_univi, ermvp, hot, prunevid, tcformer, token_reduction
 
 
 def seeded(seed: int, function: Callable[[], Any]) -> tuple[Any, Tensor]:
@@ -212,13 +212,15 @@ def test_draw_is_of_the_dtype_of_the_published_density(dtype: torch.dtype, monke
     monkeypatch.setattr(torch, "rand", lambda *size, **how: draws.append((size, how["dtype"])) or rand(*size, **how))
     hot.cluster_dpc_knn(x, 5, 3)
     hot.cluster_dpc_knn_center(x, 5, 3, 2)
+    token_reduction.cluster_dpc_knn(x, 5, 3)
+    ermvp.cluster_dpc_knn(x, 5, 3)
     tcformer.cluster_dpc_knn({"x": x}, 5, 3)
     chat_univi.cluster_dpc_knn({"x": x}, 5, 3)
     prunevid.cluster_dpc_knn(x, 5, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hot.cluster_dpc_knn(x, 5, 3)
     cast = dtype if dtype == torch.float64 else torch.float32
-    assert draws == [((2, 30), drawn) for drawn in [dtype] * 3 + [torch.float32] * 2 + [cast]]
+    assert draws == [((2, 30), drawn) for drawn in [dtype] * 5 + [torch.float32] * 2 + [cast]]
 
 
 def test_origins_return_what_theirs_do() -> None:
@@ -229,13 +231,18 @@ def test_origins_return_what_theirs_do() -> None:
         lambda: chat_univi.cluster_dpc_knn({"x": x, "mask": None}, 8, 3),
         lambda: chat_univi.cluster_dpc_knn({"x": x}, 8, 3),
         lambda: prunevid.cluster_dpc_knn(x, 8, 3),
+        lambda: ermvp.cluster_dpc_knn(x, 8, 3),
     ):
         (assigned, cluster_num), _ = seeded(0, function)
         assert torch.equal(assigned, idx_cluster)
         assert cluster_num == 8
     assert torch.equal(idx_cluster.gather(1, index), torch.arange(8).expand(2, -1))
     _, of_five = seeded(0, lambda: hot.cluster_dpc_knn(x, 8, 5))[0]
-    for function, tokens_of in ((tcformer, {"x": x}), (chat_univi, {"x": x}), (prunevid, x)):
+    assigned, chosen = seeded(0, lambda: token_reduction.cluster_dpc_knn(x, 8, 3, token_mask=None))[0]
+    assert torch.equal(assigned, idx_cluster)
+    assert torch.equal(chosen, index)
+    without_dicts = [(origin, x) for origin in (prunevid, ermvp, token_reduction)]
+    for function, tokens_of in ((tcformer, {"x": x}), (chat_univi, {"x": x}), *without_dicts):
         assert torch.equal(seeded(0, lambda f=function, t=tokens_of: f.cluster_dpc_knn(t, 8))[0][0], of_five)
 
 
@@ -285,6 +292,22 @@ def test_merge_matches_published_with_gradients(dtype: torch.dtype) -> None:
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs)
     assert (results[0][0][:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_merges_without_a_dict(weighted: bool) -> None:
+    x = tokens(2, 30, 8)
+    token_dict = dict_of(x, (5, 6)) | {"agg_weight": torch.rand(2, 30, 1)}
+    idx_cluster, weight = torch.randint(9, (2, 30)), torch.rand(2, 30, 1) if weighted else None
+    expected = tcformer.merge_tokens(token_dict, idx_cluster, 9, weight)
+    entries = {key: token_dict[key] for key in ("x", "idx_token", "agg_weight")}
+    merged = token_reduction.merge_tokens(**entries, idx_cluster=idx_cluster, cluster_num=9, token_weight=weight)
+    for got, key in zip(merged, entries, strict=True):
+        assert torch.equal(got, expected[key])
+    merged, index = ermvp.merge_tokens(x, idx_cluster, 9, weight)
+    assert torch.equal(merged, expected["x"])
+    assert torch.equal(index, idx_cluster)
+    assert index is not idx_cluster
 
 
 def test_merge_of_half_tokens_keeps_wide_weights() -> None:

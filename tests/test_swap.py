@@ -937,4 +937,37 @@ def test_tied_tokens_are_no_difference() -> None:
         assert str(report).endswith(f"\n  {others} of 162 tokens kept are not the model's own choice: near ties")
         differences.append(difference)
     assert max(differences) > 1e-3
+    assert report.clusters is None
     assert hotkernels.swap(ViT(), example_inputs=torch.randn(2, 3, 16, 16)).choices is None
+
+
+class Clusters(nn.Module):
+    """Groups tokens by a function of a file, and says nothing of what it chose."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assigned, _ = published_tcformer.cluster_dpc_knn({"x": x}, x.shape[1] // 3, 2)
+        return assigned
+
+
+def test_tokens_that_ties_put_into_other_clusters_are_counted() -> None:
+    others = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, x = Clusters(), torch.randn(2, 243, 8).cumsum(1) * 0.01
+        torch.manual_seed(0)
+        theirs = model(x)
+        torch.manual_seed(0)  # as its check starts from
+        report = hotkernels.swap(model, example_inputs=x)
+        torch.manual_seed(0)
+        ours = model(x)
+        # Of each cluster of ours, the tokens that are not in the cluster of theirs that has most of it.
+        elsewhere = sum(
+            len(members) - members.unique(return_counts=True)[1].max().item()
+            for b in range(2)
+            for members in (theirs[b][ours[b] == c] for c in ours[b].unique())
+        )
+        others.append(elsewhere)
+        assert report.choices is None
+        assert report.clusters == (2 * 243, elsewhere)
+        assert str(report).endswith(f"\n  {elsewhere} of 486 tokens are not in the model's own cluster: near ties")
+    assert max(others) > 0

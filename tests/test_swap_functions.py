@@ -44,7 +44,7 @@ class M(nn.Module):
     [
         (
             "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
-            "    return theirs(x, cluster_num, k, token_mask)[::-1]",
+            "    return theirs(x, cluster_num, k, token_mask)[::2]",
             "cluster_dpc_knn(x, 3, 2)",
             "forward: cluster_dpc_knn: its answers are of no published form",
         ),
@@ -143,6 +143,35 @@ def test_functions_left_alone(define: str, call: str, reason: str) -> None:
             "    return theirs(token_dict['x'].float(), cluster_num, k, token_mask)[1], cluster_num",
             "cluster_dpc_knn({'x': x}, 6)",
             "chat_univi.cluster_dpc_knn",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k=5, token_mask=None):\n"
+            "    return theirs(x, cluster_num, k, token_mask)[::-1]",
+            "cluster_dpc_knn(x, 3, k=4)",
+            "token_reduction.cluster_dpc_knn",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k=5):\n"
+            "    return theirs(x, cluster_num, k)[1], cluster_num",
+            "cluster_dpc_knn(x, 3, 4)",
+            "ermvp.cluster_dpc_knn",
+        ),
+        (
+            "import published_tcformer\n"
+            "def merge_tokens(x, idx_token, agg_weight, idx_cluster, cluster_num, token_weight=None):\n"
+            "    size = {'map_size': None, 'init_grid_size': None}\n"
+            "    tokens = {'x': x, 'idx_token': idx_token, 'agg_weight': agg_weight, **size}\n"
+            "    out = published_tcformer.merge_tokens(tokens, idx_cluster, cluster_num, token_weight)\n"
+            "    return out['x'], out['idx_token'], out['agg_weight']",
+            "merge_tokens(x, x[..., 0].argsort(1), x[..., :1], x[..., 1].argsort(1), 9)",
+            "token_reduction.merge_tokens",
+        ),
+        (
+            "from hotkernels.baselines import merge_tokens_eager\n"
+            "def merge_tokens(x, idx_cluster, cluster_num, token_weight=None):\n"
+            "    return merge_tokens_eager(x, idx_cluster, cluster_num, token_weight), idx_cluster.clone()",
+            "merge_tokens(x, x[..., 0].argsort(1), 9, x[..., :1])",
+            "ermvp.merge_tokens",
         ),
     ],
 )

@@ -80,19 +80,14 @@ def cluster(
     return index, idx_cluster.clamp(min=0).scatter(1, index, own)
 
 
-def merge(
-    token_dict: dict[str, Any], idx_cluster: Tensor, cluster_num: int, token_weight: Tensor | None = None
-) -> dict[str, Any]:
-    """Merge as published, without the entries that only some origins have: x, token_num, idx_token, agg_weight.
+def average(x: Tensor, idx_cluster: Tensor, cluster_num: int, token_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Average the tokens x [B, N, C] of each cluster, weighted: [B, M, C], and the weights [B, N, 1].
 
-    -1 in idx_cluster: that token is merged into no cluster, and weighs nothing.
+    -1 in idx_cluster: that token is merged into no cluster.
     """
     op = "merge_tokens"
-    x, idx_token, agg_weight = (entry(op, token_dict, key) for key in ("x", "idx_token", "agg_weight"))
     check_tensor(op, "x", x, "[B, N, C]", FLOATING, shape=(None, None, None))
     B, N, _ = x.shape
-    check_tensor(op, "idx_token", idx_token, "[B, N_init]", (torch.int64,), shape=(B, None))
-    idx_token = idx_token.to(x.device)  # Chat-UniVi makes it on the CPU, wherever the tokens are
     check_tensor(op, "idx_cluster", idx_cluster, "[B, N]", INTEGER, shape=(B, N), device=x.device)
     check_int(op, "cluster_num", cluster_num, 1, None)
     if token_weight is None:
@@ -102,18 +97,37 @@ def merge(
         if token_weight.numel() != B * N:
             fail(op, "token_weight", f"[B, N, 1] = {[B, N, 1]}", list(token_weight.shape))
         weight = token_weight.reshape(B, N, 1)
-    merged = merge_tokens(x, idx_cluster, cluster_num, weight)
+    return merge_tokens(x, idx_cluster, cluster_num, weight), weight
+
+
+def merge(
+    x: Tensor,
+    idx_token: Tensor,
+    agg_weight: Tensor,
+    idx_cluster: Tensor,
+    cluster_num: int,
+    token_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge as published: (x [B, M, C], idx_token [B, N_init], agg_weight [B, N_init, 1])."""
+    merged, weight = average(x, idx_cluster, cluster_num, token_weight)
+    B = len(x)
+    check_tensor("merge_tokens", "idx_token", idx_token, "[B, N_init]", (torch.int64,), shape=(B, None))
+    idx_token = idx_token.to(x.device)  # Chat-UniVi makes it on the CPU, wherever the tokens are
 
     # Each token's share of its cluster, and the product of shares from an initial grid cell up to its cluster.
-    # index_put sums in a fixed order on every device; index_add does not.
+    # index_put sums in a fixed order on every device; index_add does not. A token in no cluster weighs nothing.
     weight = weight * (idx_cluster >= 0)[..., None]
     owner = idx_cluster.clamp(min=0)
     places = (torch.arange(B, device=x.device)[:, None], owner)
     total = weight.new_zeros(B, cluster_num, 1).index_put(places, weight, accumulate=True) + 1e-6
     share = weight / gather_tokens(total, owner)
-    return {
-        "x": merged,
-        "token_num": cluster_num,
-        "idx_token": idx_cluster.gather(1, idx_token),
-        "agg_weight": agg_weight * gather_tokens(share, idx_token),
-    }
+    return merged, idx_cluster.gather(1, idx_token), agg_weight * gather_tokens(share, idx_token)
+
+
+def merge_dict(
+    token_dict: dict[str, Any], idx_cluster: Tensor, cluster_num: int, token_weight: Tensor | None = None
+) -> dict[str, Any]:
+    """Merge the tokens of a dict, without the entries that only some origins have."""
+    x, idx_token, agg_weight = (entry("merge_tokens", token_dict, key) for key in ("x", "idx_token", "agg_weight"))
+    merged, idx_token, agg_weight = merge(x, idx_token, agg_weight, idx_cluster, cluster_num, token_weight)
+    return {"x": merged, "token_num": cluster_num, "idx_token": idx_token, "agg_weight": agg_weight}

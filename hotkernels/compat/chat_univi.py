@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._published import as_float, cluster, entry, merge
+from ._published import as_float, cluster, entry, merge_dict
 
 
 def cluster_dpc_knn(
@@ -36,4 +36,4 @@ def merge_tokens(
     Returns:
         A dict with x [B, M, C], token_num, idx_token, agg_weight and mask = None.
     """
-    return merge(token_dict, idx_cluster, cluster_num, token_weight) | {"mask": None}
+    return merge_dict(token_dict, idx_cluster, cluster_num, token_weight) | {"mask": None}

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._published import cluster, entry, merge
+from ._published import cluster, entry, merge_dict
 
 
 def cluster_dpc_knn(
@@ -40,4 +40,4 @@ def merge_tokens(
         differentiable in x, token_weight and the old agg_weight.
     """
     sizes = {key: entry("merge_tokens", token_dict, key) for key in ("map_size", "init_grid_size")}
-    return merge(token_dict, idx_cluster, cluster_num, token_weight) | sizes
+    return merge_dict(token_dict, idx_cluster, cluster_num, token_weight) | sizes

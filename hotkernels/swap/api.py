@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from ..errors import HALF, fail
 from . import probe
 from .classes import Calls, Renames, hidden_names, is_swapped, look_up, subclass
-from .functions import find_calls, find_held
+from .functions import differences, find_calls, find_held
 from .twins import Twin, find_twin
 from .watch import SEEN, seen
 
@@ -31,8 +31,10 @@ class SwapReport:
         replaced: (path, kind) of every module with a fused forward.
         functions: (path, what calls what) of every module that calls our function instead of its file's.
         left: (path, reason) of what looks like one of them and was left alone.
-        choices: in the check by example_inputs, how many tokens the model's own clustering (HoT's, MHFormer's) chose,
-            and how many others ours chooses in their place; None without one.
+        choices: in the check by example_inputs, how many tokens the model's own clustering (HoT's, MHFormer's,
+            TokenReduction's) chose, and how many others ours chooses in their place; None without one.
+        clusters: there, how many tokens it assigned where it returns only that (TCFormer's, Chat-UniVi's), and how many
+            of them ours parts from most of their cluster; None without one.
         moved: in that check, how far outputs moved, relative to the largest, where that is more than rounding and the
             model's own move as far when its inputs are rounded otherwise; None where they agree.
     """
@@ -41,6 +43,7 @@ class SwapReport:
     functions: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
     choices: tuple[int, int] | None = None
+    clusters: tuple[int, int] | None = None
     moved: float | None = None
 
     def __str__(self) -> str:
@@ -63,6 +66,9 @@ class SwapReport:
         if self.choices:
             chosen, others = self.choices
             lines += ["choices", f"  {others} of {chosen} tokens kept are not the model's own choice: near ties"]
+        if self.clusters:
+            assigned, others = self.clusters
+            lines += ["clusters", f"  {others} of {assigned} tokens are not in the model's own cluster: near ties"]
         if self.moved:
             what = "the model's own move as far when its inputs are rounded otherwise: it chooses between near ties"
             lines += ["moved", f"  outputs by {self.moved:.1e} of the largest; {what}"]
@@ -228,7 +234,7 @@ def _any_swapped(model: nn.Module) -> bool:
 def _apply(model: nn.Module, changes: list[_Change], example_inputs: Any, report: SwapReport) -> SwapReport:
     """Make the changes, unless the model's outputs for example_inputs would change with them; completes the report."""
     tape: list[Any] = []
-    choices: list[tuple[int, int]] = []
+    found: list[tuple[str, int, int]] = []
     if example_inputs is not None:
         args, kwargs = _arguments(example_inputs)
         with _stand_ins(changes, lambda theirs, ours: _recorder(theirs, tape), fused=False):
@@ -237,24 +243,27 @@ def _apply(model: nn.Module, changes: list[_Change], example_inputs: Any, report
             except Exception as error:  # a model may raise anything
                 fail("swap", "example_inputs", "what the model takes", f"{type(error).__name__}: {error}")
         chosen = [*tape]
-        with _stand_ins(changes, lambda theirs, ours: _player(ours, tape, choices), fused=True):
+        with _stand_ins(changes, lambda theirs, ours: _player(ours, tape, found), fused=True):
             got = _run(model, args, kwargs)
         try:
             if not probe.same(expected, got):
-                with _stand_ins(changes, lambda theirs, ours: _player(theirs, chosen, []), fused=False):
+                with _stand_ins(changes, lambda theirs, ours: _player(theirs, chosen, None), fused=False):
                     rounded = _run(model, *_rounded_otherwise(args, kwargs))
                 moved, own = probe.distance(expected, got), probe.distance(expected, rounded)
                 if moved == math.inf or moved > _AS_FAR * own:
                     size = "" if moved == math.inf else f" (by {moved:.1e} of the largest)"
-                    found = f"a difference beyond rounding{size}"
-                    fail("swap", "model", "one whose swapped outputs are the same", found)
+                    what = f"a difference beyond rounding{size}"
+                    fail("swap", "model", "one whose swapped outputs are the same", what)
                 report = replace(report, moved=moved)
         except probe.IncomparableError as error:
             fail("swap", "model", "one whose swapped outputs are the same", error)
     _set_classes([(c.module, subclass(type(c.module), c.twin, c.calls)) for c in changes])
-    if choices:
-        report = replace(report, choices=(sum(n for n, _ in choices), sum(others for _, others in choices)))
-    return report
+    return replace(report, choices=_total(found, "choices"), clusters=_total(found, "clusters"))
+
+
+def _total(found: list[tuple[str, int, int]], kind: str) -> tuple[int, int] | None:
+    counts = [(n, others) for known, n, others in found if known == kind]
+    return (sum(n for n, _ in counts), sum(others for _, others in counts)) if counts else None
 
 
 def _check_classes(op: str, model: nn.Module, modules: list[Any]) -> None:
@@ -377,13 +386,16 @@ def _recorder(theirs: Callable[..., Any], tape: list[Any]) -> Callable[..., Any]
     return recorded
 
 
-def _player(ours: Callable[..., Any], tape: list[Any], choices: list[tuple[int, int]]) -> Callable[..., Any]:
+def _player(
+    function: Callable[..., Any], tape: list[Any], found: list[tuple[str, int, int]] | None
+) -> Callable[..., Any]:
+    """What returns the recorded results in turn; with `found`, for ours, it adds how those of ours differ."""
+
     def played(*args: Any, **kwargs: Any) -> Any:
-        (index, clusters), theirs = ours(*args, **kwargs), tape.pop(0)  # ours draws its random numbers
-        if isinstance(clusters, Tensor):  # other forms do not return what was chosen
-            others = (index[:, :, None] != theirs[0][:, None, :]).all(-1)
-            choices.append((others.numel(), int(others.sum())))
-        return theirs
+        got, recorded = function(*args, **kwargs), tape.pop(0)  # the function draws its random numbers
+        if found is not None:
+            found.append(differences(function, got, recorded))
+        return recorded
 
     return played
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..compat import chat_univi, hot, prunevid, tcformer
+from ..compat import chat_univi, ermvp, hot, prunevid, tcformer, token_reduction
 from . import probe
 from .classes import Calls, Renames, bases, codes, methods, subclass
 
@@ -40,10 +40,14 @@ def _token_dict(dtype: torch.dtype, N: int = _N) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Form:
-    """A published function: ours, and the calls on which another must answer the same to be replaced by it."""
+    """A published function: ours, and the calls on which another must answer the same to be replaced by it.
+
+    `index` is which of the results of a clustering says what it chose, if one does.
+    """
 
     replacement: Callable[..., Any]
     calls: Callable[[], list[tuple[Any, ...]]]
+    index: int | None = None
 
 
 def _mask() -> Tensor:
@@ -60,23 +64,47 @@ def _clusterings(
     return [*calls, (tokens(torch.bfloat16), *plain)] if half else calls
 
 
-def _merges() -> list[tuple[Any, ...]]:
-    assignment = torch.randint(_M, (_B, _N))
-    return [(_token_dict(torch.float32), assignment, _M, w) for w in (None, torch.rand(_B, _N, 1, dtype=torch.float32))]
+def _merges(*entries: str) -> list[tuple[Any, ...]]:
+    """Calls with a token dict, or with these entries of it."""
+    tokens, assignment = _token_dict(torch.float32), torch.randint(_M, (_B, _N))
+    first = [tokens[key] for key in entries] if entries else [tokens]
+    return [(*first, assignment, _M, w) for w in (None, torch.rand(_B, _N, 1, dtype=torch.float32))]
 
 
 # Those that compute in float32 whatever they get come before those that do not, which answer the same in float32.
 FORMS: dict[str, list[Form]] = {
     "cluster_dpc_knn": [
-        Form(hot.cluster_dpc_knn, lambda: _clusterings(_tokens)),
+        Form(hot.cluster_dpc_knn, lambda: _clusterings(_tokens), index=0),
+        Form(token_reduction.cluster_dpc_knn, lambda: _clusterings(_tokens), index=1),
         Form(prunevid.cluster_dpc_knn, lambda: _clusterings(_tokens, half=True)),
+        Form(ermvp.cluster_dpc_knn, lambda: _clusterings(_tokens)),
         # Ours clamps k, for Chat-UniVi's function, which is called with k <= M alone.
         Form(chat_univi.cluster_dpc_knn, lambda: _clusterings(_token_dict, half=True, k_above_m=False)),
         Form(tcformer.cluster_dpc_knn, lambda: _clusterings(_token_dict)),
     ],
-    "cluster_dpc_knn_center": [Form(hot.cluster_dpc_knn_center, lambda: _clusterings(_tokens, 11))],
-    "merge_tokens": [Form(tcformer.merge_tokens, _merges), Form(chat_univi.merge_tokens, _merges)],
+    "cluster_dpc_knn_center": [Form(hot.cluster_dpc_knn_center, lambda: _clusterings(_tokens, 11), index=0)],
+    "merge_tokens": [
+        Form(tcformer.merge_tokens, _merges),
+        Form(chat_univi.merge_tokens, _merges),
+        Form(token_reduction.merge_tokens, lambda: _merges("x", "idx_token", "agg_weight")),
+        Form(ermvp.merge_tokens, lambda: _merges("x")),
+    ],
 }
+
+
+def differences(ours: Callable[..., Any], got: Any, expected: Any) -> tuple[str, int, int]:
+    """How results of a clustering differ: ("choices", tokens kept, others), or ("clusters", tokens, elsewhere).
+
+    What is kept counts where it is returned. Elsewhere is a token that is not with most of those of its cluster.
+    """
+    at = next(form.index for forms in FORMS.values() for form in forms if form.replacement is ours)
+    if at is not None:
+        others = (got[at][:, :, None] != expected[at][:, None, :]).all(-1)
+        return "choices", others.numel(), int(others.sum())
+    assigned, M = got[0], got[1]
+    both = (torch.arange(len(assigned), device=assigned.device)[:, None] * M + assigned) * M + expected[0]
+    together = both.flatten().bincount(minlength=len(assigned) * M * M).view(-1, M).amax(1).sum()
+    return "clusters", assigned.numel(), assigned.numel() - int(together)
 
 
 def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:

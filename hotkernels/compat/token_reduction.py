@@ -1,0 +1,36 @@
+"""TokenReduction's clustering and merging of image tokens (Haurum et al., ICCV Workshops 2023), without dicts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._published import cluster, merge
+
+
+def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int = 5, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cluster the tokens x [B, N, C] by density peaks.
+
+    Equivalent to TokenReduction's function of that name: HoT's, with its two results in the other order. Masks as in
+    `compat.hot`.
+
+    Returns:
+        (idx_cluster [B, N] int64 in [0, cluster_num), index_down [B, cluster_num] int64, best first).
+    """
+    index_down, idx_cluster = cluster(x, cluster_num, k, token_mask)
+    return idx_cluster, index_down
+
+
+def merge_tokens(
+    x: Tensor,
+    idx_token: Tensor,
+    agg_weight: Tensor,
+    idx_cluster: Tensor,
+    cluster_num: int,
+    token_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Average the tokens of each cluster as `compat.tcformer.merge_tokens` does, with the entries of its dict given.
+
+    Returns:
+        (x [B, M, C], idx_token [B, N_init], agg_weight [B, N_init, 1]).
+    """
+    return merge(x, idx_token, agg_weight, idx_cluster, cluster_num, token_weight)
