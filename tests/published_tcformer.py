@@ -109,6 +109,13 @@ class GridAttention(nn.Module):
         return self.attend(x, keys)
 
 
+class KeyValueAttention(GridAttention):
+    """Cross-attention of the same layers: forward(x, context)."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.attend(x, context)
+
+
 class TCAttention(GridAttention):
     """For dynamic tokens: forward(q_dict, kv_dict); a score per key is added to the logits.
 

@@ -20,7 +20,7 @@ import published_tcformer
 import pytest
 import torch
 from published import VisionAttention, ViT, hot_mixste, hot_motionbert
-from published_tcformer import GridAttention, TCAttention, TCFormer
+from published_tcformer import GridAttention, KeyValueAttention, TCAttention, TCFormer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -273,6 +273,7 @@ DROPS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "MotionBERT": (lambda: eager.MotionBERTAttention(32, 4, "temporal"), (torch.randn(6, 5, 32), 3)),
     "MotionAGFormer": (lambda: published.FramesAttention(32, 32, 4, "temporal"), (torch.randn(2, 3, 5, 32),)),
     "HoT": (lambda: CrossAttentionEager(32, 4), (torch.randn(1, 9, 32).expand(3, -1, -1), *torch.randn(2, 3, 5, 32))),
+    "keys and values": (lambda: KeyValueAttention(32, 4), (torch.randn(3, 5, 32), torch.randn(3, 7, 32))),
     "PVT": (lambda: GridAttention(32, 4, sr_ratio=2), (torch.randn(3, 24, 32), 4, 6)),
     "TCFormer": (lambda: TCAttention(32, 4, sr_ratio=2), (tokens(12), tokens(20, score=True))),
 }
@@ -298,6 +299,26 @@ def test_dropout_on_the_probabilities(name: str) -> None:
             results.append([out, torch.get_rng_state(), *(p.grad for p in each.parameters())])
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     assert not torch.equal(plain(*args), module.train()(*args))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(DROPS.keys() - {"MotionBERT"}))  # which is known by the name of an argument
+def test_arguments_by_the_names_that_the_original_has_for_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, args = DROPS[name]
+    original = type(make())
+    names = [f"its_{i}" for i in range(len(args))]
+    renamed: dict[str, Any] = {**vars(published_tcformer), "original": original}
+    declared = ", ".join(names)
+    more = ", mask=None" if name in ("ViT", "MixSTE", "MotionAGFormer", "HoT") else ""
+    exec(f"def forward(self, {declared}{more}): return original.forward(self, {declared})", renamed)
+    module = make()
+    module.__class__ = type("Renamed", (original,), {"forward": renamed["forward"]})
+    expected = module(*args)
+    report = hotkernels.swap(module)
+    assert len(report.replaced) == 1
+    monkeypatch.setattr(original, "forward", None)  # fused, and not called
+    torch.testing.assert_close(module(*args[:1], **dict(zip(names[1:], args[1:], strict=True))), expected)
+    torch.testing.assert_close(module(**dict(zip(names, args, strict=True))), expected)
 
 
 @pytest.mark.parametrize("change", ["hook", "backward hook", "AlphaDropout"])

@@ -12,7 +12,7 @@ import published_tcformer
 import pytest
 import torch
 from published import VisionAttention
-from published_tcformer import GridAttention, TCAttention
+from published_tcformer import GridAttention, KeyValueAttention, TCAttention
 from torch import Tensor, nn
 
 import hotkernels
@@ -139,6 +139,16 @@ class ShortGrid(GridAttention):
 class ShortTokens(TCAttention):
     def attend(self, x: Tensor, keys: Tensor, score: Tensor | None = None) -> Tensor:
         return super().attend(x, keys[:, :243], score if score is None else score[:, :243])
+
+
+class ShortContext(KeyValueAttention):
+    def attend(self, x: Tensor, keys: Tensor, score: Tensor | None = None) -> Tensor:
+        return super().attend(x, keys[:, :243])
+
+
+class Gated(KeyValueAttention):
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return super().forward(x, context) * x.sigmoid()
 
 
 class Cooler(AttentionEager):
@@ -301,6 +311,11 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: ShortCross(32, 4),
         "its output differs from cross-attention on long input",
     ),
+    "keys and values of 243": (
+        lambda: ShortContext(32, 4),
+        "its output differs from cross-attention on long input",
+    ),
+    "gated": (lambda: Gated(32, 4), "its output differs from cross-attention"),
     "243 tokens": (
         lambda: ShortTokens(32, 4, sr_ratio=2),
         "its output differs from attention over tokens with scores on long input",

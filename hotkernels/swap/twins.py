@@ -61,6 +61,7 @@ _LONG, _LONG_SIDES = 300, (12, 25)
 # Linear layers -> how many times C they make of C channels.
 _QKV, _Q_K_V, _Q_KV = {"qkv": 3}, {"linear_q": 1, "linear_k": 1, "linear_v": 1}, {"q": 1, "kv": 2}
 _AFTER = ("proj", "proj_drop")  # called by every twin
+_FAILS = "its forward or its gradient fails"
 TWINS: list[type[Twin]] = []
 
 
@@ -129,8 +130,8 @@ def find_twin(module: nn.Module, verdicts: dict[Any, str | None]) -> type[Twin] 
             if verdicts[key] is None:
                 return twin
             reasons.append(str(verdicts[key]))
-    if reasons:
-        return reasons[0]
+    if reasons:  # the one of a form as which it runs, if there is one
+        return next((reason for reason in reasons if not reason.startswith(_FAILS)), reasons[0])
     return "a form of attention that swap does not know" if _looks_like_attention(module) else None
 
 
@@ -182,7 +183,7 @@ def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: l
         drawn = not torch.equal(state, torch.get_rng_state())
         gradients = probe.gradients(expected, leaves)
     except Exception as error:  # an unknown module may raise anything
-        return f"its forward or its gradient fails ({type(error).__name__})"
+        return f"{_FAILS} ({type(error).__name__})"
     if drawn:
         return "its forward draws random numbers"
     if stored := probe.stored(copy, before):
@@ -297,6 +298,23 @@ def _tokens(linear: Any, *shape: int) -> Tensor:
 
 
 class _Published(Twin):
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        original = vars(cls).get("_hotkernels_original")
+        if original is None:
+            return
+        # A caller may give arguments by the names that the original has for them.
+        twin = cls.forward
+        theirs, ours = (inspect.signature(forward).parameters.values() for forward in (original.forward, twin))
+        taken = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
+        names = {p.name: name for p, name in zip(theirs, taken, strict=False) if p.name != name}
+        if names:
+
+            def forward(self: Any, *args: Any, **named: Any) -> Any:
+                return twin(self, *args, **{names.get(name, name): value for name, value in named.items()})
+
+            cls.forward = forward
+
     @classmethod
     def describe(cls, module: Any) -> str:
         p = getattr(module.attn_drop, "p", 0)
@@ -410,6 +428,32 @@ class _CrossAttention(_Published):
         if not _served(self, _Q_K_V, (x_1, x_2, x_3), *more, *named.values()):
             return super().forward(x_1, x_2, x_3, *more, **named)
         return _project(self, cross_attention(self, x_1, x_2, x_3))
+
+
+@register_twin
+class _KeyValueAttention(_Published):
+    """Cross-attention with one projection for keys and values: forward(x [B, L, C], context [B, M, C])."""
+
+    kind = "cross-attention"
+
+    @classmethod
+    def fits(cls, module: Any) -> bool | str:
+        if not _has(module, "q", "kv") or _arguments(module) != 2 or _reduces(module):
+            return False
+        return _obstacle(module, 2, _Q_KV) or True
+
+    @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.q, 2, 5), _tokens(module.q, 2, 7))]
+
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.q, 1, _LONG), _tokens(module.q, 1, _LONG))]
+
+    def forward(self: Any, x: Tensor, context: Tensor) -> Any:
+        if not _served(self, _Q_KV, (x, context)):
+            return super().forward(x, context)
+        return _attend(self, x, context, None)
 
 
 @register_twin
