@@ -1,8 +1,9 @@
-"""HoT-MixSTE on 2 sequences of 243 frames: as published, with operators swapped in, and in native layout.
+"""Whole models: as published, with operators swapped in, and in native layout.
 
-    python -m bench.models            # a few minutes on one core
+    python -m bench.models            # HoT-MixSTE on 2 sequences of 243 frames; a few minutes on one core
+    python -m bench.models vit        # blocks of a ViT whose attention calls SDPA, as timm's
 
-Answers first, on the same kept frames; then medians of interleaved runs, each choosing frames itself.
+Answers first, HoT-MixSTE's on the same kept frames; then medians of interleaved runs, each choosing frames itself.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 import hotkernels
 from bench.harness import header
+from hotkernels.baselines import AttentionEager
 from hotkernels.bench.timing import interleaved, peak_memory
 from hotkernels.models import HoTMixSTE
-from hotkernels.models.eager import HoTMixSTEEager
+from hotkernels.models.eager import HoTMixSTEEager, MixSTEBlock
 
 OPTIONS: dict[str, Any] = {"frames": 243, "token_num": 81, "layer_index": 3, "channels": 512, "depth": 8}
+# Images, tokens, channels, heads of ViT-Ti, -S, -B; and a few tokens, as of a pose.
+VIT = ((1, 17, 192, 3), (1, 197, 192, 3), (4, 197, 384, 6), (1, 577, 768, 12))
+VIT_BLOCKS = 4
 
 
 def build(options: dict[str, Any], device: str = "cpu") -> tuple[dict[str, nn.Module], float]:
@@ -69,47 +75,99 @@ def passes(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
     return {"forward": forward, "training step": training_step}
 
 
+class SdpaAttention(AttentionEager):
+    """Self-attention as timm calls it, by PyTorch's fused operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within each sequence of x [B, N, C]."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        return self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
+
+
+def build_vit(channels: int, heads: int) -> dict[str, nn.Module]:
+    """Blocks of a ViT with the same parameters: by SDPA, and swapped."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*[MixSTEBlock(channels, heads, 4 * channels, 0.0) for _ in range(VIT_BLOCKS)])
+    for block in blocks:
+        block.attn = SdpaAttention(channels, heads, qkv_bias=True)
+    swapped = copy.deepcopy(blocks)
+    hotkernels.swap(swapped)
+    return {"sdpa": blocks, "swapped": swapped}
+
+
+def measure(models: dict[str, nn.Module], x: Tensor, rounds: int, label: str = "") -> dict[str, Any]:
+    """Print a row per pass, and return them for a file; ratios are to the first model."""
+    thunks = {name: passes(model, x) for name, model in models.items()}
+    rows: dict[str, Any] = {}
+    for which in ("forward", "training step"):
+        calls = {name: thunk[which] for name, thunk in thunks.items()}
+        times = interleaved(calls, 1.0, least=rounds)
+        extra = [peak_memory(call) for call in calls.values()]
+        first, *others = medians = [times[name].median for name in calls]
+        megabytes = " / ".join("?" if b is None else f"{b / 2**20:.0f}" for b in extra)
+        cells = [f"{t:.3g}" for t in medians] + [f"{first / t:.2f}x" for t in others] + [megabytes]
+        print(f"| {label}{which} | " + " | ".join(cells) + " |", flush=True)
+        rows[which] = {name: asdict(times[name]) | {"extra_bytes": b} for name, b in zip(calls, extra, strict=True)}
+        for model in models.values():
+            model.zero_grad(set_to_none=True)
+    return rows
+
+
+def print_title(names: list[str]) -> None:
+    """The head of a table."""
+    columns = ["pass", *(f"{name} s" for name in names), *(f"{names[0]} / {name}" for name in names[1:]), "extra MB"]
+    print("\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run, print, save; 1 if an answer was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.models", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--batch", type=int, default=2, help="sequences (%(default)s)")
-    parser.add_argument("--channels", type=int, default=OPTIONS["channels"])
-    parser.add_argument("--depth", type=int, default=OPTIONS["depth"])
+    parser.add_argument("model", nargs="?", choices=("hot-mixste", "vit"), default="hot-mixste")
+    parser.add_argument("--batch", type=int, default=2, help="sequences of HoT-MixSTE (%(default)s)")
+    parser.add_argument("--channels", type=int, default=OPTIONS["channels"], help="its width (%(default)s)")
+    parser.add_argument("--depth", type=int, default=OPTIONS["depth"], help="its pairs of blocks (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    options = OPTIONS | {"channels": args.channels, "depth": args.depth}
-    x = torch.rand(args.batch, 243, 17, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    models, seconds = build(options)
-    about = header()
-    print("; ".join(f"{name} {value}" for name, value in about.items()))
-    print(f"HoT-MixSTE {list(x.shape)}, {options}; swapping took {seconds:.2f} s")
-    wrong = check(models, x, options["token_num"])
+    saved: dict[str, Any] = {"machine": header()}
+    print("; ".join(f"{name} {value}" for name, value in saved["machine"].items()))
+    wrong = _vit(args, saved) if args.model == "vit" else _hot_mixste(args, saved)
     if wrong:
         print(f"WRONG: {wrong}")
         return 1
-    thunks = {name: passes(model, x) for name, model in models.items()}
-    rows: dict[str, Any] = {}
-    print("\n| pass | eager s | swapped s | native s | eager / swapped | eager / native | extra MB |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for which in ("forward", "training step"):
-        calls = {name: thunk[which] for name, thunk in thunks.items()}
-        times = interleaved(calls, 0.0, least=args.rounds)
-        extra = [peak_memory(call) for call in calls.values()]
-        medians = [times[name].median for name in calls]
-        megabytes = " / ".join("?" if b is None else f"{b / 2**20:.0f}" for b in extra)
-        print(
-            f"| {which} | " + " | ".join(f"{t:.2f}" for t in medians) + f" | {medians[0] / medians[1]:.2f}x "
-            f"| {medians[0] / medians[2]:.2f}x | {megabytes} |",
-            flush=True,
-        )
-        rows[which] = {name: asdict(times[name]) | {"extra_bytes": b} for name, b in zip(calls, extra, strict=True)}
-        for model in models.values():
-            model.zero_grad(set_to_none=True)
     if args.out:
-        args.out.write_text(json.dumps({"machine": about, "options": options, "swap_s": seconds, "rows": rows}) + "\n")
+        args.out.write_text(json.dumps(saved) + "\n")
     return 0
+
+
+def _hot_mixste(args: argparse.Namespace, saved: dict[str, Any]) -> str | None:
+    options = saved["options"] = OPTIONS | {"channels": args.channels, "depth": args.depth}
+    x = torch.rand(args.batch, 243, 17, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    models, saved["swap_s"] = build(options)
+    print(f"HoT-MixSTE {list(x.shape)}, {options}; swapping took {saved['swap_s']:.2f} s")
+    wrong = check(models, x, options["token_num"])
+    if not wrong:
+        print_title([*models])
+        saved["rows"] = measure(models, x, args.rounds)
+    return wrong
+
+
+def _vit(args: argparse.Namespace, saved: dict[str, Any]) -> str | None:
+    print(f"{VIT_BLOCKS} blocks of a ViT: images x tokens x channels")
+    saved["rows"] = {}
+    for images, tokens, channels, heads in VIT:
+        models, x = build_vit(channels, heads), torch.randn(images, tokens, channels)
+        with torch.no_grad():
+            expected, got = (model(x) for model in models.values())
+        if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4):
+            return f"the swapped blocks differ by {float((got - expected).abs().max()):.2g}"
+        if not saved["rows"]:
+            print_title([*models])
+        label = f"{images}x{tokens}x{channels}"
+        saved["rows"][label] = measure(models, x, args.rounds, f"{label} ")
+    return None
 
 
 if __name__ == "__main__":

@@ -304,14 +304,32 @@ def test_the_models_line_says_whose_time_and_memory_it_is(
     monkeypatch.setattr(models, "peak_memory", lambda call: None if call() == 9 else int(call()) << 20)
     assert models.main(["--out", str(tmp_path / "a.json")]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        "| forward | 6.00 | 3.00 | 2.00 | 2.00x | 3.00x | 6 / 3 / 2 |",
-        "| training step | 18.00 | 9.00 | 6.00 | 2.00x | 3.00x | 18 / ? / 6 |",
+        "| forward | 6 | 3 | 2 | 2.00x | 3.00x | 6 / 3 / 2 |",
+        "| training step | 18 | 9 | 6 | 2.00x | 3.00x | 18 / ? / 6 |",
     ]
     saved = json.loads((tmp_path / "a.json").read_text())["rows"]["training step"]
     assert [saved[name]["median"] for name in several] == [18, 9, 6]
     several["swapped"] = Pretended(1.001)
     assert models.main([]) == 1
     assert "\nWRONG: swapped differs from the published model by 0.001 of" in capsys.readouterr().out
+
+
+def test_the_vit_line_is_of_blocks_that_call_sdpa(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, threads: None
+) -> None:
+    monkeypatch.setattr(models, "VIT", ((1, 5, 16, 2), (2, 7, 32, 4)))
+    assert models.main(["vit", "--rounds", "2", "--out", str(tmp_path / "a.json")]) == 0
+    out = capsys.readouterr().out
+    assert "| pass | sdpa s | swapped s | sdpa / swapped | extra MB |" in out
+    assert [line.split(" | ")[0] for line in out.splitlines()[-4:]] == [
+        f"| {label} {which}" for label in ("1x5x16", "2x7x32") for which in ("forward", "training step")
+    ]
+    assert list(json.loads((tmp_path / "a.json").read_text())["rows"]) == ["1x5x16", "2x7x32"]
+    both = models.build_vit(32, 4)
+    assert {type(block.attn).__name__ for block in both["swapped"]} == {"FusedSdpaAttention"}
+    monkeypatch.setattr(models, "build_vit", lambda *size: {"sdpa": Pretended(), "swapped": Pretended(1.1)})
+    assert models.main(["vit"]) == 1
+    assert "\nWRONG: the swapped blocks differ by 0." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("passes", [models.passes, functools.partial(gpu_rows.passes, half=False)])
