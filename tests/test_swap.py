@@ -29,7 +29,8 @@ from hotkernels.baselines import AttentionEager, CrossAttentionEager
 from hotkernels.compat import hot
 from hotkernels.models import eager
 from hotkernels.models.eager import cluster_dpc_knn
-from hotkernels.swap import twins
+from hotkernels.nn.linear import _HAS_ONEDNN
+from hotkernels.swap import modules
 
 # Five neighbours where published models take two: then no densities tie, which rounding would order differently.
 MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
@@ -126,9 +127,10 @@ def test_report(name: str) -> None:
         n for n, m in model.named_modules() if isinstance(m, (AttentionEager, VisionAttention, GridAttention))
     }
     crossed = {n for n, m in model.named_modules() if isinstance(m, CrossAttentionEager)}
+    mlps = {n for n, m in model.named_modules() if isinstance(m, eager.Mlp) and _HAS_ONEDNN}
     report = hotkernels.swap(model, example_inputs=x)
     assert swapped_modules(model) >= REPORTS[name]
-    assert {path for path, _ in report.replaced + report.left if not path.startswith("ctm")} == attentions | crossed
+    assert {path for path, _ in report.replaced if not path.startswith("ctm")} == attentions | crossed | mlps
     assert {path for path, _ in report.replaced + report.functions} == swapped_modules(model)
     assert report.left == []
     assert str(report).startswith("replaced\n")
@@ -454,8 +456,8 @@ def test_a_forward_of_the_class_set_after_the_swap(monkeypatch: pytest.MonkeyPat
 def fused_calls(module: nn.Module, x: Tensor) -> int:
     with pytest.MonkeyPatch.context() as patch:
         calls: list[Any] = []
-        attend = twins.self_attention
-        patch.setattr(twins, "self_attention", lambda *args: calls.append(1) or attend(*args))
+        attend = modules.self_attention
+        patch.setattr(modules, "self_attention", lambda *args: calls.append(1) or attend(*args))
         module(x)
     return len(calls)
 

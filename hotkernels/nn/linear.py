@@ -38,6 +38,11 @@ def unrecorded(x: Tensor) -> bool:
     return x.device.type == "cpu" and not recorded
 
 
+def is_fast_on(weight: Tensor) -> bool:
+    """Whether a layer with this weight may run faster here than by PyTorch."""
+    return _HAS_ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
 def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
     """layer(x), or gelu(layer(x)), for an nn.Linear."""
     if is_plain(layer, nn.Linear):

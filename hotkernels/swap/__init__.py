@@ -9,6 +9,7 @@ the file's globals, so that other models of the file, and the function itself, s
 `utils.cluster_dpc_knn`, the other name is that of a module which is `utils` but for that function.
 """
 
+from . import modules  # noqa: F401  (registers them)
 from .api import SwapReport, swap, swapped, unswap
 from .twins import Twin, register_twin
 
