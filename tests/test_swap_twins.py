@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import hotkernels
 from hotkernels.baselines import AttentionEager, CrossAttentionEager
 from hotkernels.models import eager
+from hotkernels.nn import linear
+from hotkernels.nn.linear import _HAS_ONEDNN
 from hotkernels.swap import twins
 
 # What looks like plain attention and is not. All of it would pass a look at a fresh module's output or at its layers.
@@ -291,6 +293,17 @@ class Decorated(AttentionEager):
         return super().forward(x)
 
 
+class GatedMlp(eager.Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        return self.fc2(self.act(hidden) * hidden.sigmoid())
+
+
+class ShortMlp(eager.Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if x.shape[1] <= 243 else 0.5)
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "q and k norms": (lambda: VisionAttention(32, 4, qk_norm=True), "it has q_norm, a LayerNorm"),
     "relative bias": (RelativeBias, "it has relative_position_bias_table"),
@@ -335,6 +348,11 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: ShortGrid(32, 4, sr_ratio=2),
         "its output differs from attention over a grid on long input",
     ),
+    **{
+        f"MLP, {cls.__name__}": (lambda cls=cls: cls(32, 64), f"its output differs from MLP{where}")
+        for cls, where in ((GatedMlp, ""), (ShortMlp, " on long input"))
+        if _HAS_ONEDNN
+    },
     "needs a mask": (lambda: NeedsMask(32, 4), "its forward takes x, mask"),
     "windows": (lambda: Window(32, 4), "its forward or its gradient fails (RuntimeError)"),
     "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its mode is vanilla, not spatial or temporal"),
@@ -429,3 +447,109 @@ def test_rounding_in_half_precision_of_16_blocks_is_no_difference(dtype: torch.d
     model = eager.HoTMixSTEEager(frames=81, token_num=27, layer_index=3, channels=64, depth=8).to(dtype)
     report = hotkernels.swap(model, example_inputs=torch.randn(2, 81, 17, 2, dtype=dtype))
     assert len(report.replaced) == 17
+
+
+# MLPs, which are fused where oneDNN serves them.
+
+
+class TimmMlp(nn.Module):
+    def __init__(self, act: nn.Module, drop: float = 0.0, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.fc1, self.act, self.drop1 = nn.Linear(32, 48), act, nn.Dropout(drop)
+        self.norm, self.fc2, self.drop2 = norm or nn.Identity(), nn.Linear(48, 24), nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+
+
+@pytest.fixture(params=[True, False], ids=["Intel", "AMD"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether GELU is within the product, of all that oneDNN is asked for, of whatever size."""
+    if not _HAS_ONEDNN:
+        pytest.skip("torch has no oneDNN")
+    monkeypatch.setattr(linear, "_LEAST", 1)
+    monkeypatch.setattr(linear, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(linear, "_MKL_IS_FAST", request.param)
+    asked: list[bool] = []
+    product = linear._onednn
+    monkeypatch.setattr(linear, "_onednn", lambda *args: asked.append(len(args) > 3 and args[3]) or product(*args))
+    return asked
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.Identity()], ids=str)
+def test_mlp(act: nn.Module, products: list[bool]) -> None:
+    module = TimmMlp(act)
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    wanted = [x, *module.parameters()]
+    expected = module(x)
+    grads = torch.autograd.grad(expected.square().sum(), wanted)
+    assert hotkernels.swap(module, example_inputs=x).replaced == [("", "MLP")]
+    out = module(x)
+    torch.testing.assert_close(out, expected)
+    for got, want in zip(torch.autograd.grad(out.square().sum(), wanted), grads, strict=True):
+        torch.testing.assert_close(got, want)
+    products.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected)
+    gelu = str(act) == "GELU(approximate='none')"
+    intel = linear._MKL_IS_FAST
+    assert products == ([True] if intel and gelu else [] if intel else [gelu, False])
+
+
+def double(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return out * 2
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "dropout": lambda mlp: mlp.train(),
+    "act": lambda mlp: setattr(mlp, "act", nn.Tanh()),
+    "tanh": lambda mlp: setattr(mlp.act, "approximate", "tanh"),
+    "fc1": lambda mlp: setattr(mlp, "fc1", nn.Sequential(mlp.fc1, nn.Tanh())),
+    "fc2": lambda mlp: setattr(mlp, "fc2", nn.Sequential(mlp.fc2, nn.Tanh())),
+    "hook on fc1": lambda mlp: mlp.fc1.register_forward_hook(double),
+    "hook on act": lambda mlp: mlp.act.register_forward_hook(double),
+    "hook on drop": lambda mlp: mlp.drop1.register_forward_hook(double),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_mlp_heeds_what_happens_to_its_layers(change: str, products: list[bool]) -> None:
+    module, plain, x = TimmMlp(nn.GELU(), 0.5).eval(), TimmMlp(nn.GELU(), 0.5).eval(), torch.randn(2, 5, 32)
+    plain.load_state_dict(module.state_dict())
+    assert hotkernels.swap(module).replaced == [("", "MLP, in evaluation; training has drop = 0.5")]
+    products.clear()
+    module(x)
+    assert len(products) == (0 if linear._MKL_IS_FAST else 2)  # gradients are wanted
+    results = []
+    for each in (module, plain):
+        CHANGES[change](each)
+        torch.manual_seed(0)
+        results.append(each(x))
+    torch.testing.assert_close(*results)
+
+
+def test_mlp_calls_its_layers_where_all_modules_have_hooks(products: list[bool]) -> None:
+    module = TimmMlp(nn.GELU())
+    hotkernels.swap(module)
+    seen: list[type] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        module(torch.randn(2, 5, 32))
+    finally:
+        handle.remove()
+    assert seen[:-1] == [nn.Linear, nn.GELU, nn.Dropout, nn.Identity, nn.Linear, nn.Dropout]
+
+
+def test_mlps_that_gain_nothing_are_not_named(products: list[bool]) -> None:
+    class Own(TimmMlp):
+        def __init__(self) -> None:
+            super().__init__(nn.GELU())
+            self.gamma = nn.Parameter(torch.ones(24))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.gamma
+
+    others = [TimmMlp(nn.GELU(), norm=nn.LayerNorm(48)), TimmMlp(nn.GELU()).bfloat16(), Own()]
+    report = hotkernels.swap(nn.Sequential(AttentionEager(32, 4), *others))
+    assert report.replaced == [("0", "attention")]
+    assert report.left == []

@@ -43,6 +43,13 @@ def is_fast_on(weight: Tensor) -> bool:
     return _HAS_ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
+def calls_onednn(layer: Any, x: Tensor, gelu: bool = False) -> bool:
+    """Whether `linear` calls something else than PyTorch does."""
+    if not (is_plain(layer, nn.Linear) and _served(x, layer.weight)):
+        return False
+    return not _MKL_IS_FAST or (gelu and not wants_grad(x, layer.weight, layer.bias))
+
+
 def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
     """layer(x), or gelu(layer(x)), for an nn.Linear."""
     if is_plain(layer, nn.Linear):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ..nn.attention import Attention, CrossAttention, cross_attention, self_attention
-from ..nn.linear import is_fast_on, linear
+from ..nn.linear import calls_onednn, is_fast_on, linear
 from ..nn.plain import DROPS, has_hooks, is_idle, is_plain
 from ..ops.gathered_attention import gathered_attention
 from ..ops.gathered_attention.api import MAX_HEAD_DIM
 from .twins import Twin, register_twin
-from .watch import as_seen
+from .watch import as_seen, in_probe
 
 _ALONG = {"spatial": -2, "temporal": -3}  # mode -> the dim of [B, T, J, C] that attends
 # Tokens of a long example: more than windows have (49, 196, 256) and than attention that scales with log N trained on.
@@ -361,7 +361,7 @@ class _GridAttention(_Published):
 
 @register_twin
 class _Mlp(_Published):
-    """MixSTE's, timm's: fc2(act(fc1(x))), which oneDNN or MKL multiplies and bends in one pass, in float32 on a CPU."""
+    """MixSTE's, timm's: fc2(act(fc1(x))), where oneDNN multiplies faster or has GELU in the product: float32, a CPU."""
 
     kind = "MLP"
 
@@ -391,9 +391,10 @@ class _Mlp(_Published):
         return [(_tokens(module.fc1, 1, _LONG),)]
 
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
-        if not _served(self, _MLP, (x,), *more, *named.values()):
-            return super().forward(x, *more, **named)
         gelu = is_plain(self.act, nn.GELU) and self.act.approximate == "none"
+        gains = calls_onednn(self.fc1, x, gelu) or in_probe(self)
+        if not (gains and _served(self, _MLP, (x,), *more, *named.values())):
+            return super().forward(x, *more, **named)
         hidden = linear(self.fc1, x, gelu)
         return linear(self.fc2, hidden if gelu else self.act(hidden))
 

@@ -31,15 +31,20 @@ def seen(module: nn.Module) -> dict[str, Any]:
     return attributes | {name: ... for name in absent if not isinstance(getattr(type(module), name, None), property)}
 
 
+def in_probe(module: Any) -> bool:
+    """Whether a module is the replica that a probe runs."""
+    return module.__dict__.get(SEEN) is None
+
+
 def as_seen(module: Any) -> bool:
     """Whether a swapped module's attributes, and its class's forward, are those of the swap; it has no weights itself.
 
     By identity, which is fast; what changes inside an object is not noticed.
     """
     cls, held = type(module), module.__dict__
-    then = held.get(SEEN)
-    if then is None:  # in a probe
+    if in_probe(module):
         return True
+    then = held[SEEN]
     if torch.compiler.is_compiling():  # which asks again what an attribute is, and not whether a dict has it
         for name in then:
             getattr(module, name, None)
