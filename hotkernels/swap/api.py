@@ -100,7 +100,8 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
 
     Every module whose structure is a known one (whatever its file or name), and whose output and gradients on random
     input are those of the fused form, gets a fused forward: the attention of timm's ViT, MixSTE, MHFormer, MotionBERT,
-    MotionAGFormer, TCFormer and PVT, and HoT's cross-attention. Where its methods call `cluster_dpc_knn`,
+    MotionAGFormer, TCFormer and PVT, HoT's cross-attention and that with one layer for keys and values, and, in float32
+    on a CPU, MLPs of an fc1, an act and an fc2, by oneDNN. Where its methods call `cluster_dpc_knn`,
     `cluster_dpc_knn_center` or `merge_tokens`, by that name or as `utils.cluster_dpc_knn`, and that function answers as
     a published one, this model calls ours; other models do not. Where an object holds it under that name, or a
     container, a closure, a partial or the default of an argument, it is left, and reported, as is what a static method,
@@ -129,12 +130,13 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
             ``swap: example_inputs must be ...`` where the model cannot run on them. The model is then as it was.
 
     Numerics: as the operators; the random numbers drawn are those of the original. Training with dropout on the
-        probabilities runs the original forward, as such dropout draws in its own layout. Probes run on the model's own
-        devices, with random parameters: outputs and gradients of a few tokens, outputs alone of some hundred, in the
-        model's dtypes and, for half precision, in float32. They allow differences up to the root of the dtype's epsilon
-        (in half precision 8 epsilons), relative to the largest value, as does the check by example_inputs, which sees
-        what probes do not: a window of 512 tokens. `torch.jit.script` and the derivatives of `torch.func` refuse a
-        swapped model, and `torch.jit.trace` takes it under `torch.no_grad` alone: unswap for them.
+        probabilities, or within an MLP, runs the original forward, as such dropout draws in its own layout. Probes run
+        on the model's own devices, with random parameters: outputs and gradients of a few tokens, outputs alone of some
+        hundred, in the model's dtypes and, for half precision, in float32. They allow differences up to the root of the
+        dtype's epsilon (in half precision 8 epsilons), relative to the largest value, as does the check by
+        example_inputs, which sees what probes do not: a window of 512 tokens. `torch.jit.script` and the derivatives of
+        `torch.func` refuse a swapped model, and `torch.jit.trace` takes it under `torch.no_grad` alone: unswap for
+        them.
 
     Cost: no memory; milliseconds per form and size of attention; with example_inputs two runs of the model, three where
         outputs differ.
