@@ -26,9 +26,10 @@ _HAS_ONEDNN = (
     and FROM_ENVIRONMENT != "torch"
 )
 _MKL_IS_FAST = LIBRARIES["_C_cpu"] is None and torch.ops.hotkernels._is_intel()
-# oneDNN is called from so many multiplications and rows on: a call takes 15 us more than MKL's, and packs the weight
-# (measured on a Xeon; the 32 rows are what its speed on an EPYC makes of that, by arithmetic).
-_LEAST = 1 << 22
+# oneDNN is called from so many multiplications and rows on: a call takes 15 us more than MKL's, between other work 40,
+# and packs the weight. Measured on a Xeon and on a Zen 4, where it is even at 20 M, 5 % behind at 8 M, 20 % at 4 M; the
+# 32 rows, and 8 M on a Zen 5, are what its speed there makes of that, by arithmetic.
+_LEAST = 1 << 22 if _MKL_IS_FAST else 1 << 23
 _LEAST_ROWS = 192 if _MKL_IS_FAST else 32
 
 
