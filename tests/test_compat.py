@@ -268,8 +268,12 @@ def published_merge(token_dict: dict[str, Any], idx_cluster: Tensor, cluster_num
     return [merge_tokens_eager(x, idx_cluster, cluster_num, weight), idx_cluster.gather(1, idx_token), agg_weight]
 
 
+@pytest.mark.parametrize("scatters", [("cpu",), ()], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_merge_matches_published_with_gradients(dtype: torch.dtype) -> None:
+def test_merge_matches_published_with_gradients(
+    dtype: torch.dtype, scatters: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotkernels.compat._published._SCATTERS_IN_ORDER", scatters)
     B, N, C, M = 2, 48, 12, 9
     grid = dict_of(tokens(B, 64, C), (8, 8))
     results = []

@@ -110,18 +110,33 @@ def merge(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge as published: (x [B, M, C], idx_token [B, N_init], agg_weight [B, N_init, 1])."""
     merged, weight = average(x, idx_cluster, cluster_num, token_weight)
-    B = len(x)
-    check_tensor("merge_tokens", "idx_token", idx_token, "[B, N_init]", (torch.int64,), shape=(B, None))
+    check_tensor("merge_tokens", "idx_token", idx_token, "[B, N_init]", (torch.int64,), shape=(len(x), None))
     idx_token = idx_token.to(x.device)  # Chat-UniVi makes it on the CPU, wherever the tokens are
 
-    # Each token's share of its cluster, and the product of shares from an initial grid cell up to its cluster.
-    # index_put sums in a fixed order on every device; index_add does not. A token in no cluster weighs nothing.
+    # Each token's share of its cluster, and the product of shares from an initial grid cell up to its cluster. A token
+    # in no cluster weighs nothing.
     weight = weight * (idx_cluster >= 0)[..., None]
-    owner = idx_cluster.clamp(min=0)
-    places = (torch.arange(B, device=x.device)[:, None], owner)
-    total = weight.new_zeros(B, cluster_num, 1).index_put(places, weight, accumulate=True) + 1e-6
-    share = weight / gather_tokens(total, owner)
-    return merged, idx_cluster.gather(1, idx_token), agg_weight * gather_tokens(share, idx_token)
+    owner = idx_cluster.clamp(min=0).long()
+    share = weight / _take(_sum(weight, owner, cluster_num) + 1e-6, owner)
+    return merged, idx_cluster.gather(1, idx_token), agg_weight * _take(share, idx_token)
+
+
+_SCATTERS_IN_ORDER = ("cpu",)  # elsewhere scatter_add, and the gradient of gather, sum in no fixed order
+
+
+def _sum(weight: Tensor, owner: Tensor, M: int) -> Tensor:
+    """[B, M, 1]: the weights [B, N, 1] of each owner [B, N], in a fixed order."""
+    total = weight.new_zeros(len(weight), M, 1)
+    if weight.device.type in _SCATTERS_IN_ORDER:
+        return total.scatter_add(1, owner[..., None], weight)
+    return total.index_put((torch.arange(len(owner), device=owner.device)[:, None], owner), weight, accumulate=True)
+
+
+def _take(weight: Tensor, index: Tensor) -> Tensor:
+    """[B, K, 1]: the weights [B, N, 1] at index [B, K]; so is the gradient in a fixed order."""
+    if weight.device.type in _SCATTERS_IN_ORDER:
+        return weight.gather(1, index[..., None])
+    return gather_tokens(weight, index)
 
 
 def merge_dict(
