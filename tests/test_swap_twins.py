@@ -549,7 +549,16 @@ def test_mlps_that_gain_nothing_are_not_named(products: list[bool]) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * self.gamma
 
-    others = [TimmMlp(nn.GELU(), norm=nn.LayerNorm(48)), TimmMlp(nn.GELU()).bfloat16(), Own()]
+    class Gates(TimmMlp):
+        def __init__(self) -> None:
+            super().__init__(nn.GELU())
+            self.fc1 = nn.Linear(32, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate, x = self.fc1(x).chunk(2, -1)
+            return self.fc2(self.act(gate) * x)
+
+    others = [TimmMlp(nn.GELU(), norm=nn.LayerNorm(48)), TimmMlp(nn.GELU()).bfloat16(), Own(), Gates()]
     report = hotkernels.swap(nn.Sequential(AttentionEager(32, 4), *others))
     assert report.replaced == [("0", "attention")]
     assert report.left == []

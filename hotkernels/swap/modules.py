@@ -367,13 +367,14 @@ class _Mlp(_Published):
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        layers = [getattr(module, name, None) for name in _MLP]
+        fc1, act, fc2 = (getattr(module, name, None) for name in _MLP)
         others = [child for name, child in module.named_children() if name not in _MLP]
         return (
-            type(layers[0]) is type(layers[2]) is nn.Linear
-            and isinstance(layers[1], nn.Module)
+            type(fc1) is type(fc2) is nn.Linear
+            and fc1.out_features == fc2.in_features  # not so where half of them are gates
+            and isinstance(act, nn.Module)
             and all(type(child) in DROPS for child in others)
-            and is_fast_on(layers[0].weight)
+            and is_fast_on(fc1.weight)
             and not _forward_obstacle(module, 1)
         )
 
