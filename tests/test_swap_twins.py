@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -216,7 +217,52 @@ class SomeAttention(nn.Module):
 class AttentionOfContainers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.to_qkv, self.to_out = nn.Linear(32, 96), nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.0))
+        self.first, self.last = nn.Linear(32, 96), nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.0))
+
+
+class ToQkvAttention(nn.Module):
+    """TokenPose's; with a norm and a softmax of its own, and its own width of heads, vit-pytorch's."""
+
+    def __init__(self, dim: int = 32, heads: int = 4, dim_head: int | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        inner = dim if dim_head is None else heads * dim_head
+        self.heads, self.scale = heads, dim**-0.5 if dim_head is None else dim_head**-0.5
+        self.to_qkv = nn.Linear(dim, 3 * inner, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(0.0))
+        if dim_head is not None:
+            self.norm, self.attend, self.dropout = nn.LayerNorm(dim), nn.Softmax(dim=-1), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.norm(x) if hasattr(self, "norm") else x
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.to_qkv(x).chunk(3, dim=-1))
+        logits = q @ k.mT * self.scale
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
+        probability = self.dropout(self.attend(logits)) if hasattr(self, "attend") else logits.softmax(-1)
+        return self.to_out((probability @ v).transpose(1, 2).flatten(2))
+
+
+class NormOfOutput(ToQkvAttention):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.norm(super().forward(x, mask))
+
+
+class ShortToQkv(ToQkvAttention):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, torch.arange(x.shape[1]).expand(len(x), -1) < 243)
+
+
+def of_to_qkv(**attributes: Any) -> nn.Module:
+    module = ToQkvAttention(dim_head=6)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+def hooked_softmax() -> nn.Module:
+    module = ToQkvAttention(dim_head=6)
+    module.attend.register_forward_hook(lambda *_: None)
+    return module
 
 
 def replaced_forward() -> nn.Module:
@@ -353,6 +399,16 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         for cls, where in ((GatedMlp, ""), (ShortMlp, " on long input"))
         if _HAS_ONEDNN
     },
+    "to_qkv, norm of the output": (lambda: NormOfOutput(dim_head=6), "its output differs from attention"),
+    "to_qkv of 243": (lambda: ShortToQkv(dim_head=6), "its output differs from attention on long input"),
+    "to_qkv without heads": (lambda: of_to_qkv(heads=None), f"heads and scale are None and {6**-0.5}"),
+    "to_qkv with wide heads": (
+        lambda: ToQkvAttention(8, 1, 300),
+        "to_qkv makes 900 channels for 1 heads: a head has at most 256",
+    ),
+    "to_qkv with a talking head": (lambda: of_to_qkv(mix=nn.Conv2d(4, 4, 1)), "it has mix, a Conv2d"),
+    "to_qkv with another norm": (lambda: of_to_qkv(norm=nn.Identity()), "it has norm, a Identity"),
+    "hooked softmax": (hooked_softmax, "attend has hooks, which would not run"),
     "needs a mask": (lambda: NeedsMask(32, 4), "its forward takes x, mask"),
     "windows": (lambda: Window(32, 4), "its forward or its gradient fails (RuntimeError)"),
     "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its mode is vanilla, not spatial or temporal"),
@@ -449,6 +505,28 @@ def test_rounding_in_half_precision_of_16_blocks_is_no_difference(dtype: torch.d
     assert len(report.replaced) == 17
 
 
+@pytest.mark.parametrize("dim_head", [None, 6])
+def test_attention_by_to_qkv(dim_head: int | None) -> None:
+    module = ToQkvAttention(dim_head=dim_head, dropout=0.5 * (dim_head is not None)).eval()
+    plain, x = copy.deepcopy(module), torch.randn(3, 7, 32)
+    report = hotkernels.swap(module, example_inputs=x)
+    said = "attention" if dim_head is None else "attention, in evaluation; training has dropout = 0.5"
+    assert ("", said) in report.replaced
+    results: list[list[Any]] = [[], []]
+    for each, found in zip((module, plain), results, strict=True):
+        out = each(x)
+        grads = torch.autograd.grad(out.square().sum(), each.parameters())
+        mask = torch.arange(7).expand(3, -1) < 5
+        torch.manual_seed(0)
+        found += [out, *grads, each(x, mask), each.train()(x), torch.get_rng_state()]
+        if dim_head is not None:
+            each.eval().attend.register_forward_hook(double)
+            found.append(each(x))
+            each.attend = nn.Sigmoid()
+            found.append(each(x))
+    torch.testing.assert_close(*results)
+
+
 # MLPs, which are fused where oneDNN serves them.
 
 
@@ -538,6 +616,25 @@ def test_mlp_calls_its_layers_where_all_modules_have_hooks(products: list[bool])
     finally:
         handle.remove()
     assert seen[:-1] == [nn.Linear, nn.GELU, nn.Dropout, nn.Identity, nn.Linear, nn.Dropout]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mlp_in_a_sequence(training: bool, products: list[bool]) -> None:
+    """Of whatever else lies in it; dropout draws as before."""
+    layers = [nn.LayerNorm(32), nn.Linear(32, 48), nn.GELU(), nn.Dropout(0.5), nn.Linear(48, 48), nn.GELU("tanh")]
+    module = nn.Sequential(*layers, nn.Linear(48, 16), double_layer := nn.Linear(16, 8)).train(training)
+    double_layer.register_forward_hook(double)
+    plain, x = copy.deepcopy(module), torch.randn(2, 5, 32)
+    assert hotkernels.swap(module).replaced == [("", "MLP")]
+    with torch.no_grad():
+        torch.manual_seed(0)
+        expected = plain(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(module(x), expected)
+    assert products == ([True] if linear._MKL_IS_FAST else [True, False, False])
+    torch.testing.assert_close(module[1:3](x), plain[1:3](x))
+    with pytest.raises(ValueError, match="swap: model must be one with a module that swap knows"):
+        hotkernels.swap(nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 3)))
 
 
 def test_mlps_that_gain_nothing_are_not_named(products: list[bool]) -> None:

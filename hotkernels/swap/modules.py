@@ -15,7 +15,7 @@ from ..nn.attention import Attention, CrossAttention, cross_attention, self_atte
 from ..nn.linear import calls_onednn, is_fast_on, linear
 from ..nn.plain import DROPS, has_hooks, is_idle, is_plain
 from ..ops.gathered_attention import gathered_attention
-from ..ops.gathered_attention.api import MAX_HEAD_DIM
+from ..ops.gathered_attention.api import MAX_HEAD_DIM, packed_attention
 from .twins import Twin, register_twin
 from .watch import as_seen, in_probe
 
@@ -124,6 +124,11 @@ def _tokens(linear: Any, *shape: int) -> Tensor:
     return torch.randn(*shape, linear.in_features, dtype=weight.dtype, device=weight.device)
 
 
+def _described(kind: str, name: str, drop: nn.Module | None) -> str:
+    p = getattr(drop, "p", 0)
+    return f"{kind}, in evaluation; training has {name} = {p}" if p else kind
+
+
 class _Published(Twin):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -144,8 +149,7 @@ class _Published(Twin):
 
     @classmethod
     def describe(cls, module: Any) -> str:
-        p = getattr(module.attn_drop, "p", 0)
-        return f"{cls.kind}, in evaluation; training has attn_drop = {p}" if p else cls.kind
+        return _described(cls.kind, "attn_drop", module.attn_drop)
 
 
 @register_twin
@@ -170,6 +174,51 @@ class _Attention(_Published):
         if not _served(self, _QKV, (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         return _project(self, self_attention(self, x))
+
+
+@register_twin
+class _ToQkvAttention(_Published):
+    """TokenPose's, PPT's, vit-pytorch's: forward(x [B, N, C]), with to_qkv and to_out, and maybe its norm first."""
+
+    kind = "attention"
+
+    @classmethod
+    def fits(cls, module: Any) -> bool | str:
+        qkv, out, heads, scale = (getattr(module, name, None) for name in ("to_qkv", "to_out", "heads", "scale"))
+        if not (type(qkv) is nn.Linear and isinstance(out, nn.Module)):
+            return False
+        if not isinstance(heads, int) or not isinstance(scale, (int, float)):
+            return f"heads and scale are {heads} and {scale}"
+        kinds = {"norm": (nn.LayerNorm,), "attend": (nn.Softmax,), "dropout": DROPS}
+        for name, child in module.named_children():
+            if child is not qkv and child is not out and type(child) not in kinds.get(name, ()):
+                return f"it has {name}, a {type(child).__name__}"
+            if name in ("attend", "dropout") and has_hooks(child):
+                return f"{name} has hooks, which would not run"
+        if qkv.out_features % (3 * heads) != 0 or qkv.out_features // (3 * heads) > MAX_HEAD_DIM:
+            return f"to_qkv makes {qkv.out_features} channels for {heads} heads: a head has at most {MAX_HEAD_DIM}"
+        return _forward_obstacle(module, 1) or True
+
+    @classmethod
+    def describe(cls, module: Any) -> str:
+        return _described(cls.kind, "dropout", getattr(module, "dropout", None))
+
+    @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.to_qkv, 2, 5),)]
+
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.to_qkv, 1, _LONG),)]
+
+    def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
+        layers = self._modules
+        softmax = "attend" not in layers or is_plain(layers["attend"], nn.Softmax)
+        if not softmax or not _served(self, ("to_qkv", "to_out", "norm", "attend"), (x,), *more, *named.values()):
+            return super().forward(x, *more, **named)
+        qkv = linear(self.to_qkv, layers["norm"](x) if "norm" in layers else x)
+        attended = packed_attention(qkv.unflatten(-1, (3, self.heads, -1)), self.scale)
+        return self.to_out(attended.transpose(1, 2).flatten(2))
 
 
 @register_twin
@@ -380,8 +429,8 @@ class _Mlp(_Published):
 
     @classmethod
     def describe(cls, module: Any) -> str:
-        p = max((child.p for child in module.children() if isinstance(child, nn.Dropout)), default=0)
-        return f"{cls.kind}, in evaluation; training has drop = {p}" if p else cls.kind
+        drops = [child for child in module.children() if isinstance(child, nn.Dropout)]
+        return _described(cls.kind, "drop", max(drops, key=lambda drop: drop.p, default=None))
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -392,12 +441,54 @@ class _Mlp(_Published):
         return [(_tokens(module.fc1, 1, _LONG),)]
 
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
-        gelu = is_plain(self.act, nn.GELU) and self.act.approximate == "none"
+        gelu = _is_gelu(self.act)
         gains = calls_onednn(self.fc1, x, gelu) or in_probe(self)
         if not (gains and _served(self, _MLP, (x,), *more, *named.values())):
             return super().forward(x, *more, **named)
         hidden = linear(self.fc1, x, gelu)
         return linear(self.fc2, hidden if gelu else self.act(hidden))
+
+
+@register_twin
+class _Sequence(_Published):
+    """MLPs that are an nn.Sequential, as TokenPose's, vit-pytorch's and torchvision's."""
+
+    kind = "MLP"
+
+    @classmethod
+    def fits(cls, module: Any) -> bool | str:
+        layers = [layer for layer in module.children() if type(layer) is nn.Linear]
+        return (
+            isinstance(module, nn.Sequential)
+            and type(module).forward is nn.Sequential.forward
+            and len(layers) > 1
+            and is_fast_on(layers[0].weight)
+            and not _forward_obstacle(module, 1)
+        )
+
+    @classmethod
+    def describe(cls, module: Any) -> str:
+        return cls.kind
+
+    @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return []  # it calls its layers in turn, as any other does
+
+    def forward(self: Any, input: Any) -> Any:
+        layers, i = [*self], 0
+        while i < len(layers):
+            gelu = i + 1 < len(layers) and _is_gelu(layers[i + 1])
+            if calls_onednn(layers[i], input, gelu):
+                input = linear(layers[i], input, gelu)
+                i += gelu
+            else:
+                input = layers[i](input)
+            i += 1
+        return input
+
+
+def _is_gelu(act: Any) -> bool:
+    return is_plain(act, nn.GELU) and act.approximate == "none"
 
 
 def _token_dict(module: Any, N: int, H: int, W: int, B: int = 2) -> dict[str, Any]:
