@@ -100,13 +100,13 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
 
     Every module whose structure is a known one (whatever its file or name), and whose output and gradients on random
     input are those of the fused form, gets a fused forward: the attention of timm's ViT, MixSTE, MHFormer, MotionBERT,
-    MotionAGFormer, TCFormer and PVT, HoT's cross-attention and that with one layer for keys and values, and, in float32
-    on a CPU, MLPs of an fc1, an act and an fc2, by oneDNN. Where its methods call `cluster_dpc_knn`,
-    `cluster_dpc_knn_center` or `merge_tokens`, by that name or as `utils.cluster_dpc_knn`, and that function answers as
-    a published one, this model calls ours; other models do not. Where an object holds it under that name, or a
-    container, a closure, a partial or the default of an argument, it is left, and reported, as is what a static method,
-    a class method, a property or a decorated method calls. `register_twin` adds forms. Swap before DDP or
-    `torch.compile`, or after.
+    MotionAGFormer, TCFormer and PVT, of TokenPose, PPT and vit-pytorch, HoT's cross-attention and that with one layer
+    for keys and values, and, in float32 on a CPU, MLPs by oneDNN: of an fc1, an act and an fc2, or an nn.Sequential.
+    Where its methods call `cluster_dpc_knn`, `cluster_dpc_knn_center` or `merge_tokens`, by that name or as
+    `utils.cluster_dpc_knn`, and that function answers as a published one, this model calls ours; other models do not.
+    Where an object holds it under that name, or a container, a closure, a partial or the default of an argument, it is
+    left, and reported, as is what a static method, a class method, a property or a decorated method calls.
+    `register_twin` adds forms. Swap before DDP or `torch.compile`, or after.
 
     What is set on an attention after the swap counts: layers that are replaced, adapted or hooked, and, by the module's
     own forward, whatever a probe has not seen: another value of an attribute or a new one, a parameter or a buffer, a
