@@ -512,6 +512,8 @@ def test_attention_by_to_qkv(dim_head: int | None) -> None:
     report = hotkernels.swap(module, example_inputs=x)
     said = "attention" if dim_head is None else "attention, in evaluation; training has dropout = 0.5"
     assert ("", said) in report.replaced
+    with pytest.raises(RuntimeError):  # the original's own
+        module(torch.randn(2, 3, 7, 32))
     results: list[list[Any]] = [[], []]
     for each, found in zip((module, plain), results, strict=True):
         out = each(x)

@@ -213,8 +213,8 @@ class _ToQkvAttention(_Published):
 
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
         layers = self._modules
-        softmax = "attend" not in layers or is_plain(layers["attend"], nn.Softmax)
-        if not softmax or not _served(self, ("to_qkv", "to_out", "norm", "attend"), (x,), *more, *named.values()):
+        plain = x.dim() == 3 and ("attend" not in layers or is_plain(layers["attend"], nn.Softmax))
+        if not plain or not _served(self, ("to_qkv", "to_out", "norm", "attend"), (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         qkv = linear(self.to_qkv, layers["norm"](x) if "norm" in layers else x)
         attended = packed_attention(qkv.unflatten(-1, (3, self.heads, -1)), self.scale)
