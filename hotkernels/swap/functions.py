@@ -102,8 +102,9 @@ def differences(ours: Callable[..., Any], got: Any, expected: Any) -> tuple[str,
         others = (got[at][:, :, None] != expected[at][:, None, :]).all(-1)
         return "choices", others.numel(), int(others.sum())
     assigned, M = got[0], got[1]
-    both = (torch.arange(len(assigned), device=assigned.device)[:, None] * M + assigned) * M + expected[0]
-    together = both.flatten().bincount(minlength=len(assigned) * M * M).view(-1, M).amax(1).sum()
+    ours_of = torch.arange(len(assigned), device=assigned.device)[:, None] * M + assigned
+    both, sizes = (ours_of * M + expected[0]).unique(return_counts=True)
+    together = sizes.new_zeros(len(assigned) * M).scatter_reduce(0, both // M, sizes, "amax").sum()
     return "clusters", assigned.numel(), assigned.numel() - int(together)
 
 
