@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hotkernels.nn.linear import _HAS_ONEDNN, add_linear, linear
+from hotkernels.nn.linear import add_linear, linear
 
 
 @pytest.fixture(autouse=True)
@@ -114,10 +114,41 @@ def test_linear_leaves_transforms_to_pytorch(transform: Callable[..., Any], monk
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.skipif(not _HAS_ONEDNN, reason="torch has no oneDNN")
-def test_a_linear_layer_of_onednn_is_differentiable_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [3, 7])
+@pytest.mark.parametrize("mkl_is_fast", [True, False])
+def test_second_derivatives(mkl_is_fast: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotkernels.nn.linear._MKL_IS_FAST", mkl_is_fast)
+    layer, x = nn.Linear(5, width), torch.randn(4, 3, 5, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+    results = []
+    for call in (lambda x: linear(layer, x, gelu=True), lambda x: nn.functional.gelu(layer(x))):
+        grads = torch.autograd.grad(call(x).square().sum(), wanted, create_graph=True)
+        penalty = sum(grad.square().sum() for grad in grads)
+        results.append([*grads, *torch.autograd.grad(penalty, wanted)])
+    torch.testing.assert_close(*results)
+
+
+def test_gradients_are_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch's: people see them in hooks, and flatten them by view."""
     monkeypatch.setattr("hotkernels.nn.linear._MKL_IS_FAST", False)
-    x = torch.randn(3, 5, requires_grad=True)
-    (grad,) = torch.autograd.grad(linear(nn.Linear(5, 7), x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        grad.sum().backward()
+    for width in (3, 7):
+        layer, x = nn.Linear(5, width), torch.randn(4, 5, requires_grad=True)
+        for grad in torch.autograd.grad(linear(layer, x).square().sum(), [x, *layer.parameters()]):
+            assert grad.is_contiguous()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_layouts_that_onednn_does_not_serve_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotkernels.nn.linear._MKL_IS_FAST", False)
+    layer, x = nn.Linear(5, 7), torch.randn(4, 5)
+    nested = torch.nested.nested_tensor([x, x[:2]])
+    for ours, theirs in zip(linear(layer, nested, gelu=False).unbind(), layer(nested).unbind(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(linear(layer, x.to_sparse_csr()), layer(x))
+    layer.weight = nn.Parameter(layer.weight.to_sparse_csr(), requires_grad=False)
+    torch.testing.assert_close(linear(layer, x), layer(x))
+    with pytest.raises(RuntimeError) as theirs_error:
+        nn.functional.linear(torch.tensor(1.0), torch.randn(7, 5))
+    with pytest.raises(type(theirs_error.value)):
+        linear(nn.Linear(5, 7), torch.tensor(1.0))

@@ -661,3 +661,175 @@ def test_mlps_that_gain_nothing_are_not_named(products: list[bool]) -> None:
     report = hotkernels.swap(nn.Sequential(AttentionEager(32, 4), *others))
     assert report.replaced == [("0", "attention")]
     assert report.left == []
+
+
+# What a published module may also do, and a fused forward must not lose.
+
+
+class ExtraX(eager.Mlp):
+    """Its second argument has the name that the twin gives the first."""
+
+    def forward(self, h: Tensor, x: Tensor | None = None) -> Tensor:
+        out = super().forward(h)
+        return out if x is None else out + x
+
+
+class ChannelsFirst(eager.Mlp):
+    """Takes [B, C, H, W], too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if x.dim() == 4 else super().forward(x)
+
+
+class LaterProjection(nn.Module):
+    """Of whatever it is derived from beside this."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return self.proj(out) if hasattr(self, "proj") else out
+
+
+class SelfUnlessContext(KeyValueAttention):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.attend(x, x if context is None else context)
+
+
+def later(mlp: Any) -> None:
+    mlp.proj = nn.Linear(32, 32)
+
+
+CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Any]]] = {
+    "both by name": (lambda: ExtraX(32, 64), lambda m, x: m(h=x, x=x + 1)),
+    "the second by name": (lambda: ExtraX(32, 64), lambda m, x: m(x, x=x + 1)),
+    "None by name": (lambda: ExtraX(32, 64), lambda m, x: m(h=x, x=None)),
+    "channels first": (lambda: ChannelsFirst(32, 64), lambda m, x: m(torch.randn(2, 32, 32, 32))),
+    "four dims": (lambda: eager.Mlp(32, 64), lambda m, x: m(torch.randn(2, 3, 5, 32))),
+    "one dim": (lambda: eager.Mlp(32, 64), lambda m, x: m(x[0, 0])),
+    "projection": (
+        lambda: type("Later", (LaterProjection, eager.Mlp), {})(32, 64),
+        lambda m, x: (torch.manual_seed(1), later(m), m(x))[-1],
+    ),
+    "no context": (lambda: SelfUnlessContext(32, 4), lambda m, x: m(x)),
+    "None as context": (lambda: SelfUnlessContext(32, 4), lambda m, x: m(x, None)),
+    "context by name": (lambda: SelfUnlessContext(32, 4), lambda m, x: m(x, context=x + 1)),
+    "softmax of queries": (
+        lambda: ToQkvAttention(dim_head=6),
+        lambda m, x: (setattr(m, "attend", nn.Softmax(dim=-2)), m(x))[-1],
+    ),
+    "projection of to_qkv": (
+        lambda: type("Later", (LaterProjection, ToQkvAttention), {})(),
+        lambda m, x: (torch.manual_seed(1), later(m), m(x))[-1],
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_that_a_twin_must_not_change(name: str, products: list[bool]) -> None:
+    make, call = CALLS[name]
+    module = make().eval()
+    plain = copy.deepcopy(module)
+    assert len(hotkernels.swap(module).replaced) >= 1
+    results = []
+    for each in (module, plain):
+        torch.manual_seed(0)
+        results.append(call(each, torch.randn(2, 5, 32)))
+    torch.testing.assert_close(*results)
+
+
+class FewKeys(ToQkvAttention):
+    """Multi-query: one key and value for all heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_qkv = nn.Linear(32, 48)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.to_qkv(x).split([32, 8, 8], -1)
+        q, k, v = q.unflatten(-1, (4, 8)).transpose(1, 2), k[:, None], v[:, None]
+        return self.to_out(((q @ k.mT * self.scale).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Halves(TimmMlp):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        return self.fc2(torch.cat([self.act(hidden), self.act(hidden)], -1))
+
+
+class Property(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_qkv, self.to_out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    @property
+    def scale(self) -> float:
+        raise RuntimeError
+
+    fc1 = act = heads = scale
+
+
+class Underived(nn.Sequential):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("final")
+
+
+def sparse_mlp() -> nn.Module:
+    module = TimmMlp(nn.GELU())
+    module.fc1.weight = nn.Parameter(module.fc1.weight.detach().to_sparse_csr(), requires_grad=False)
+    return module
+
+
+def without_weight() -> nn.Module:
+    module = TimmMlp(nn.GELU())
+    del module.fc1.weight
+    return module
+
+
+ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "few keys": (FewKeys, "attention fails on what it takes (RuntimeError)"),
+    "lazy": (lambda: of_to_qkv(to_out=nn.LazyLinear(32)), "it has parameters whose shape is not known yet"),
+    "property": (Property, f"heads and scale are {Property.scale} and {Property.scale}"),
+    **{
+        name: (make, reason)
+        for name, make, reason in (
+            ("halves", lambda: Halves(nn.GLU()), "MLP fails on what it takes (RuntimeError)"),
+            (
+                "underived",
+                lambda: Underived(nn.Linear(32, 8), nn.Linear(8, 32)),
+                "its class cannot be derived from (final)",
+            ),
+            ("sparse", sparse_mlp, ""),
+            ("no weight", without_weight, ""),
+            (
+                "no forward",
+                lambda: nn.ModuleDict({"fc1": nn.Linear(2, 2), "act": nn.ReLU(), "fc2": nn.Linear(2, 2)}),
+                "",
+            ),
+        )
+        if _HAS_ONEDNN
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ODD)
+def test_odd_modules_beside_others(name: str) -> None:
+    """They are left, with a reason or in silence, and raise nothing."""
+    make, reason = ODD[name]
+    report = hotkernels.swap(nn.ModuleDict({"odd": make(), "plain": AttentionEager(32)}))
+    assert report.replaced == [("plain", "attention")]
+    assert report.left == ([("odd", reason)] if reason else [])
+
+
+@pytest.mark.skipif(not _HAS_ONEDNN, reason="torch has no oneDNN")
+def test_a_sequence_is_not_tried_out() -> None:
+    """What it does follows from its class: no copy of what may be a whole model, no use of lazy layers."""
+
+    class Forbidden(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError
+
+    module = nn.Sequential(
+        Forbidden(4, 4), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 0), nn.Linear(0, 4), nn.LazyLinear(3)
+    )
+    assert hotkernels.swap(module).replaced == [("", "MLP")]

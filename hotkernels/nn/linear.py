@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
 from ..backends import FROM_ENVIRONMENT, LIBRARIES
-from ..operators import differentiable_once, is_transformed, wants_grad
+from ..operators import is_transformed, wants_grad
 from .plain import is_plain
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -39,9 +39,14 @@ def unrecorded(x: Tensor) -> bool:
     return x.device.type == "cpu" and not recorded
 
 
-def is_fast_on(weight: Tensor) -> bool:
+def is_fast_on(weight: Any) -> bool:
     """Whether a layer with this weight may run faster here than by PyTorch."""
-    return _HAS_ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return _HAS_ONEDNN and is_strided(weight) and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def is_strided(tensor: Any) -> bool:
+    """Whether this is a tensor of no other class, not sparse, nested, or of oneDNN's own layout."""
+    return type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_nested
 
 
 def calls_onednn(layer: Any, x: Tensor, gelu: bool = False) -> bool:
@@ -91,12 +96,13 @@ def _served(x: Tensor, weight: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
+        and is_strided(x)
+        and is_strided(weight)
         and _HAS_ONEDNN
         and torch.backends.mkldnn.enabled is True
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and x.dim() > 0
         and x.shape[-1] == weight.shape[1]  # of a wrong x, PyTorch's product says more
         and x.numel() * weight.shape[0] >= _LEAST
         and x.numel() >= _LEAST_ROWS * x.shape[-1]
@@ -124,14 +130,17 @@ class _Linear(torch.autograd.Function):
         return _onednn(x, weight, bias)
 
     @staticmethod
-    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x = _onednn(grad_out, weight.t()) if ctx.needs_input_grad[0] else None
-        grad_weight = _transposed_product(grad_out, x) if ctx.needs_input_grad[1] else None
+        again = torch.is_grad_enabled()  # create_graph: by products that can be differentiated
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_out @ weight if again else _onednn(grad_out, weight.t())
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad_out.t() @ x if again else _transposed_product(grad_out, x)
         return grad_x, grad_weight, grad_out.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
     """a.T @ b. oneDNN is given its first factor copied: the smaller of the two, as the copy takes up to 30 % more."""
-    return _onednn(a.t(), b.t()) if a.shape[1] <= b.shape[1] else _onednn(b.t(), a.t()).t()
+    return _onednn(a.t(), b.t()) if a.shape[1] <= b.shape[1] else _onednn(b.t(), a.t()).t().contiguous()

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ..nn.attention import Attention, CrossAttention, cross_attention, self_attention
-from ..nn.linear import calls_onednn, is_fast_on, linear
+from ..nn.linear import calls_onednn, is_fast_on, is_strided, linear
 from ..nn.plain import DROPS, has_hooks, is_idle, is_plain
 from ..ops.gathered_attention import gathered_attention
 from ..ops.gathered_attention.api import MAX_HEAD_DIM, packed_attention
+from .classes import codes, methods
 from .twins import Twin, register_twin
 from .watch import as_seen, in_probe
 
@@ -24,8 +25,10 @@ _ALONG = {"spatial": -2, "temporal": -3}  # mode -> the dim of [B, T, J, C] that
 _LONG, _LONG_SIDES = 300, (12, 25)
 # Linear layers -> how many times C they make of C channels.
 _QKV, _Q_K_V, _Q_KV = {"qkv": 3}, {"linear_q": 1, "linear_k": 1, "linear_v": 1}, {"q": 1, "kv": 2}
-_AFTER = ("proj", "proj_drop")  # called by every twin
+_AFTER = ("proj", "proj_drop")  # called by every twin that has no other name for them
 _MLP = ("fc1", "act", "fc2")
+_OF_SHAPE = frozenset({"dim", "ndim", "shape", "size"})
+_NOT_GIVEN = object()
 
 
 def _obstacle(module: Any, takes: int, linears: dict[str, int]) -> str | None:
@@ -70,6 +73,8 @@ def _forward_obstacle(module: Any, takes: int) -> str | None:
     """What in its forward or in the weights that it has itself keeps a module from being replaced."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted"
+    if type(module).forward is nn.Module.forward:
+        return "it has no forward"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if hasattr(type(module).forward, "__wrapped__"):
@@ -103,7 +108,7 @@ def _served(module: Any, layers: Iterable[str], tokens: tuple[Tensor, ...], *mor
     """
     if not as_seen(module):
         return False
-    called = (*layers, *_AFTER, *_reducing(module, layers))
+    called = (*layers, *_reducing(module, layers))
     for name, child in module._modules.items():
         if name not in called and child is not None and not is_idle(child):
             return False
@@ -138,14 +143,17 @@ class _Published(Twin):
         # A caller may give arguments by the names that the original has for them.
         twin = cls.forward
         theirs, ours = (inspect.signature(forward).parameters.values() for forward in (original.forward, twin))
-        taken = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
-        names = {p.name: name for p, name in zip(theirs, taken, strict=False) if p.name != name}
-        if names:
+        taken = [p.name for p in ours if p.kind is p.POSITIONAL_ONLY]
+        names = [p.name for p, _ in zip(theirs, taken, strict=False) if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
-            def forward(self: Any, *args: Any, **named: Any) -> Any:
-                return twin(self, *args, **{names.get(name, name): value for name, value in named.items()})
+        def forward(self: Any, *args: Any, **named: Any) -> Any:
+            for name in names[len(args) :]:
+                if name not in named:
+                    break
+                args = (*args, named.pop(name))
+            return twin(self, *args, **named)
 
-            cls.forward = forward
+        cls.forward = forward
 
     @classmethod
     def describe(cls, module: Any) -> str:
@@ -170,8 +178,8 @@ class _Attention(_Published):
     def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(_tokens(module.qkv, 1, _LONG),)]
 
-    def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
-        if not _served(self, _QKV, (x,), *more, *named.values()):
+    def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
+        if not _served(self, (*_QKV, *_AFTER), (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         return _project(self, self_attention(self, x))
 
@@ -184,9 +192,10 @@ class _ToQkvAttention(_Published):
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        qkv, out, heads, scale = (getattr(module, name, None) for name in ("to_qkv", "to_out", "heads", "scale"))
-        if not (type(qkv) is nn.Linear and isinstance(out, nn.Module)):
+        qkv, out = (_child(module, name) for name in ("to_qkv", "to_out"))
+        if type(qkv) is not nn.Linear or out is None:
             return False
+        heads, scale = (inspect.getattr_static(module, name, None) for name in ("heads", "scale"))
         if not isinstance(heads, int) or not isinstance(scale, (int, float)):
             return f"heads and scale are {heads} and {scale}"
         kinds = {"norm": (nn.LayerNorm,), "attend": (nn.Softmax,), "dropout": DROPS}
@@ -197,6 +206,8 @@ class _ToQkvAttention(_Published):
                 return f"{name} has hooks, which would not run"
         if qkv.out_features % (3 * heads) != 0 or qkv.out_features // (3 * heads) > MAX_HEAD_DIM:
             return f"to_qkv makes {qkv.out_features} channels for {heads} heads: a head has at most {MAX_HEAD_DIM}"
+        if not is_strided(getattr(qkv, "weight", None)):
+            return "to_qkv has no weights of an ordinary layout"
         return _forward_obstacle(module, 1) or True
 
     @classmethod
@@ -211,12 +222,13 @@ class _ToQkvAttention(_Published):
     def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(_tokens(module.to_qkv, 1, _LONG),)]
 
-    def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
+    def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
         layers = self._modules
-        plain = x.dim() == 3 and ("attend" not in layers or is_plain(layers["attend"], nn.Softmax))
+        attend = layers.get("attend")
+        plain = x.dim() == 3 and (attend is None or (is_plain(attend, nn.Softmax) and attend.dim in (-1, 3)))
         if not plain or not _served(self, ("to_qkv", "to_out", "norm", "attend"), (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
-        qkv = linear(self.to_qkv, layers["norm"](x) if "norm" in layers else x)
+        qkv = linear(self.to_qkv, layers["norm"](x) if layers.get("norm") is not None else x)
         attended = packed_attention(qkv.unflatten(-1, (3, self.heads, -1)), self.scale)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
@@ -239,8 +251,8 @@ class _FramesAttention(_Published):
     def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(_tokens(module.qkv, 1, *((2, _LONG) if module.mode == "spatial" else (_LONG, 2))),)]
 
-    def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
-        if self.mode not in _ALONG or not _served(self, _QKV, (x,), *more, *named.values()):
+    def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
+        if self.mode not in _ALONG or not _served(self, (*_QKV, *_AFTER), (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         return _project(self, self_attention(self, x, _ALONG[self.mode]))
 
@@ -270,8 +282,8 @@ class _SequenceAttention(_Published):
         x = _tokens(module.qkv, 2, _LONG)
         return [(x, 2) if module.mode == "spatial" else (x.transpose(0, 1).contiguous(), _LONG)]
 
-    def forward(self: Any, x: Tensor, seqlen: int = 1, *more: Any, **named: Any) -> Any:
-        if self.mode not in _ALONG or not _served(self, _QKV, (x,), *more, *named.values()):
+    def forward(self: Any, x: Tensor, seqlen: int = 1, /, *more: Any, **named: Any) -> Any:
+        if self.mode not in _ALONG or not _served(self, (*_QKV, *_AFTER), (x,), *more, *named.values()):
             return super().forward(x, seqlen, *more, **named)
         if self.mode == "spatial":
             return _project(self, self_attention(self, x))
@@ -300,8 +312,8 @@ class _CrossAttention(_Published):
         x = _tokens(module.linear_q, 1, _LONG)
         return [(_tokens(module.linear_q, 1, _LONG), x, x)]
 
-    def forward(self: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor, *more: Any, **named: Any) -> Any:
-        if not _served(self, _Q_K_V, (x_1, x_2, x_3), *more, *named.values()):
+    def forward(self: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor, /, *more: Any, **named: Any) -> Any:
+        if not _served(self, (*_Q_K_V, *_AFTER), (x_1, x_2, x_3), *more, *named.values()):
             return super().forward(x_1, x_2, x_3, *more, **named)
         return _project(self, cross_attention(self, x_1, x_2, x_3))
 
@@ -326,8 +338,11 @@ class _KeyValueAttention(_Published):
     def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(_tokens(module.q, 1, _LONG), _tokens(module.q, 1, _LONG))]
 
-    def forward(self: Any, x: Tensor, context: Tensor) -> Any:
-        if not _served(self, _Q_KV, (x, context)):
+    def forward(self: Any, x: Tensor, context: Any = _NOT_GIVEN, /) -> Any:
+        if context is _NOT_GIVEN:
+            return super().forward(x)
+        known = isinstance(context, Tensor) and x.dim() == context.dim() == 3
+        if not known or not _served(self, (*_Q_KV, *_AFTER), (x, context)):
             return super().forward(x, context)
         return _attend(self, x, context, None)
 
@@ -368,8 +383,8 @@ class _TokenAttention(_Published):
         H, W = (side * getattr(module, "sr_ratio", 1) for side in _LONG_SIDES)
         return [(_token_dict(module, _LONG, H, W, B=1), _token_dict(module, _LONG, H, W, B=1))]
 
-    def forward(self: Any, q_dict: dict[str, Any], kv_dict: dict[str, Any]) -> Any:
-        if not _served(self, _Q_KV, (q_dict["x"], kv_dict["x"])):
+    def forward(self: Any, q_dict: dict[str, Any], kv_dict: dict[str, Any], /) -> Any:
+        if not _served(self, (*_Q_KV, *_AFTER), (q_dict["x"], kv_dict["x"])):
             return super().forward(q_dict, kv_dict)
         keys, score = kv_dict["x"], kv_dict.get("token_score")
         if _reduces(self):
@@ -401,8 +416,8 @@ class _GridAttention(_Published):
         H, W = (side * getattr(module, "sr_ratio", 1) for side in _LONG_SIDES)
         return [(_tokens(module.q, 1, H * W), H, W)]
 
-    def forward(self: Any, x: Tensor, H: int, W: int) -> Any:
-        if not _served(self, _Q_KV, (x,)):
+    def forward(self: Any, x: Tensor, H: int, W: int, /) -> Any:
+        if not _served(self, (*_Q_KV, *_AFTER), (x,)):
             return super().forward(x, H, W)
         keys = _reduced(self, x.transpose(1, 2).unflatten(2, (H, W))) if _reduces(self) else x
         return _attend(self, x, keys, None)
@@ -413,17 +428,19 @@ class _Mlp(_Published):
     """MixSTE's, timm's: fc2(act(fc1(x))), where oneDNN multiplies faster or has GELU in the product: float32, a CPU."""
 
     kind = "MLP"
+    _hotkernels_any_dims: ClassVar[bool]  # whether no method asks what shape the input has
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        fc1, act, fc2 = (getattr(module, name, None) for name in _MLP)
+        fc1, act, fc2 = (_child(module, name) for name in _MLP)
         others = [child for name, child in module.named_children() if name not in _MLP]
         return (
             type(fc1) is type(fc2) is nn.Linear
             and fc1.out_features == fc2.in_features  # not so where half of them are gates
             and isinstance(act, nn.Module)
             and all(type(child) in DROPS for child in others)
-            and is_fast_on(fc1.weight)
+            and is_fast_on(getattr(fc1, "weight", None))
+            and is_fast_on(getattr(fc2, "weight", None))
             and not _forward_obstacle(module, 1)
         )
 
@@ -440,9 +457,17 @@ class _Mlp(_Published):
     def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(_tokens(module.fc1, 1, _LONG),)]
 
-    def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Any:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if original := vars(cls).get("_hotkernels_original"):
+            found = [code for _, method in methods(original) for code in codes(method.__code__)]
+            cls._hotkernels_any_dims = not any(_OF_SHAPE & {*code.co_names} for code in found)
+
+    def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
         gelu = _is_gelu(self.act)
-        gains = calls_onednn(self.fc1, x, gelu) or in_probe(self)
+        gains = in_probe(self) or (
+            calls_onednn(self.fc1, x, gelu) and (x.dim() == 3 or self._hotkernels_any_dims)  # which no probe has seen
+        )
         if not (gains and _served(self, _MLP, (x,), *more, *named.values())):
             return super().forward(x, *more, **named)
         hidden = linear(self.fc1, x, gelu)
@@ -454,6 +479,7 @@ class _Sequence(_Published):
     """MLPs that are an nn.Sequential, as TokenPose's, vit-pytorch's and torchvision's."""
 
     kind = "MLP"
+    _probed = False
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
@@ -462,7 +488,7 @@ class _Sequence(_Published):
             isinstance(module, nn.Sequential)
             and type(module).forward is nn.Sequential.forward
             and len(layers) > 1
-            and is_fast_on(layers[0].weight)
+            and is_fast_on(getattr(layers[0], "weight", None))
             and not _forward_obstacle(module, 1)
         )
 
@@ -472,9 +498,9 @@ class _Sequence(_Published):
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
-        return []  # it calls its layers in turn, as any other does
+        return []
 
-    def forward(self: Any, input: Any) -> Any:
+    def forward(self: Any, input: Any, /) -> Any:
         layers, i = [*self], 0
         while i < len(layers):
             gelu = i + 1 < len(layers) and _is_gelu(layers[i + 1])
@@ -485,6 +511,10 @@ class _Sequence(_Published):
                 input = layers[i](input)
             i += 1
         return input
+
+
+def _child(module: nn.Module, name: str) -> Any:
+    return module._modules[name] if name in module._modules else None  # noqa: SIM401  (a ScriptModule's has no get)
 
 
 def _is_gelu(act: Any) -> bool:

@@ -24,6 +24,7 @@ class Twin:
 
     kind: ClassVar[str]
     forward: Callable[..., Any]
+    _probed: ClassVar[bool] = True  # False: what it does follows from its class, as of an nn.Sequential
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool | str:
@@ -109,6 +110,12 @@ def find_twin(module: nn.Module, verdicts: dict[Any, str | None]) -> type[Twin] 
         fits = twin.fits(module)
         if isinstance(fits, str):
             reasons.append(fits)
+        elif fits and not twin._probed:
+            if not (underived := _underived(module, twin)):
+                return twin
+            reasons.append(underived)
+        elif fits and any(map(nn.parameter.is_lazy, (*module.parameters(), *module.buffers()))):
+            reasons.append("it has parameters whose shape is not known yet")
         elif fits:
             key = (twin, probe.fingerprint(module))
             if key not in verdicts:
@@ -174,12 +181,15 @@ def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: l
         return "its forward draws random numbers"
     if stored := probe.stored(copy, before):
         return f"its forward stores {stored}"
+    if underived := _underived(copy, twin):
+        return underived
+    copy.__class__ = subclass(original, twin)
     try:
-        copy.__class__ = subclass(original, twin)
-    except Exception as error:  # of its metaclass or __init_subclass__
-        return f"its class cannot be derived from ({error})"
-    got = copy.forward(*args)
-    copy.__class__ = original
+        got = copy.forward(*args)
+    except Exception as error:  # of other shapes than the form's
+        return f"{twin.kind} fails on what it takes ({type(error).__name__})"
+    finally:
+        copy.__class__ = original
     try:
         if not probe.same(expected, got):
             if not isinstance(expected, Tensor) and isinstance(got, Tensor):
@@ -189,4 +199,13 @@ def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: l
         return f"its output is {error}"
     if not probe.same(gradients, probe.gradients(got, leaves)):
         return f"its gradients differ from {twin.kind}"
+    return None
+
+
+def _underived(module: nn.Module, twin: type[Twin]) -> str | None:
+    """Why a module cannot have a class that is derived from its own; None if it can."""
+    try:
+        subclass(type(module), twin)
+    except Exception as error:  # of its metaclass or __init_subclass__
+        return f"its class cannot be derived from ({error})"
     return None
