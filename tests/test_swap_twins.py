@@ -671,7 +671,7 @@ class ExtraX(eager.Mlp):
 
     def forward(self, h: Tensor, x: Tensor | None = None) -> Tensor:
         out = super().forward(h)
-        return out if x is None else out + x
+        return out if x is None else out * x
 
 
 class ChannelsFirst(eager.Mlp):
@@ -702,6 +702,8 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], An
     "both by name": (lambda: ExtraX(32, 64), lambda m, x: m(h=x, x=x + 1)),
     "the second by name": (lambda: ExtraX(32, 64), lambda m, x: m(x, x=x + 1)),
     "None by name": (lambda: ExtraX(32, 64), lambda m, x: m(h=x, x=None)),
+    "False for None": (lambda: ExtraX(32, 64), lambda m, x: m(x, False)),
+    "False for None by name": (lambda: ExtraX(32, 64), lambda m, x: m(x, x=False)),
     "channels first": (lambda: ChannelsFirst(32, 64), lambda m, x: m(torch.randn(2, 32, 32, 32))),
     "four dims": (lambda: eager.Mlp(32, 64), lambda m, x: m(torch.randn(2, 3, 5, 32))),
     "one dim": (lambda: eager.Mlp(32, 64), lambda m, x: m(x[0, 0])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterable
 from types import FunctionType, ModuleType
 from typing import Any, ClassVar
@@ -100,7 +101,7 @@ def _project(module: Any, attended: Tensor) -> Tensor:
 
 
 def _served(module: Any, layers: Iterable[str], tokens: tuple[Tensor, ...], *more: Any) -> bool:
-    """Whether a call is fused: further arguments are off, there are tokens, and the module does what the probe saw.
+    """Whether a call is fused: without further arguments, with tokens, and the module does what the probe saw.
 
     So nothing was set since the swap that its own forward may heed. Dropout on the probabilities draws its random
     numbers in their layout, which is the module's own affair, as is what else a twin would not call: what was put in
@@ -112,10 +113,7 @@ def _served(module: Any, layers: Iterable[str], tokens: tuple[Tensor, ...], *mor
     for name, child in module._modules.items():
         if name not in called and child is not None and not is_idle(child):
             return False
-    for value in more:
-        if value is not None and value is not False:
-            return False
-    return all(x.numel() for x in tokens)
+    return not more and all(x.numel() for x in tokens)
 
 
 def _reducing(module: Any, layers: Iterable[str]) -> dict[str, type[nn.Module]]:
@@ -140,17 +138,24 @@ class _Published(Twin):
         original = vars(cls).get("_hotkernels_original")
         if original is None:
             return
-        # A caller may give arguments by the names that the original has for them.
+        # A caller may give arguments by the names that the original has for them, and further ones that are off.
         twin = cls.forward
-        theirs, ours = (inspect.signature(forward).parameters.values() for forward in (original.forward, twin))
-        taken = [p.name for p in ours if p.kind is p.POSITIONAL_ONLY]
-        names = [p.name for p, _ in zip(theirs, taken, strict=False) if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+        theirs, ours = ([*inspect.signature(f).parameters.values()][1:] for f in (original.forward, twin))
+        count = sum(p.kind is p.POSITIONAL_ONLY for p in ours)
+        names = [p.name for p in theirs[:count] if p.kind is p.POSITIONAL_OR_KEYWORD]
+        off = {p.name: p.default for p in theirs[count:]}
+        defaults = tuple(off.values())
 
         def forward(self: Any, *args: Any, **named: Any) -> Any:
             for name in names[len(args) :]:
                 if name not in named:
                     break
                 args = (*args, named.pop(name))
+            more = args[count:]
+            if len(more) <= len(defaults) and all(map(operator.is_, more, defaults)):
+                args = args[:count]
+            if named and all(name in off and value is off[name] for name, value in named.items()):
+                named = {}
             return twin(self, *args, **named)
 
         cls.forward = forward
@@ -360,7 +365,8 @@ class _TokenAttention(_Published):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._hotkernels_file = _file_with_token2map(vars(cls)["_hotkernels_original"])
+        if original := vars(cls).get("_hotkernels_original"):
+            cls._hotkernels_file = _file_with_token2map(original)
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
