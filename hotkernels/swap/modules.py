@@ -471,9 +471,8 @@ class _Mlp(_Published):
 
     def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
         gelu = _is_gelu(self.act)
-        gains = in_probe(self) or (
-            calls_onednn(self.fc1, x, gelu) and (x.dim() == 3 or self._hotkernels_any_dims)  # which no probe has seen
-        )
+        probed = x.dim() == 3 or self._hotkernels_any_dims
+        gains = in_probe(self) or (probed and calls_onednn(self.fc1, x, gelu))
         if not (gains and _served(self, _MLP, (x,), *more, *named.values())):
             return super().forward(x, *more, **named)
         hidden = linear(self.fc1, x, gelu)
