@@ -27,8 +27,8 @@ _HAS_ONEDNN = (
 )
 _MKL_IS_FAST = LIBRARIES["_C_cpu"] is None and torch.ops.hotkernels._is_intel()
 # oneDNN is called from so many multiplications and rows on: a call takes 15 us more than MKL's, between other work 40,
-# and packs the weight. Measured on a Xeon and on a Zen 4, where it is even at 20 M, 5 % behind at 8 M, 20 % at 4 M; the
-# 32 rows, and 8 M on a Zen 5, are what its speed there makes of that, by arithmetic.
+# and packs the weight. Measured on a Xeon and on a Zen 4, where it is even at 14 to 25 M, 5 to 12 % behind at 8 M, 20 %
+# at 4 M; the 32 rows, and 8 M on a Zen 5, are what its speed there makes of that, by arithmetic.
 _LEAST = 1 << 22 if _MKL_IS_FAST else 1 << 23
 _LEAST_ROWS = 192 if _MKL_IS_FAST else 32
 

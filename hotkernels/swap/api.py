@@ -130,13 +130,13 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
             ``swap: example_inputs must be ...`` where the model cannot run on them. The model is then as it was.
 
     Numerics: as the operators; the random numbers drawn are those of the original. Training with dropout on the
-        probabilities, or within an MLP, runs the original forward, as such dropout draws in its own layout. Probes run
-        on the model's own devices, with random parameters: outputs and gradients of a few tokens, outputs alone of some
-        hundred, in the model's dtypes and, for half precision, in float32. They allow differences up to the root of the
-        dtype's epsilon (in half precision 8 epsilons), relative to the largest value, as does the check by
-        example_inputs, which sees what probes do not: a window of 512 tokens. `torch.jit.script` and the derivatives of
-        `torch.func` refuse a swapped model, and `torch.jit.trace` takes it under `torch.no_grad` alone: unswap for
-        them.
+        probabilities, which draws in its own layout, or in an MLP of an fc1, an act and an fc2, which calls it where no
+        probe sees, runs the original forward. Probes run on the model's own devices, with random parameters: outputs
+        and gradients of a few tokens, outputs alone of some hundred, in the model's dtypes and, for half precision, in
+        float32. They allow differences up to the root of the dtype's epsilon (in half precision 8 epsilons), relative
+        to the largest value, as does the check by example_inputs, which sees what probes do not: a window of 512
+        tokens. `torch.jit.script` and the derivatives of `torch.func` refuse a swapped model, and `torch.jit.trace`
+        takes it under `torch.no_grad` alone: unswap for them.
 
     Cost: no memory; milliseconds per form and size of attention; with example_inputs two runs of the model, three where
         outputs differ.

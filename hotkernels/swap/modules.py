@@ -26,7 +26,7 @@ _ALONG = {"spatial": -2, "temporal": -3}  # mode -> the dim of [B, T, J, C] that
 _LONG, _LONG_SIDES = 300, (12, 25)
 # Linear layers -> how many times C they make of C channels.
 _QKV, _Q_K_V, _Q_KV = {"qkv": 3}, {"linear_q": 1, "linear_k": 1, "linear_v": 1}, {"q": 1, "kv": 2}
-_AFTER = ("proj", "proj_drop")  # called by every twin that has no other name for them
+_AFTER = ("proj", "proj_drop")  # what `_project` calls
 _MLP = ("fc1", "act", "fc2")
 _OF_SHAPE = frozenset({"dim", "ndim", "shape", "size"})
 _NOT_GIVEN = object()
@@ -133,6 +133,8 @@ def _described(kind: str, name: str, drop: nn.Module | None) -> str:
 
 
 class _Published(Twin):
+    _hotkernels_first: ClassVar[str]  # the layer that takes tokens [B, N, C], for twins without examples of their own
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         original = vars(cls).get("_hotkernels_original")
@@ -161,6 +163,14 @@ class _Published(Twin):
         cls.forward = forward
 
     @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(getattr(module, cls._hotkernels_first), 2, 5),)]
+
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(getattr(module, cls._hotkernels_first), 1, _LONG),)]
+
+    @classmethod
     def describe(cls, module: Any) -> str:
         return _described(cls.kind, "attn_drop", module.attn_drop)
 
@@ -170,18 +180,11 @@ class _Attention(_Published):
     """timm's ViT, MixSTE, MHFormer: forward(x [B, N, C])."""
 
     kind = "attention"
+    _hotkernels_first = "qkv"
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
         return _has(module, "qkv") and (_obstacle(module, 1, _QKV) or True)
-
-    @classmethod
-    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
-        return [(_tokens(module.qkv, 2, 5),)]
-
-    @classmethod
-    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
-        return [(_tokens(module.qkv, 1, _LONG),)]
 
     def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
         if not _served(self, (*_QKV, *_AFTER), (x,), *more, *named.values()):
@@ -194,6 +197,7 @@ class _ToQkvAttention(_Published):
     """TokenPose's, PPT's, vit-pytorch's: forward(x [B, N, C]), with to_qkv and to_out, and maybe its norm first."""
 
     kind = "attention"
+    _hotkernels_first = "to_qkv"
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
@@ -218,14 +222,6 @@ class _ToQkvAttention(_Published):
     @classmethod
     def describe(cls, module: Any) -> str:
         return _described(cls.kind, "dropout", getattr(module, "dropout", None))
-
-    @classmethod
-    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
-        return [(_tokens(module.to_qkv, 2, 5),)]
-
-    @classmethod
-    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
-        return [(_tokens(module.to_qkv, 1, _LONG),)]
 
     def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
         layers = self._modules
@@ -434,6 +430,7 @@ class _Mlp(_Published):
     """MixSTE's, timm's: fc2(act(fc1(x))), where oneDNN multiplies faster or has GELU in the product: float32, a CPU."""
 
     kind = "MLP"
+    _hotkernels_first = "fc1"
     _hotkernels_any_dims: ClassVar[bool]  # whether no method asks what shape the input has
 
     @classmethod
@@ -454,14 +451,6 @@ class _Mlp(_Published):
     def describe(cls, module: Any) -> str:
         drops = [child for child in module.children() if isinstance(child, nn.Dropout)]
         return _described(cls.kind, "drop", max(drops, key=lambda drop: drop.p, default=None))
-
-    @classmethod
-    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
-        return [(_tokens(module.fc1, 2, 5),)]
-
-    @classmethod
-    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
-        return [(_tokens(module.fc1, 1, _LONG),)]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -484,7 +473,7 @@ class _Sequence(_Published):
     """MLPs that are an nn.Sequential, as TokenPose's, vit-pytorch's and torchvision's."""
 
     kind = "MLP"
-    _probed = False
+    _hotkernels_probed = False
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
@@ -500,10 +489,6 @@ class _Sequence(_Published):
     @classmethod
     def describe(cls, module: Any) -> str:
         return cls.kind
-
-    @classmethod
-    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
-        return []
 
     def forward(self: Any, input: Any, /) -> Any:
         layers, i = [*self], 0

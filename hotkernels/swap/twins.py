@@ -24,7 +24,7 @@ class Twin:
 
     kind: ClassVar[str]
     forward: Callable[..., Any]
-    _probed: ClassVar[bool] = True  # False: what it does follows from its class, as of an nn.Sequential
+    _hotkernels_probed: ClassVar[bool] = True  # False: what it does follows from its class, as of an nn.Sequential
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool | str:
@@ -110,7 +110,7 @@ def find_twin(module: nn.Module, verdicts: dict[Any, str | None]) -> type[Twin] 
         fits = twin.fits(module)
         if isinstance(fits, str):
             reasons.append(fits)
-        elif fits and not twin._probed:
+        elif fits and not twin._hotkernels_probed:
             if not (underived := _underived(module, twin)):
                 return twin
             reasons.append(underived)
