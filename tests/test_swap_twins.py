@@ -21,7 +21,7 @@ from hotkernels.baselines import AttentionEager, CrossAttentionEager
 from hotkernels.models import eager
 from hotkernels.nn import linear
 from hotkernels.nn.linear import _HAS_ONEDNN
-from hotkernels.swap import twins
+from hotkernels.swap import classes, twins
 
 # What looks like plain attention and is not. All of it would pass a look at a fresh module's output or at its layers.
 
@@ -838,3 +838,10 @@ def test_a_sequence_is_not_tried_out() -> None:
         Forbidden(4, 4), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 0), nn.Linear(0, 4), nn.LazyLinear(3)
     )
     assert hotkernels.swap(module).replaced == [("", "MLP")]
+
+
+def test_twins_lend_no_names_that_a_class_may_have_itself() -> None:
+    """A twin comes before the class in the order in which names are found; `subclass` gives back those of _OF_TWINS."""
+    for twin in twins.TWINS:
+        lent = {name for cls in twin.__mro__[:-1] for name in vars(cls)} - {"forward", *classes._OF_TWINS}
+        assert [name for name in lent if not name.startswith(("__", "_hotkernels_"))] == []
