@@ -25,9 +25,9 @@ constexpr int64_t kDense = 384;     // 384^2 floats are 0.6 MB: they fit the sec
 constexpr int64_t kDenseChannels = 256;  // packed at a time for those: 384 x 256 floats, 0.4 MB, beside them there
 constexpr int64_t kBlock = 192;     // tokens per side of a tile of distances; a multiple of P on every instruction set
 constexpr int64_t kListMin = 16;    // neighbours kept per token: fewer leave more tokens to the second search
-constexpr int64_t kListPad = 16;    // floats before a list: the last of them is -inf, its "entry -1"
+constexpr int64_t kGroup = 64;      // distances compared with the end of a list at once
 constexpr float kInf = __builtin_inff();
-static_assert(kBlock % P == 0 && kDense % P == 0 && W % R == 0);
+static_assert(kBlock % P == 0 && kBlock % kGroup == 0 && kDense % P == 0 && W % R == 0);
 
 // Of a type of this file, so that what the compiler makes of std's algorithms stays in it, a copy per instruction set.
 constexpr auto kAscending = [](auto a, auto b) { return a < b; };
@@ -51,10 +51,9 @@ struct Candidate {  // best first
 // What one thread needs for itself.
 struct Part {
   float* row;          // [kDense] distances of one token, where k is large
-  float* tile;         // [kBlock, kBlock] dot products
-  float* distance;     // [N, list_stride] squared distances, ascending
-  int32_t* neighbour;  // [N, list_stride]
-  float* worst;        // [Np] end of each list, -inf for padding
+  float* tile;         // [kBlock, kBlock] dot products, then squared distances
+  float* distance;     // [N, list] squared distances, ascending
+  int32_t* neighbour;  // [N, list]
   float* panel;        // [C, P] tokens of a second search
   float* panel_norm;   // [P]
   float farthest;      // largest squared distance seen
@@ -62,7 +61,7 @@ struct Part {
 
 // Scratch of one sample. Tokens are numbered 0 .. n-1 among the valid ones. Np: N rounded up to whole panels.
 struct Sample {
-  int64_t n, list, list_stride, kept_count;
+  int64_t n, list, kept_count;
   int32_t* position;       // [N] where in the sample a token stands
   float* pivot;            // [C]
   float *row, *third;      // [C]
@@ -89,7 +88,6 @@ struct Sample {
     const int64_t np = round_up(p.N, P), mp = round_up(p.M, P);
     const bool large = p.N > kDense;
     list = std::max(kListMin, round_up(p.k - 1, W));
-    list_stride = list + kListPad;
     position = a.take<int32_t>(p.N);
     pivot = a.take<float>(p.C);
     row = a.take<float>(p.C);
@@ -116,14 +114,12 @@ struct Sample {
       here.row = a.take<float>(kDense);
       if (large) {
         here.tile = a.take<float>(kBlock * kBlock);
-        here.distance = a.take<float>(kListPad + p.N * list_stride);
-        here.neighbour = a.take<int32_t>(kListPad + p.N * list_stride);
-        here.worst = a.take<float>(np);
+        here.distance = a.take<float>(p.N * list);
+        here.neighbour = a.take<int32_t>(p.N * list);
         here.panel = a.take<float>(p.C * P);
         here.panel_norm = a.take<float>(P);
       }
       if (scratch == nullptr) continue;
-      if (large) here.distance += kListPad, here.neighbour += kListPad;
       part[q] = here;
     }
     if (bytes) *bytes = static_cast<int64_t>(a.next);
@@ -350,66 +346,114 @@ void dense_assign(Sample& s, const Runner& runner) {
 
 // ---- 2b. many tokens: neighbour lists -------------------------------------------------------------------------------
 
-// Inserts (d, id) into an ascending list that ends in something larger: entry e becomes min(old e, max(old e-1, d)).
-inline void list_insert(float* distance, int32_t* neighbour, int64_t list, float d, int32_t id) {
-  const vf value = splat(d);
-  for (int64_t e = list - W; e >= 0; e -= W) {
-    const vf here = load(distance + e), before = load(distance + e - 1);
-    const vi id_here = load(neighbour + e), id_before = load(neighbour + e - 1);
-    store(distance + e, vmin(here, vmax(before, value)));
-    store(neighbour + e, here <= value ? id_here : before <= value ? splat(id) : id_before);
+// One vector of an ascending list takes in (d, id) and hands on, in their place, what falls off its end.
+inline void take_in(vf& distance, vi& neighbour, vf& d, vi& id) {
+  const vf here = distance, before = shift_in(here, d);
+  const vi id_here = neighbour, id_before = shift_in(id_here, id);
+  const vf last = splat(here[W - 1]);
+  distance = vmin(here, vmax(before, d));
+  neighbour = here <= d ? id_here : before <= d ? id : id_before;
+  id = last <= d ? id : splat(id_here[W - 1]);
+  d = vmax(last, d);
+}
+
+void list_insert(float* distance, int32_t* neighbour, int64_t list, vf d, vi id) {
+  for (int64_t e = 0; e < list; e += W) {
+    vf here = load(distance + e);
+    vi id_here = load(neighbour + e);
+    take_in(here, id_here, d, id);
+    store(distance + e, here);
+    store(neighbour + e, id_here);
   }
 }
 
-// Offers the squared distances of a tile (i, j > i) to both tokens' lists.
-void offer_tile(const Sample& s, Part& part, int64_t i_begin, int64_t i_end, int64_t j_begin, int64_t j_end) {
+// Dot products of tokens [i_begin, i_end) with [j_begin, j_end) become squared distances.
+void tile_distances(const Sample& s, Part& part, int64_t i_begin, int64_t i_end, int64_t j_begin, int64_t j_end) {
   vf far = splat(part.farthest);
-  const auto offer = [&](int64_t token, float d, int64_t other) {
-    float* distance = part.distance + token * s.list_stride;
-    list_insert(distance, part.neighbour + token * s.list_stride, s.list, d, static_cast<int32_t>(other));
-    part.worst[token] = distance[s.list - 1];
-  };
-  // Away from the diagonal in both directions: tokens are often ordered in time or space, and near ones come first.
-  for (int64_t i = i_end - 1; i >= i_begin; --i) {
-    const float* row = part.tile + (i - i_begin) * kBlock - j_begin;
-    for (int64_t j = i >= j_begin ? i / W * W : j_begin; j < j_end; j += W) {
+  for (int64_t i = i_begin; i < i_end; ++i) {
+    float* row = part.tile + (i - i_begin) * kBlock - j_begin;
+    for (int64_t j = std::max(j_begin, i / W * W); j < j_end; j += W) {
       const vf d = squared_distance(s.norm[i], load(s.norm + j), load(row + j));
       far = vmax(far, d < splat(kInf) ? d : vf{});
-      const uint32_t right = j <= i ? kAllLanes & (~uint32_t{1} << (i - j)) : kAllLanes;  // j > i
-      uint32_t to_row = less_bits(d, splat(part.worst[i])) & right;
-      uint32_t to_column = less_bits(d, load(part.worst + j)) & right;
-      if ((to_row | to_column) == 0) continue;
-      float value[W];
-      store(value, d);
-      for (; to_row; to_row &= to_row - 1) {
-        const int l = __builtin_ctz(to_row);
-        if (value[l] < part.worst[i]) offer(i, value[l], j + l);
-      }
-      for (; to_column; to_column &= to_column - 1) {
-        const int l = __builtin_ctz(to_column);
-        offer(j + l, value[l], i);
-      }
+      store(row + j, d);
     }
   }
   part.farthest = reduce_max(far);
 }
 
+void transpose_tile(float* tile) {
+  for (int64_t i = 0; i < kBlock; i += W) {
+    for (int64_t j = i; j < kBlock; j += W) {
+      vf right[W], below[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) right[l] = load(tile + (i + l) * kBlock + j);
+      transpose<float>(right);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) below[l] = load(tile + (j + l) * kBlock + i);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) store(tile + (j + l) * kBlock + i, right[l]);
+      if (i == j) continue;
+      transpose<float>(below);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) store(tile + (i + l) * kBlock + j, below[l]);
+    }
+  }
+}
+
+// Offers the tokens [j_begin, j_end) of a tile of distances, if they come after token i, to the list of each i; with
+// kBackward, if they come before it. The nearest in the order of tokens are offered first: they often are near.
+template <bool kBackward>
+void offer_rows(const Sample& s, Part& part, int64_t i_begin, int64_t i_end, int64_t j_begin, int64_t j_end) {
+  constexpr int V = kListMin / W;  // the head of the list is kept in registers
+  for (int64_t i = i_begin; i < i_end; ++i) {
+    const float* row = part.tile + (i - i_begin) * kBlock - j_begin;
+    float* distance = part.distance + i * s.list;
+    int32_t* neighbour = part.neighbour + i * s.list;
+    vf head[V];
+    vi id[V];
+    for (int v = 0; v < V; ++v) head[v] = load(distance + v * W), id[v] = load(neighbour + v * W);
+    float worst = distance[s.list - 1];
+    const int64_t begin = kBackward ? j_begin : std::max(j_begin, i + 1), end = kBackward ? std::min(j_end, i) : j_end;
+    const int64_t first = begin - (begin - j_begin) % kGroup, groups = (end - first + kGroup - 1) / kGroup;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t j = first + (kBackward ? groups - 1 - g : g) * kGroup;
+      uint64_t nearer = 0;
+      for (int64_t l = 0; l < kGroup; l += W) {
+        nearer |= static_cast<uint64_t>(less_bits(load(row + j + l), splat(worst))) << l;
+      }
+      if (begin > j) nearer &= ~uint64_t{0} << (begin - j);
+      if (end < j + kGroup) nearer &= ~(~uint64_t{0} << (end - j));
+      if (nearer == 0) continue;
+      while (nearer) {
+        const int l = kBackward ? 63 - __builtin_clzll(nearer) : __builtin_ctzll(nearer);
+        nearer &= (kBackward ? uint64_t{1} << l : nearer) - 1;
+        vf d = splat(row[j + l]);
+        vi token = splat(static_cast<int32_t>(j + l));
+        for (int v = 0; v < V; ++v) take_in(head[v], id[v], d, token);
+        if (s.list > kListMin) list_insert(distance + kListMin, neighbour + kListMin, s.list - kListMin, d, token);
+      }
+      worst = s.list > kListMin ? distance[s.list - 1] : head[V - 1][W - 1];
+    }
+    for (int v = 0; v < V; ++v) store(distance + v * W, head[v]), store(neighbour + v * W, id[v]);
+  }
+}
+
 void find_neighbours(const DpcKnn& p, Sample& s, const Runner& runner) {
-  const int64_t blocks = (s.n + kBlock - 1) / kBlock, padded = round_up(s.n, P);
+  const int64_t blocks = (s.n + kBlock - 1) / kBlock;
   s.each_part(runner, [&](int64_t q) {
     Part& part = s.part[q];
     part.farthest = 0;
-    std::fill(part.distance, part.distance + s.n * s.list_stride, kInf);
-    for (int64_t i = 0; i < s.n; ++i) part.distance[i * s.list_stride - 1] = -kInf;
-    std::fill(part.neighbour - kListPad, part.neighbour + s.n * s.list_stride, -1);
-    std::fill(part.worst, part.worst + s.n, kInf);
-    std::fill(part.worst + s.n, part.worst + padded, -kInf);
+    std::fill(part.distance, part.distance + s.n * s.list, kInf);
+    std::fill(part.neighbour, part.neighbour + s.n * s.list, -1);
     for (int64_t jb = q; jb < blocks; jb += s.parts) {
       for (int64_t ib = jb; ib >= 0; --ib) {
         const int64_t i0 = ib * kBlock, i1 = std::min(s.n, i0 + kBlock);
         const int64_t j0 = jb * kBlock, j1 = std::min(s.n, j0 + kBlock);
         tile_dots(s.panels, i0, i1, s.panels, j0, j1, p.C, ib == jb, part.tile, kBlock);
-        offer_tile(s, part, i0, i1, j0, j1);
+        tile_distances(s, part, i0, i1, j0, j1);
+        offer_rows<false>(s, part, i0, i1, j0, j1);
+        transpose_tile(part.tile);
+        offer_rows<true>(s, part, j0, j1, i0, i1);
       }
     }
   });
@@ -418,13 +462,13 @@ void find_neighbours(const DpcKnn& p, Sample& s, const Runner& runner) {
   const float denominator = static_cast<float>(k) * static_cast<float>(p.C);
   s.each_part(runner, [&](int64_t q) {
     for (int64_t i = q; i < s.n; i += s.parts) {
-      float* distance = s.part[0].distance + i * s.list_stride;
-      int32_t* neighbour = s.part[0].neighbour + i * s.list_stride;
+      float* distance = s.part[0].distance + i * s.list;
+      int32_t* neighbour = s.part[0].neighbour + i * s.list;
       for (int64_t other = 1; other < s.parts; ++other) {
-        const float* from = s.part[other].distance + i * s.list_stride;
-        const int32_t* from_id = s.part[other].neighbour + i * s.list_stride;
+        const float* from = s.part[other].distance + i * s.list;
+        const int32_t* from_id = s.part[other].neighbour + i * s.list;
         for (int64_t e = 0; e < s.list && from[e] < distance[s.list - 1]; ++e) {
-          list_insert(distance, neighbour, s.list, from[e], from_id[e]);
+          list_insert(distance, neighbour, s.list, splat(from[e]), splat(from_id[e]));
         }
       }
       double sum = 0;  // the token itself is its nearest, at distance 0
@@ -485,8 +529,8 @@ void second_search(const DpcKnn& p, Sample& s, const Runner& runner, int64_t pen
 void list_delta(const DpcKnn& p, Sample& s, const Runner& runner) {
   int64_t pending = 0;
   for (int64_t i = 0; i < s.n; ++i) {
-    const float* distance = s.part[0].distance + i * s.list_stride;
-    const int32_t* neighbour = s.part[0].neighbour + i * s.list_stride;
+    const float* distance = s.part[0].distance + i * s.list;
+    const int32_t* neighbour = s.part[0].neighbour + i * s.list;
     int64_t e = 0;
     while (e < s.list && neighbour[e] >= 0 && s.rank[neighbour[e]] > s.rank[i]) ++e;
     if (e < s.list && neighbour[e] >= 0) {
@@ -504,8 +548,8 @@ void list_assign(const DpcKnn& p, Sample& s, const Runner& runner) {
   int64_t pending = 0;
   for (int64_t i = 0; i < s.n; ++i) {
     if (s.slot[i] >= 0) continue;
-    const float* distance = s.part[0].distance + i * s.list_stride;
-    const int32_t* neighbour = s.part[0].neighbour + i * s.list_stride;
+    const float* distance = s.part[0].distance + i * s.list;
+    const int32_t* neighbour = s.part[0].neighbour + i * s.list;
     int32_t best = -1;
     float best_distance = distance[s.list - 1];  // only strictly nearer: an equal one may have fallen off the list
     for (int64_t e = 0; e < s.list && distance[e] < distance[s.list - 1]; ++e) {

@@ -81,6 +81,21 @@ inline void transpose(typename Simd<T>::vec (&v)[Simd<T>::lanes]) {
   if constexpr (n > 8) transpose_step<8>(v, lanes);
 }
 
+template <class V, int... L>
+inline V shift_lanes(V v, V first, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(first, v, (W - 1 + L)...);
+}
+
+// first[W - 1], v[0], .. v[W - 2].
+template <class V>
+inline V shift_in(V v, V first) {
+#if defined(__AVX512F__)
+  return (V)_mm512_alignr_epi32((__m512i)v, (__m512i)first, W - 1);  // GCC 12 takes a slower permutation
+#else
+  return shift_lanes(v, first, std::make_integer_sequence<int, W>());
+#endif
+}
+
 inline float reduce_max(vf v) {
   float m = v[0];
   for (int l = 1; l < W; ++l) m = m < v[l] ? v[l] : m;
