@@ -7,7 +7,8 @@
 //   density   k nearest: the head of the list.
 //   delta     nearest denser token: the first denser one in the list. All tokens outside are at least as far.
 //   assign    nearest kept token: the first kept one, if it is nearer than the end of the list.
-// Tokens whose list has no answer (local peaks, a few per cent) are gathered and searched with the same tiles.
+// Tokens whose list has no answer (local peaks, a few per cent) are multiplied once more, in the same tiles, with the
+// denser tokens, which for a peak are few, or with the kept ones.
 // Which of several equally far tokens a list keeps at its end depends on the order of insertion, but no answer does.
 #include "hotkernels/dpc_knn.h"
 
@@ -77,15 +78,16 @@ struct Sample {
   int32_t* slot;           // [Np] place of a token in index, or -1
   int32_t* nearest;        // [N] place in index of the nearest kept token
   int32_t* pending;        // [N] tokens that need a second search
-  float* kept_panels;      // [Mp / P, C, P]
-  float* kept_norm;        // [Mp]
+  int64_t gathered_max;    // tokens that fit in:
+  float* gathered;         // [gathered_max / P, C, P] what a second search looks through
+  float* gathered_norm;    // [gathered_max]
   float* dense;            // [kDense, kDense]
   int64_t parts;
   Part* part;
 
   Sample(const DpcKnn& p, int64_t parts, void* scratch, int64_t* bytes = nullptr) : parts(parts) {
     Arena a{reinterpret_cast<uintptr_t>(scratch)};
-    const int64_t np = round_up(p.N, P), mp = round_up(p.M, P);
+    const int64_t np = round_up(p.N, P);
     const bool large = p.N > kDense;
     list = std::max(kListMin, round_up(p.k - 1, W));
     position = a.take<int32_t>(p.N);
@@ -107,8 +109,9 @@ struct Sample {
     const int64_t side = std::min(np, kDense);
     dense = a.take<float>(side * side);
     part = a.take<Part>(parts);
-    kept_panels = large && p.assign ? a.take<float>(mp * p.C) : nullptr;
-    kept_norm = large && p.assign ? a.take<float>(mp) : nullptr;
+    gathered_max = large ? std::max(p.assign ? round_up(p.M, P) : 0, round_up(p.N / 4, P)) : 0;
+    gathered = a.take<float>(gathered_max * p.C);
+    gathered_norm = a.take<float>(gathered_max);
     for (int64_t q = 0; q < parts; ++q) {
       Part here{};
       here.row = a.take<float>(kDense);
@@ -358,13 +361,17 @@ inline void take_in(vf& distance, vi& neighbour, vf& d, vi& id) {
 }
 
 void list_insert(float* distance, int32_t* neighbour, int64_t list, vf d, vi id) {
-  for (int64_t e = 0; e < list; e += W) {
-    vf here = load(distance + e);
-    vi id_here = load(neighbour + e);
-    take_in(here, id_here, d, id);
-    store(distance + e, here);
-    store(neighbour + e, id_here);
+  for (int64_t e = list - W; e > 0; e -= W) {  // entry e becomes min(old e, max(old e - 1, d))
+    const vf here = load(distance + e), before = load(distance + e - 1);
+    const vi id_here = load(neighbour + e), id_before = load(neighbour + e - 1);
+    store(distance + e, vmin(here, vmax(before, d)));
+    store(neighbour + e, here <= d ? id_here : before <= d ? id : id_before);
   }
+  vf here = load(distance);
+  vi id_here = load(neighbour);
+  take_in(here, id_here, d, id);
+  store(distance, here);
+  store(neighbour, id_here);
 }
 
 // Dot products of tokens [i_begin, i_end) with [j_begin, j_end) become squared distances.
@@ -493,55 +500,78 @@ void gather_panel(const DpcKnn& p, const Sample& s, const int32_t* tokens, int64
   }
 }
 
-// For every pending token: the nearest of `others` (packed, count of them) for which allowed(i, ranks of the pending
-// tokens) is set. accept(token, squared distance, i) is called once per pending token; i = -1 if there was none.
-template <class Allowed, class Accept>
-void second_search(const DpcKnn& p, Sample& s, const Runner& runner, int64_t pending, const float* others,
-                   const float* others_norm, int64_t count, const Allowed& allowed, const Accept& accept) {
+// Tokens in panels of their own, in the order given.
+void gather_panels(const DpcKnn& p, Sample& s, const Runner& runner, const int32_t* tokens, int64_t count) {
   s.each_part(runner, [&](int64_t q) {
-    Part& part = s.part[q];
-    for (int64_t first = q * P; first < pending; first += s.parts * P) {
-      const int64_t lanes = std::min<int64_t>(P, pending - first);
-      gather_panel(p, s, s.pending + first, lanes, part.panel, part.panel_norm);
-      alignas(64) int32_t rank[P] = {};
-      for (int64_t l = 0; l < lanes; ++l) rank[l] = s.rank[s.pending[first + l]];
-      vf best[3];
-      vi where[3];
-      for (int v = 0; v < 3; ++v) best[v] = splat(kInf), where[v] = splat(int32_t{-1});
-      for (int64_t i0 = 0; i0 < count; i0 += kBlock) {
-        const int64_t i1 = std::min(count, i0 + kBlock);
-        tile_dots(others, i0, i1, part.panel, 0, P, p.C, false, part.tile, P);
-        for (int64_t i = i0; i < i1; ++i) {
-          for (int v = 0; v < 3; ++v) {
-            const vf dots = load(part.tile + (i - i0) * P + v * W);
-            vf d = squared_distance(others_norm[i], load(part.panel_norm + v * W), dots);
-            d = allowed(i, load(rank + v * W)) ? d : splat(kInf);
-            where[v] = d < best[v] ? splat(static_cast<int32_t>(i)) : where[v];
-            best[v] = vmin(best[v], d);
-          }
-        }
-      }
-      for (int64_t l = 0; l < lanes; ++l) accept(s.pending[first + l], best[l / W][l % W], where[l / W][l % W]);
+    for (int64_t m = q * P; m < count; m += s.parts * P) {
+      gather_panel(p, s, tokens + m, std::min<int64_t>(P, count - m), s.gathered + m * p.C, s.gathered_norm + m);
     }
   });
 }
 
+// For every pending token: the nearest of the gathered ones before `stop` of it, which is the larger, the later the
+// token is pending. accept(token, squared distance, place among the gathered) is called once per pending token.
+template <class Stop, class Accept>
+void second_search(const DpcKnn& p, Sample& s, const Runner& runner, const int32_t* pending, int64_t count,
+                   const Stop& stop, const Accept& accept) {
+  s.each_part(runner, [&](int64_t q) {
+    Part& part = s.part[q];
+    for (int64_t first = q * P; first < count; first += s.parts * P) {
+      const int64_t lanes = std::min<int64_t>(P, count - first);
+      gather_panel(p, s, pending + first, lanes, part.panel, part.panel_norm);
+      alignas(64) int32_t stops[P] = {};
+      for (int64_t l = 0; l < lanes; ++l) stops[l] = static_cast<int32_t>(stop(pending[first + l]));
+      vf best[3];
+      vi where[3];
+      for (int v = 0; v < 3; ++v) best[v] = splat(kInf), where[v] = splat(int32_t{-1});
+      for (int64_t i0 = 0; i0 < stops[lanes - 1]; i0 += kBlock) {
+        const int64_t i1 = std::min<int64_t>(stops[lanes - 1], i0 + kBlock);
+        tile_dots(s.gathered, i0, i1, part.panel, 0, P, p.C, false, part.tile, P);
+        for (int64_t i = i0; i < i1; ++i) {
+          const vi here = splat(static_cast<int32_t>(i));
+          for (int v = 0; v < 3; ++v) {
+            const vf dots = load(part.tile + (i - i0) * P + v * W);
+            vf d = squared_distance(s.gathered_norm[i], load(part.panel_norm + v * W), dots);
+            d = here < load(stops + v * W) ? d : splat(kInf);
+            where[v] = d < best[v] ? here : where[v];
+            best[v] = vmin(best[v], d);
+          }
+        }
+      }
+      for (int64_t l = 0; l < lanes; ++l) accept(pending[first + l], best[l / W][l % W], where[l / W][l % W]);
+    }
+  });
+}
+
+// The tokens without an answer are few and dense: a search through the tokens by rank soon comes to an end.
 void list_delta(const DpcKnn& p, Sample& s, const Runner& runner) {
   int64_t pending = 0;
-  for (int64_t i = 0; i < s.n; ++i) {
+  for (int64_t rank = 0; rank < s.n; ++rank) {
+    const int32_t i = s.order[rank].token;
     const float* distance = s.part[0].distance + i * s.list;
     const int32_t* neighbour = s.part[0].neighbour + i * s.list;
     int64_t e = 0;
-    while (e < s.list && neighbour[e] >= 0 && s.rank[neighbour[e]] > s.rank[i]) ++e;
+    while (e < s.list && neighbour[e] >= 0 && s.rank[neighbour[e]] > rank) ++e;
     if (e < s.list && neighbour[e] >= 0) {
       s.delta2[i] = distance[e];
-    } else if (s.rank[i] > 0) {
-      s.pending[pending++] = static_cast<int32_t>(i);
+    } else {
+      s.delta2[i] = kInf;
+      if (rank > 0) s.pending[pending++] = i;
     }
   }
-  second_search(
-      p, s, runner, pending, s.panels, s.norm, s.n, [&](int64_t i, vi rank) { return splat(s.rank[i]) < rank; },
-      [&](int32_t token, float d, int32_t) { s.delta2[token] = d; });
+  // As many ranks at a time as fit; those that are pending are in the order of rank.
+  const int32_t* first = s.pending;
+  const int32_t* const last = s.pending + pending;
+  for (int64_t begin = 0; first < last; begin += s.gathered_max) {
+    while (first < last && s.rank[*first] <= begin) ++first;
+    if (first == last) break;
+    const int64_t count = std::min<int64_t>(s.gathered_max, s.rank[last[-1]] - begin);
+    for (int64_t e = 0; e < count; ++e) s.nearest[e] = s.order[begin + e].token;
+    gather_panels(p, s, runner, s.nearest, count);
+    second_search(
+        p, s, runner, first, last - first, [&](int32_t i) { return std::min<int64_t>(count, s.rank[i] - begin); },
+        [&](int32_t i, float d, int32_t) { s.delta2[i] = std::min(s.delta2[i], d); });
+  }
 }
 
 void list_assign(const DpcKnn& p, Sample& s, const Runner& runner) {
@@ -560,15 +590,10 @@ void list_assign(const DpcKnn& p, Sample& s, const Runner& runner) {
     if (best >= 0) s.nearest[i] = best; else s.pending[pending++] = static_cast<int32_t>(i);
   }
   if (pending == 0) return;
-  s.each_part(runner, [&](int64_t q) {
-    for (int64_t m = q * P; m < s.kept_count; m += s.parts * P) {
-      gather_panel(p, s, s.kept + m, std::min<int64_t>(P, s.kept_count - m), s.kept_panels + m * p.C, s.kept_norm + m);
-    }
-  });
+  gather_panels(p, s, runner, s.kept, s.kept_count);
   second_search(
-      p, s, runner, pending, s.kept_panels, s.kept_norm, s.kept_count,
-      [](int64_t, vi) { return splat(int32_t{-1}); },
-      [&](int32_t token, float, int32_t m) { s.nearest[token] = m; });
+      p, s, runner, s.pending, pending, [&](int32_t) { return s.kept_count; },
+      [&](int32_t i, float, int32_t m) { s.nearest[i] = m; });
 }
 
 // ---- 3-5. order, score, selection -----------------------------------------------------------------------------------
