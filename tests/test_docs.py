@@ -33,7 +33,7 @@ def test_docstring_examples(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path
         pytest.skip(f"{error.name} is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(twins, "TWINS", list(twins.TWINS))  # what an example registers goes with it
-    failed, _ = doctest.testmod(module, optionflags=FLAGS)
+    failed, _ = doctest.testmod(module, globs={}, optionflags=FLAGS)  # an example imports what it uses
     assert failed == 0
 
 

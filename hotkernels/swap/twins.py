@@ -75,7 +75,7 @@ def register_twin(twin: T) -> T:
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.to_qkv = torch.nn.Linear(32, 96)
-        ...     def forward(self: Any, x):  # [B, N, C], 4 heads
+        ...     def forward(self, x):  # [B, N, C], 4 heads
         ...         q, k, v = self.to_qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
         ...         return ((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
         >>> @hotkernels.register_twin
@@ -83,7 +83,7 @@ def register_twin(twin: T) -> T:
         ...     kind = "my attention"
         ...     fits = staticmethod(lambda module: isinstance(module, MyAttention))
         ...     examples = staticmethod(lambda module: [(torch.randn(2, 5, 32),)])
-        ...     def forward(self: Any, x):
+        ...     def forward(self, x):
         ...         q, k, v = self.to_qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
         ...         return hotkernels.gathered_attention(q, k, v).transpose(1, 2).flatten(2)
         >>> print(hotkernels.swap(torch.nn.Sequential(MyAttention(), MyAttention())))
