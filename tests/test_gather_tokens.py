@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from cases import layouts
@@ -173,32 +177,73 @@ def test_the_function_to_build_on(backend: str) -> None:
     assert torch.equal(GatherTokens.apply(x, index, None), gather_tokens(x, index, backend=backend))
 
 
+# Someone who calls torch.ops directly gets an error too, never a read out of bounds.
+FLOATS = "float32, float16, bfloat16 or float64"
+INDEX = "a contiguous int64 tensor [2, any]"
+POS = "a contiguous float32 tensor [5, 4]"
+
+
 @pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
-def test_raw_operators_check_for_themselves(backend: str) -> None:
-    """Someone who calls torch.ops directly gets an error too, never a read out of bounds."""
-    fwd, bwd = torch.ops.hotkernels.gather_tokens_fwd, torch.ops.hotkernels.gather_tokens_bwd
-    x, index = torch.zeros(2, 9, 4), torch.zeros(2, 5, dtype=torch.int64)
-    calls = {
-        "x": lambda: fwd(x[0], index, None),
-        "x ": lambda: fwd(x.to(torch.complex64), index, None),
-        "x  ": lambda: fwd(x.long(), index, torch.zeros(5, 4, dtype=torch.int64)),
-        "index ": lambda: fwd(x, index.int(), None),
-        "index  ": lambda: fwd(x, index[:1], None),
-        "index    ": lambda: fwd(x, torch.zeros(2, 10, dtype=torch.int64)[:, ::2], None),
-        "index      ": lambda: fwd(x, index[..., None], None),
-        "index       ": lambda: bwd(x[:, :5], index[:1], 9),
-        "pos": lambda: fwd(x, index, torch.zeros(4, 4)),
-        "pos   ": lambda: fwd(x, index, torch.zeros(5, 3)),
-        "pos    ": lambda: fwd(x, index, torch.zeros(5, 4, 1)),
-        "pos ": lambda: fwd(x, index, torch.zeros(5, 4).half()),
-        "pos  ": lambda: fwd(x, index, torch.zeros(4, 5).T),
-        "index        ": lambda: bwd(x, index, 9),
-        "grad_out": lambda: bwd(x[0], index, 9),
-        "grad_out ": lambda: bwd(x[:, :5].long(), index, 9),
-        "num_tokens": lambda: bwd(x[:, :5], index, -1),
-    }
-    if backend == "cpp":  # a GPU would have to be waited for
-        calls |= {"index": lambda: fwd(x, index + 9, None), "index   ": lambda: bwd(x[:, :5], index + 9, 9)}
-    for arg, call in calls.items():
-        with pytest.raises((ValueError, RuntimeError), match=rf"\w+: {arg.strip()} must be .+, got .+"):
-            call()
+@pytest.mark.parametrize(
+    ("arg", "expected", "wrong"),
+    [
+        pytest.param("x", "[B, tokens, ..., C]", lambda x, index: (x[0], index, None), id="x-dims"),
+        pytest.param(
+            "x", "floating, integer or bool", lambda x, index: (x.to(torch.complex64), index, None), id="x-complex"
+        ),
+        pytest.param(
+            "x", FLOATS, lambda x, index: (x.long(), index, torch.zeros(5, 4, dtype=torch.int64)), id="x-int-with-pos"
+        ),
+        pytest.param("index", INDEX, lambda x, index: (x, index.int(), None), id="index-int32"),
+        pytest.param("index", INDEX, lambda x, index: (x, index[:1], None), id="index-batch"),
+        pytest.param("index", INDEX, lambda x, index: (x, index.repeat(1, 2)[:, ::2], None), id="index-strided"),
+        pytest.param("index", INDEX, lambda x, index: (x, index[..., None], None), id="index-dims"),
+        pytest.param("pos", POS, lambda x, index: (x, index, torch.zeros(4, 4)), id="pos-rows"),
+        pytest.param("pos", POS, lambda x, index: (x, index, torch.zeros(5, 3)), id="pos-channels"),
+        pytest.param("pos", POS, lambda x, index: (x, index, torch.zeros(5, 4, 1)), id="pos-dims"),
+        pytest.param("pos", POS, lambda x, index: (x, index, torch.zeros(5, 4).half()), id="pos-half"),
+        pytest.param("pos", POS, lambda x, index: (x, index, torch.zeros(4, 5).T), id="pos-strided"),
+    ],
+)
+def test_the_raw_forward_checks_for_itself(
+    backend: str, arg: str, expected: str, wrong: Callable[..., tuple[Any, ...]]
+) -> None:
+    args = wrong(torch.zeros(2, 9, 4), torch.zeros(2, 5, dtype=torch.int64))
+    with pytest.raises((ValueError, RuntimeError), match=rf"gather_tokens: {arg} must be {re.escape(expected)}.*, got"):
+        torch.ops.hotkernels.gather_tokens_fwd(*args)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
+@pytest.mark.parametrize(
+    ("arg", "expected", "wrong"),
+    [
+        pytest.param("grad_out", "[B, tokens, ..., C]", lambda grad, index: (grad[0], index, 9), id="grad_out-dims"),
+        pytest.param("grad_out", FLOATS, lambda grad, index: (grad.long(), index, 9), id="grad_out-int"),
+        pytest.param(
+            "index", "a contiguous int64 tensor [2, 5]", lambda grad, index: (grad, index[:1], 9), id="index-batch"
+        ),
+        pytest.param(
+            "index", "a contiguous int64 tensor [2, 4]", lambda grad, index: (grad[:, :4], index, 9), id="index-tokens"
+        ),
+        pytest.param("num_tokens", "at least 0", lambda grad, index: (grad, index, -1), id="num_tokens-negative"),
+    ],
+)
+def test_the_raw_backward_checks_for_itself(
+    backend: str, arg: str, expected: str, wrong: Callable[..., tuple[Any, ...]]
+) -> None:
+    args = wrong(torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64))
+    with pytest.raises((ValueError, RuntimeError), match=rf"gather_tokens: {arg} must be {re.escape(expected)}.*, got"):
+        torch.ops.hotkernels.gather_tokens_bwd(*args)
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)  # a GPU would have to be waited for
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda x, index: torch.ops.hotkernels.gather_tokens_fwd(x, index, None), id="forward"),
+        pytest.param(lambda x, index: torch.ops.hotkernels.gather_tokens_bwd(x[:, :5], index, 9), id="backward"),
+    ],
+)
+def test_raw_operators_look_at_an_index_on_a_cpu(backend: str, call: Callable[..., Any]) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=r"\w+: index must be -1 or in \[0, 9\), got 9"):
+        call(torch.zeros(2, 9, 4), torch.full((2, 5), 9))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -185,38 +189,74 @@ def test_the_function_to_build_on(backend: str) -> None:
     assert torch.equal(MergeTokens.apply(x, assignment, 3, None, 1e-6), expected)
 
 
+# Someone who calls torch.ops directly gets an error too, never a read out of bounds.
+ASSIGNMENT = "a contiguous int64 tensor [2, 9]"
+WEIGHT = "a contiguous float32 tensor [2, 9]"
+MEAN = "a contiguous float32 tensor [2, 3, 4]"
+TOTAL = "a contiguous float32 tensor [2, 3]"
+
+
 @pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
-def test_raw_operators_check_for_themselves(backend: str) -> None:
-    """Someone who calls torch.ops directly gets an error too, never a read out of bounds."""
-    fwd, bwd = torch.ops.hotkernels.merge_tokens_fwd, torch.ops.hotkernels.merge_tokens_bwd
+@pytest.mark.parametrize(
+    ("arg", "expected", "wrong"),
+    [
+        pytest.param("x", "[B, N, C]", lambda x, a: (x[0], a, 3, None), id="x-dims"),
+        pytest.param("x", "float32, float16, bfloat16 or float64", lambda x, a: (x.long(), a, 3, None), id="x-int"),
+        pytest.param("num_clusters", "at least 1", lambda x, a: (x, a, 0, None), id="num_clusters-0"),
+        pytest.param("assignment", ASSIGNMENT, lambda x, a: (x, a[:1], 3, None), id="assignment-batch"),
+        pytest.param("assignment", ASSIGNMENT, lambda x, a: (x, a.int(), 3, None), id="assignment-int32"),
+        pytest.param(
+            "assignment", ASSIGNMENT, lambda x, a: (x, a.repeat(1, 2)[:, ::2], 3, None), id="assignment-strided"
+        ),
+        pytest.param("assignment", ASSIGNMENT, lambda x, a: (x, a[..., None], 3, None), id="assignment-dims"),
+        pytest.param("weight", WEIGHT, lambda x, a: (x, a, 3, torch.ones(2, 8)), id="weight-tokens"),
+        pytest.param("weight", WEIGHT, lambda x, a: (x, a, 3, torch.ones(2, 9).double()), id="weight-double"),
+    ],
+)
+def test_the_raw_forward_checks_for_itself(
+    backend: str, arg: str, expected: str, wrong: Callable[..., tuple[Any, ...]]
+) -> None:
+    args = wrong(torch.zeros(2, 9, 4), torch.zeros(2, 9, dtype=torch.int64))
+    with pytest.raises((ValueError, RuntimeError), match=rf"merge_tokens: {arg} must be {re.escape(expected)}.*, got"):
+        torch.ops.hotkernels.merge_tokens_fwd(*args, 0.0, False)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
+@pytest.mark.parametrize(
+    ("arg", "expected", "wrong"),
+    [
+        pytest.param("grad_out", MEAN, lambda grad, mean, total: (grad[:, :2], mean, total), id="grad_out-clusters"),
+        pytest.param(
+            "mean", MEAN, lambda grad, mean, total: (grad, mean[..., :3].contiguous(), total), id="mean-channels"
+        ),
+        pytest.param("mean", "[B, M, C]", lambda grad, mean, total: (grad, mean[0], total), id="mean-dims"),
+        pytest.param("mean", MEAN, lambda grad, mean, total: (grad, mean.double(), total), id="mean-double"),
+        pytest.param("total", TOTAL, lambda grad, mean, total: (grad, mean, total[:1]), id="total-batch"),
+        pytest.param("total", TOTAL, lambda grad, mean, total: (grad, mean, total[..., None]), id="total-dims"),
+        pytest.param(
+            "total", TOTAL, lambda grad, mean, total: (grad, mean, total.repeat(1, 2)[:, ::2]), id="total-strided"
+        ),
+        pytest.param("total", TOTAL, lambda grad, mean, total: (grad, mean, total.double()), id="total-double"),
+    ],
+)
+def test_the_raw_backward_checks_for_itself(
+    backend: str, arg: str, expected: str, wrong: Callable[..., tuple[Any, ...]]
+) -> None:
     x, assignment = torch.zeros(2, 9, 4), torch.zeros(2, 9, dtype=torch.int64)
-    out, total, _ = fwd(x, assignment, 3, None, 1e-6, False)
-    calls = {
-        "x": lambda: fwd(x[0], assignment, 3, None, 0.0, False),
-        "x ": lambda: fwd(x.long(), assignment, 3, None, 0.0, False),
-        "num_clusters": lambda: fwd(x, assignment, 0, None, 0.0, False),
-        "assignment ": lambda: fwd(x, assignment[:1], 3, None, 0.0, False),
-        "assignment  ": lambda: fwd(x, assignment.int(), 3, None, 0.0, False),
-        "assignment     ": lambda: fwd(x, torch.zeros(2, 18, dtype=torch.int64)[:, ::2], 3, None, 0.0, False),
-        "assignment      ": lambda: fwd(x, assignment[..., None], 3, None, 0.0, False),
-        "weight": lambda: fwd(x, assignment, 3, torch.ones(2, 8), 0.0, False),
-        "weight ": lambda: fwd(x, assignment, 3, torch.ones(2, 9).double(), 0.0, False),
-        "grad_out": lambda: bwd(out[:, :2], out, total, x, assignment, None, False),
-        "mean": lambda: bwd(out, out[..., :3].contiguous(), total, x, assignment, None, False),
-        "mean ": lambda: bwd(out, out[0], total, x, assignment, None, False),
-        "total": lambda: bwd(out, out, total[:1], x, assignment, None, False),
-        "total   ": lambda: bwd(out, out, total[..., None], x, assignment, None, False),
-        "total  ": lambda: bwd(out, out, torch.zeros(2, 6)[:, ::2], x, assignment, None, False),
-        "total ": lambda: bwd(out, out, total.double(), x, assignment, None, False),
-        "mean  ": lambda: bwd(out, out.double(), total, x, assignment, None, True),
-    }
-    if backend == "cpp":  # a GPU would have to be waited for
-        calls["assignment"] = lambda: fwd(x, assignment + 3, 3, None, 0.0, False)
-        calls["assignment   "] = lambda: bwd(out, out, total, x, assignment + 3, None, False)
-        calls["assignment    "] = lambda: bwd(out, out, total, x, assignment - 2, None, False)
-    for arg, call in calls.items():
-        with pytest.raises((ValueError, RuntimeError), match=rf"merge_tokens: {arg.strip()} must be .+, got .+"):
-            call()
+    args = wrong(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.ones(2, 3))
+    with pytest.raises((ValueError, RuntimeError), match=rf"merge_tokens: {arg} must be {re.escape(expected)}.*, got"):
+        torch.ops.hotkernels.merge_tokens_bwd(*args, x, assignment, None, True)
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)  # a GPU would have to be waited for
+@pytest.mark.parametrize("cluster", [3, -2])
+def test_raw_operators_look_at_an_assignment_on_a_cpu(backend: str, cluster: int) -> None:
+    x, out, total = torch.zeros(2, 9, 4), torch.zeros(2, 3, 4), torch.ones(2, 3)
+    assignment, message = torch.full((2, 9), cluster), rf"assignment must be -1 or in \[0, 3\), got {cluster}"
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        torch.ops.hotkernels.merge_tokens_fwd(x, assignment, 3, None, 0.0, False)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        torch.ops.hotkernels.merge_tokens_bwd(out, out, total, x, assignment, None, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
