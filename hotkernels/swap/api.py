@@ -33,10 +33,10 @@ class SwapReport:
         left: (path, reason) of what looks like one of them and was left alone.
         choices: in the check by example_inputs, how many tokens the model's own clustering (HoT's, MHFormer's,
             TokenReduction's) chose, and how many others ours chooses in their place; None without one.
-        clusters: there, how many tokens it assigned where it returns only that (TCFormer's, Chat-UniVi's), and how many
-            of them ours parts from most of their cluster; None without one.
-        moved: in that check, how far outputs moved, relative to the largest, where that is more than rounding and the
-            model's own move as far when its inputs are rounded otherwise; None where they agree.
+        clusters: in that check, how many tokens were assigned by a clustering that returns no choice (TCFormer's,
+            Chat-UniVi's), and how many of them ours parts from most of their cluster; None without one.
+        moved: in that check, how far outputs moved, relative to the largest, where that is more than rounding: at most
+            4 times as far as the model's own move when its inputs are rounded differently; None where they agree.
     """
 
     replaced: list[tuple[str, str]] = field(default_factory=list)
@@ -65,17 +65,20 @@ class SwapReport:
             lines += [title, *rows] if rows else []
         if self.choices:
             chosen, others = self.choices
-            lines += ["choices", f"  {others} of {chosen} tokens kept are not the model's own choice: near ties"]
+            rest = _REST if others else ""
+            lines += ["choices", f"  {chosen - others} of {chosen} kept tokens are the model's own choice{rest}"]
         if self.clusters:
             assigned, others = self.clusters
-            lines += ["clusters", f"  {others} of {assigned} tokens are not in the model's own cluster: near ties"]
+            rest = _REST if others else ""
+            lines += ["clusters", f"  {assigned - others} of {assigned} tokens are in the model's own cluster{rest}"]
         if self.moved:
-            what = "the model's own move as far when its inputs are rounded otherwise: it chooses between near ties"
-            lines += ["moved", f"  outputs by {self.moved:.1e} of the largest; {what}"]
+            own = f"at most {_AS_FAR} times as far as the model itself moves when its inputs are rounded differently"
+            lines += ["moved", f"  outputs moved by {self.moved:.1e} of the largest, {own}"]
         return "\n".join(lines)
 
 
-_AS_FAR = 4  # times what a model's own outputs move
+_REST = "; the rest are near ties"
+_AS_FAR = 4  # outputs may move this many times as far as the model's own when its inputs are rounded differently
 
 
 def _masked(path: str) -> str:
@@ -250,7 +253,7 @@ def _apply(model: nn.Module, changes: list[_Change], example_inputs: Any, report
         try:
             if not probe.same(expected, got):
                 with _stand_ins(changes, lambda theirs, ours: _player(theirs, chosen, None), fused=False):
-                    rounded = _run(model, *_rounded_otherwise(args, kwargs))
+                    rounded = _run(model, *_rounded_differently(args, kwargs))
                 moved, own = probe.distance(expected, got), probe.distance(expected, rounded)
                 if moved == math.inf or moved > _AS_FAR * own:
                     size = "" if moved == math.inf else f" (by {moved:.1e} of the largest)"
@@ -412,10 +415,10 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     fail("swap", "example_inputs", "a tensor, a tuple or a dict", type(example_inputs).__name__, TypeError)
 
 
-def _rounded_otherwise(args: Any, kwargs: Any) -> Any:
-    """The same inputs, moved by as many roundings as a model of some layers makes.
+def _rounded_differently(args: Any, kwargs: Any) -> Any:
+    """The same inputs, each moved by up to 32 roundings, about as many as a model of some layers makes.
 
-    Not those in half precision: as many would be a quarter of a value.
+    Inputs in half precision stay as they are: 32 roundings would be a quarter of a value.
     """
 
     def moved(leaf: Any) -> Any:
