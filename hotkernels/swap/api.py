@@ -95,51 +95,65 @@ class _Change:
 
 
 def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
-    """Let a published model run on the fused operators, in place: same parameters, same outputs but for near ties.
+    """Run a published model on the fused operators, in place: same parameters, same outputs but for near ties.
 
-    Outputs differ by rounding, and where a clustering chooses between tokens whose densities float32 does not tell
-    apart: there ours, which goes by float64, may keep other frames than the published code, and the poses move with
-    them. HoT at 243 frames to 81: 1 % to 10 % of the frames. `example_inputs` has the report say how many.
+    What is replaced, whatever the file or the class is called:
 
-    Every module whose structure is a known one (whatever its file or name), and whose output and gradients on random
-    input are those of the fused form, gets a fused forward: the attention of timm's ViT, MixSTE, MHFormer, MotionBERT,
-    MotionAGFormer, TCFormer and PVT, of TokenPose, PPT and vit-pytorch, HoT's cross-attention and that with one layer
-    for keys and values, and, in float32 on a CPU, MLPs by oneDNN: of an fc1, an act and an fc2, or an nn.Sequential.
-    Where its methods call `cluster_dpc_knn`, `cluster_dpc_knn_center` or `merge_tokens`, by that name or as
-    `utils.cluster_dpc_knn`, and that function answers as a published one, this model calls ours; other models do not.
-    Where an object holds it under that name, or a container, a closure, a partial or the default of an argument, it is
-    left, and reported, as is what a static method, a class method, a property or a decorated method calls.
-    `register_twin` adds forms. Swap before DDP or `torch.compile`, or after.
+    - the attention of timm's ViT, MixSTE, MHFormer, MotionBERT, MotionAGFormer, TCFormer, PVT, TokenPose, PPT and
+      vit-pytorch;
+    - HoT's cross-attention, and that with one layer for keys and values;
+    - MLPs in float32 on a CPU, by oneDNN: an fc1, an act and an fc2, or an nn.Sequential;
+    - modules of the forms that `register_twin` adds;
+    - in methods, calls of `cluster_dpc_knn`, `cluster_dpc_knn_center` and `merge_tokens`, by that name or as
+      `utils.cluster_dpc_knn`, if the function answers as a published one. Other models keep calling theirs.
 
-    What is set on an attention after the swap counts: layers that are replaced, adapted or hooked, and, by the module's
-    own forward, whatever a probe has not seen: another value of an attribute or a new one, a parameter or a buffer, a
-    hook on a child that is not called when fused, another forward of the class. Not noticed are changes inside an
-    object that an attribute holds, and another method of a class that calls a clustering function.
+    Modules other than an nn.Sequential must also give the outputs and gradients of the fused form on random input.
+
+    What is left and reported, with the reason:
+
+    - a module that looks like one of these, but has another structure or computes something else;
+    - such a function where it is held by an object, a container, a closure, a partial or the default of an argument;
+    - such a function where it is called by a static method, a class method, a property or a decorated method.
+
+    If you change a swapped module later (set an attribute, add a parameter or a buffer, replace or hook a layer that
+    the fused forward does not call, give the class another forward), it falls back to its own forward. A projection of
+    an attention that you replace, adapt or hook is called as it is, and the rest stays fused. Not noticed are changes
+    inside an object that an attribute holds, attributes set on the class, and new definitions of a clustering function
+    or of a method that calls one. With a twin of your own, all this is up to its forward.
+
+    Swap before DDP or `torch.compile`, or after.
+
+    Outputs differ by rounding, and where a clustering chooses between tokens whose densities float32 cannot tell apart:
+    ours uses float64, so it may keep other frames than the published code, and the poses move with them. For HoT,
+    243 frames to 81, that is 1 % to 10 % of the frames; with `example_inputs` the report says how many.
 
     Args:
         model: any module; what is in it already swapped stays so.
         example_inputs: what to call the model with, a tensor, a tuple of arguments or a dict of named ones, to compare
             its outputs before and after. Both runs are in evaluation, without gradients, from the same random state,
-            which is put back; hooks fire. Rounding alone changes which of two tied tokens a clustering chooses, so the
+            which is put back; hooks fire. As rounding alone changes which of two tied tokens a clustering chooses, the
             second run is given the choices of the first.
 
     Returns:
         A SwapReport: what was replaced, and what was left alone and why.
 
     Raises:
-        TypeError, ValueError: ``swap: model must be ...`` where nothing matches, as in a model of which everything is
-            swapped already, where the outputs differ beyond rounding and further than the model's own do when its
-            inputs are rounded otherwise, or hold what cannot be compared (an iterator),
+        TypeError, ValueError: ``swap: model must be ...`` where nothing matches (or everything is swapped already),
+            where outputs differ by more than rounding and more than 4 times as much as the model's own do when its
+            inputs are rounded differently, or where they hold what cannot be compared (an iterator);
             ``swap: example_inputs must be ...`` where the model cannot run on them. The model is then as it was.
 
-    Numerics: as the operators; the random numbers drawn are those of the original. Training with dropout on the
-        probabilities, which draws in its own layout, or in an MLP of an fc1, an act and an fc2, which calls it where no
-        probe sees, runs the original forward. Probes run on the model's own devices, with random parameters: outputs
-        and gradients of a few tokens, outputs alone of some hundred, in the model's dtypes and, for half precision, in
-        float32. They allow differences up to the root of the dtype's epsilon (in half precision 8 epsilons), relative
-        to the largest value, as does the check by example_inputs, which sees what probes do not: a window of 512
-        tokens. `torch.jit.script` and the derivatives of `torch.func` refuse a swapped model, and `torch.jit.trace`
-        takes it under `torch.no_grad` alone: unswap for them.
+    Numerics: as the operators; random numbers are drawn as by the original. In training, a module with dropout on the
+        probabilities, whose random numbers have the original's layout, and an MLP of an fc1, an act and an fc2 with
+        dropout run their original forward.
+
+        Probes run on the model's own devices, in its dtypes and, for half precision, in float32, with random
+        parameters: outputs and gradients of a few tokens, outputs alone of some hundred. They and the check by
+        example_inputs allow differences up to the root of the dtype's epsilon (in half precision 8 epsilons), relative
+        to the largest value. The check sees what probes do not, as a window of 512 tokens.
+
+        `torch.jit.script` and the derivatives of `torch.func` refuse a swapped model, and `torch.jit.trace` takes it
+        under `torch.no_grad` alone: unswap for them.
 
     Cost: no memory; milliseconds per form and size of attention; with example_inputs two runs of the model, three where
         outputs differ.
