@@ -194,9 +194,9 @@ def instruction_set(force: str | None = None) -> str | None:
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), with errors of the one form raised as ValueErrors, but where a GPU refuses a launch.
+    """Call function(*args) and turn kernel errors of the one form into ValueErrors, except launch failures.
 
-    From 2.15 on, PyTorch makes RuntimeErrors of all that its stable C++ interface lets a kernel throw.
+    Since 2.15 PyTorch raises everything that stable-ABI kernels throw as RuntimeError.
     """
     if torch.compiler.is_compiling():
         return function(*args)

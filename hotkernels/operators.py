@@ -66,9 +66,9 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 def composite(schema: str) -> Callable[[F], F]:
     """Make a function of raw operators and autograd.Functions an operator, too, under torch.export and torch.func.
 
-    Of an autograd.Function, an exported program keeps the raw operators, and vmap sees tensors that need no gradient:
-    both would compute without one, in silence. An operator of its own is one node of the program, which trains, and
-    which `run_decompositions` makes raw operators of; vmap calls it sample by sample.
+    Exporting an autograd.Function keeps only the raw operators inside it, and vmap hides requires_grad from it; both
+    would silently drop gradients. As one operator it stays a single node, which trains and which `run_decompositions`
+    expands; vmap calls it once per sample.
     """
 
     def decorate(function: F) -> F:

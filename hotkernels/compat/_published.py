@@ -49,7 +49,7 @@ def cluster(
     B, N, _ = x.shape
     check_int(op, "cluster_num", cluster_num, 1, N, "N = ")
     check_int(op, "k", k, 1, N, "N = ")
-    # cdist is on autocast's float32 list, and so the published density is float32 there.
+    # autocast runs cdist in float32, so the published density is float32 under it.
     half = x.dtype in HALF
     dtype = torch.float32 if half and torch.is_autocast_enabled(x.device.type) else x.dtype
     noise = torch.rand(B, N, device=x.device, dtype=dtype) * 1e-6
@@ -133,7 +133,7 @@ def _sum(weight: Tensor, owner: Tensor, M: int) -> Tensor:
 
 
 def _take(weight: Tensor, index: Tensor) -> Tensor:
-    """[B, K, 1]: the weights [B, N, 1] at index [B, K]; so is the gradient in a fixed order."""
+    """[B, K, 1]: the weights [B, N, 1] at index [B, K], with a gradient that sums in a fixed order."""
     if weight.device.type in _SCATTERS_IN_ORDER:
         return weight.gather(1, index[..., None])
     return gather_tokens(weight, index)

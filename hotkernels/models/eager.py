@@ -161,7 +161,7 @@ class HoTMixSTEEager(nn.Module):
 
 
 class MotionBERTAttention(AttentionEager):
-    """MotionBERT's attention: over the rows' tokens, or ("temporal") over `seqlen` rows in a row, per token."""
+    """MotionBERT's attention: over the rows' tokens, or ("temporal") over `seqlen` consecutive rows, per token."""
 
     def __init__(self, dim: int, num_heads: int, mode: str) -> None:
         super().__init__(dim, num_heads, qkv_bias=True)

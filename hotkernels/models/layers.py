@@ -18,7 +18,7 @@ from ..nn.plain import is_idle, is_plain
 from ..ops.gather_tokens import gather_tokens
 from .strategies import SELECT, Scene, Select, interpolate
 
-_TILE = 1024  # tokens of a thread: of 256 to 2048, the fastest for MLPs 512 -> 1024 -> 512 on a core with 2 MB of L2
+_TILE = 1024  # tokens per thread: the fastest of 256 to 2048 for MLPs 512 -> 1024 -> 512 on a core with 2 MB of L2
 
 
 class Mlp(nn.Module):
@@ -40,7 +40,7 @@ class Mlp(nn.Module):
 
 
 def is_plain_mlp(mlp: nn.Module) -> TypeGuard[Mlp]:
-    """Whether nobody has replaced or hooked an Mlp."""
+    """Whether this is an Mlp that nobody has replaced or hooked."""
     return is_plain(mlp, Mlp)
 
 
@@ -50,9 +50,9 @@ def layer_norm(dim: int) -> nn.LayerNorm:
 
 
 def stochastic_depth(x: Tensor, along: int, drop_path: float) -> Tensor | None:
-    """What to multiply a branch of x [B, F, J, C] with, so that whole sequences along dim `along` are left out at once.
+    """What to multiply a branch of x [B, F, J, C] by, so that whole sequences along dim `along` are dropped at once.
 
-    As where sequences are rows; the random numbers are those of timm's DropPath. None: nothing is left out.
+    The random numbers are those of timm's DropPath on sequences as rows. None: nothing is dropped.
     """
     if drop_path == 0:
         return None
@@ -71,7 +71,7 @@ def add_branch(residual: Tensor, branch: Tensor, depth: Tensor | None, out: Tens
 def add_layer(
     residual: Tensor, layer: nn.Module, x: Tensor, drop: nn.Module, depth: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """`add_branch` of drop(layer(x)), at once where it can be."""
+    """`add_branch` of drop(layer(x)), in one step where possible."""
     if depth is None and is_idle(drop):
         return add_linear(residual, layer, x, out)
     return add_branch(residual, drop(linear(layer, x)), depth, out)
@@ -81,7 +81,7 @@ def after_attention(
     x: Tensor, attended: Tensor, attention: Attention, norm2: nn.Module, mlp: nn.Module,
     depths: Sequence[Tensor | None], out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The rest of a pre-norm block, token by token: x and what its attention took, both [B, F, J, C], to the output."""
+    """The rest of a pre-norm block, token by token: from x and the input of proj, both [B, F, J, C], to the output."""
     x = add_layer(x, attention.proj, attended, attention.proj_drop, depths[0], out)
     if is_plain_mlp(mlp):
         return add_layer(x, mlp.fc2, mlp.hidden(norm2(x)), mlp.drop, depths[1], out)
@@ -94,14 +94,14 @@ def transformer_block(
 ) -> Tensor:  # fmt: skip
     """A pre-norm block on x [B, F, J, C], attending along -2, the joints, or -3, the frames.
 
-    On a CPU, without autograd and stochastic depth, all but the attention between frames runs on some frames at a
-    time: what lies between the layers then stays in the cache (10 % of a block's time at 512 channels).
+    On a CPU, without autograd and stochastic depth, all but the attention between frames runs on a few frames at a
+    time, so that what lies between the layers stays in the cache (saves 10 % of a block's time at 512 channels).
 
     Args:
         x: tokens.
         norm1, attention, norm2, mlp: the parts.
         along: the dim of attention.
-        rows: the dim along which stochastic depth leaves out all at once.
+        rows: the dim along which stochastic depth drops all at once.
         drop_path: its probability; 0 in evaluation.
     """
     depths = [stochastic_depth(x, rows, drop_path) for _ in range(2)]
@@ -124,10 +124,10 @@ def pruned_block(
     x: Tensor, norm1: nn.Module, attention: Attention, norm2: nn.Module, mlp: nn.Module,
     drop_path: float, choose: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A block between frames, only some of which go on: the same output and gradients, with less to store and compute.
+    """A block between frames of which only some go on: the same output and gradients, with less to store and compute.
 
-    Frames that are left out have no gradient to carry through what follows the attention, token by token. That runs
-    twice: without gradients, for the choice, then for the chosen frames.
+    What follows the attention works token by token, so the frames that are left out need no gradients there. It runs
+    twice: on all frames without gradients, to choose, then on the chosen frames.
 
     Args:
         x, norm1, attention, norm2, mlp, drop_path: as `transformer_block`.
@@ -139,7 +139,7 @@ def pruned_block(
     depths = [stochastic_depth(x, -3, drop_path) for _ in range(2)]
     rest = functools.partial(after_attention, attention=attention, norm2=norm2, mlp=mlp, depths=depths)
     attended = attention.attend(norm1(x), -3)
-    if not (is_plain_mlp(mlp) and is_idle(mlp.drop) and is_idle(attention.proj_drop)):  # may not do the same twice
+    if not (is_plain_mlp(mlp) and is_idle(mlp.drop) and is_idle(attention.proj_drop)):  # two runs might differ
         out = rest(x, attended)
         index = choose(out)
         return gather_tokens(out, index), index
@@ -149,7 +149,7 @@ def pruned_block(
 
 
 def _tiles(x: Tensor) -> tuple[Tensor, ...]:
-    """[B, F, J, C] as [1, some frames, J, C] each."""
+    """[B, F, J, C] in pieces of [1, some frames, J, C]."""
     B, F, J, C = x.shape
     return x.view(1, B * F, J, C).split(max(1, _TILE * torch.get_num_threads() // J), 1)
 
@@ -228,7 +228,7 @@ class Hourglass(nn.Module):
             self._check_chosen("index", index, x, self.token_num[0])
 
     def _check_chosen(self, arg: str, index: Tensor, x: Tensor, token_num: int) -> None:
-        """Check positions of frames of x [B, F, J, C] that somebody else chose."""
+        """Check positions of frames of x [B, F, J, C] that the caller's code chose."""
         op = type(self).__name__
         check_tensor(op, arg, index, "[B, M]", (torch.int64,), shape=(x.shape[0], token_num), device=x.device)
         check_ascending(op, arg, index, x.shape[1])
@@ -237,7 +237,7 @@ class Hourglass(nn.Module):
         self, layer: int, poses: Tensor, index: Tensor | None, given: Tensor | None,
         norm: nn.Module, attention: Attention,
     ) -> Callable[[Tensor], Tensor]:  # fmt: skip
-        """How to choose among the tokens [B, F, J, C] before `layer`, one of those before which frames are pruned.
+        """How to choose among the tokens [B, F, J, C] before `layer`, one before which frames are pruned.
 
         Args:
             layer: number of the block that comes next.

@@ -61,8 +61,8 @@ class HoTMixSTE(Hourglass):
             each in [0, 1).
 
     Blocks call the parts of their attention, not the module: hooks belong on `qkv`, `proj` or the block, and FSDP wraps
-    blocks. With gradients and without dropout, what follows the attention in the block before a pruning runs twice: for
-    the choice without gradients, then for what is kept with them.
+    blocks. With gradients and without dropout, what follows the attention in the block before a pruning runs twice:
+    without gradients to choose, then with gradients on what is kept.
 
     Source: HoT, arXiv 2311.12028; H2OT, arXiv 2509.06956.
 
@@ -119,7 +119,7 @@ class HoTMixSTE(Hourglass):
         Args:
             x: [B, F, J, 2].
             index: [B, M] int64 strictly ascending, the frames to keep, as for a flipped second pass; None = choose.
-                Only where pruning has one step. Its values are looked at as those of an operator's index.
+                Only where pruning has one step. Its values are checked as those of an operator's index.
 
         Returns:
             [B, F, J, 3]; with recover=None, (poses [B, M, J, 3], their frames [B, M]).

@@ -39,7 +39,7 @@ class Block(nn.Module):
         drop_path = self.drop_path if self.training else 0.0
         for which in self.order:
             norm1, attn, norm2, mlp = (getattr(self, f"{name}_{which}") for name in ("norm1", "attn", "norm2", "mlp"))
-            # MotionBERT's rows are frames throughout: those are what stochastic depth leaves out.
+            # MotionBERT's rows are frames throughout: these are what stochastic depth drops.
             x = transformer_block(x, norm1, attn, norm2, mlp, _ALONG[which], -2, drop_path)
         return x
 

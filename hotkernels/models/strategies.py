@@ -57,7 +57,7 @@ def uniform(x: Tensor, token_num: int, scene: Scene) -> Tensor:
 
 @torch.no_grad()
 def attention(x: Tensor, token_num: int, scene: Scene) -> Tensor:
-    """TPA: the frames to which the next temporal attention gives most, over all joints, heads and asking frames."""
+    """TPA: the frames that the next temporal attention attends to most, over all joints, heads and query frames."""
     score = []
     for sample in x.split(1):  # one [J, H, F, F] at a time
         qkv = scene.attention.qkv(scene.norm(sample)).unflatten(-1, (3, scene.attention.num_heads, -1))

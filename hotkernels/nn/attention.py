@@ -13,8 +13,8 @@ from ..ops.recovery_attention import recovery_attention
 from .linear import linear, multiply, unrecorded
 from .plain import DROPS, dropout_p, is_plain
 
-_LARGE = 32 << 20  # bytes; larger blocks glibc's malloc maps anew every time, and fresh pages take long
-_PIECE = 1536  # tokens of a thread; of 512 to 4,096 the fastest for 512 channels
+_LARGE = 32 << 20  # bytes; glibc's malloc maps larger blocks anew every time, and touching fresh pages is slow
+_PIECE = 1536  # tokens per thread; the fastest of 512 to 4,096 for 512 channels
 
 
 class Attention(nn.Module):
@@ -31,10 +31,10 @@ class Attention(nn.Module):
         attn_drop, proj_drop: dropout on the probabilities and on the output, in training, each in [0, 1). With
             attn_drop > 0 training runs on the torch backend, which has dropout; evaluation stays fused.
 
-    Another module in the place of the Dropout `attn_drop`, or one with hooks (those of all modules among them), is
-    called on all the probabilities [..., H, N, N]: the attention is not fused then.
+    If `attn_drop` is replaced by anything but a Dropout or an Identity, or has hooks (global ones count), it is called
+    on all the probabilities [..., H, N, N], and the attention is not fused.
 
-    Without autograd on a CPU, a projection of more than 32 MiB is made and used some samples at a time.
+    Without autograd on a CPU, a qkv projection of more than 32 MiB is computed and used a few samples at a time.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class CrossAttention(nn.Module):
         dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop: as `Attention`.
         length: accepted, as published, and unused.
 
-    What is not a plain Dropout in the place of `attn_drop` is called, as in `Attention`, on [B, (J,) H, L, M].
+    As in `Attention`, a replaced or hooked `attn_drop` is called on all the probabilities, here [B, (J,) H, L, M].
     """
 
     def __init__(
@@ -183,13 +183,13 @@ def _attend(module: Any, x: Tensor, along: int) -> Tensor:
 
 
 def _unfused(module: Any, *heads: Tensor) -> Tensor:
-    """Attention of query, key and value [..., H, N, D] in which what stands in attn_drop's place is called."""
+    """Attention of query, key and value [..., H, N, D] that calls what stands in attn_drop's place."""
     query, key, value = heads
     return module.attn_drop((query @ key.mT * module.scale).softmax(-1)) @ value
 
 
 def _pieces(x: Tensor, module: Any) -> tuple[Tensor, ...]:
-    """Some samples of x at a time where their projection is large, without autograd, on a CPU: some 8 % faster."""
+    """x, a few samples at a time if its projection is large, on a CPU without autograd: about 8 % faster."""
     large = unrecorded(x) and 3 * x.numel() * x.element_size() > _LARGE
     if large and is_plain(module.qkv, nn.Linear) and is_plain(module.attn_drop, *DROPS):
         return x.split(max(1, _PIECE * torch.get_num_threads() // x[0, ..., 0].numel()))
@@ -197,7 +197,7 @@ def _pieces(x: Tensor, module: Any) -> tuple[Tensor, ...]:
 
 
 def check_dim(module: str, dim: int, num_heads: int, name: str = "dim") -> None:
-    """Check that heads divide channels, which the constructor calls `name`, into ones that kernels take."""
+    """Check that num_heads divides the channels, which the constructor calls `name`, into heads that kernels take."""
     check_int(module, name, dim, 1, None)
     check_int(module, "num_heads", num_heads, 1, None)
     if dim % num_heads != 0:

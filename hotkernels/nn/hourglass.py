@@ -57,7 +57,7 @@ class TokenPruning(nn.Module):
                 fail(
                     "TokenPruning", "x", f"[B, F, J, C] with F >= token_num = {M} and F >= k = {self.k}", list(x.shape)
                 )
-            # A tensor: its value is nothing that an export for any number of frames has to prove in range.
+            # A tensor, so that an export for any number of frames need not prove its value in range.
             keep = torch.full((1,), (x.shape[1] - 1) // 2, device=x.device) if self.center else None
             index = cluster_frames(x, M, self.k, keep=keep, seed=self.seed)
         elif not isinstance(index, Tensor) or index.shape[-1:] != (M,):
@@ -68,10 +68,11 @@ class TokenPruning(nn.Module):
 def cluster_frames(x: Tensor, token_num: int, k: int = 2, **more: Any) -> Tensor:
     """The frames of x [B, F, J, C] that stand for all, by the mean of their joints' tokens: [B, M] int64, ascending.
 
-    Frames with NaN are chosen where there are not enough others, the first ones first: what is no number stays none.
+    If there are too few valid frames, frames with NaN fill the remaining places, in order, so that NaN input gives NaN
+    output.
     """
     index = dpc_knn(x.detach().mean(2), token_num, k, **more, assign=False, ordered=True).index
-    places = x.shape[1] + 1  # one more, which -1 names, and which is always left
+    places = x.shape[1] + 1  # one more, which -1 points to and which is never taken
     left = torch.ones(len(x), places, dtype=torch.uint8, device=x.device).scatter(1, index % places, 0)
     left[:, -1] = 1
     return left.argsort(dim=1, stable=True)[:, :token_num].sort(1).values
@@ -81,7 +82,7 @@ class TokenRecovery(nn.Module):
     """Token Recovering Attention: learned tokens, one per frame, attend to the kept frames of each joint.
 
     Equivalent to ``x_token + cross_attention(x_token, x, x)`` for every joint, on [B, M, J, C] as it is: no rearrange
-    copy, and x_token projected once. The parts of `cross_attention` are called, not the module: hooks on the parts run.
+    copy, and x_token projected once. The parts of `cross_attention` are called, not the module: hooks belong on them.
 
     Args:
         dim: channels C.
@@ -115,5 +116,5 @@ class TokenRecovery(nn.Module):
 def recover_tokens(x: Tensor, x_token: Tensor, attention: CrossAttention) -> Tensor:
     """What `TokenRecovery` does to x [B, M, J, C], for a model that owns x_token [1, L, C] and the attention itself."""
     attended = attention.attend(x_token[0], x, x)  # [B, L, J, C]
-    # Not added within the product: as oneDNN's addend, or under addmm, it took longer.
+    # Adding inside the product, by oneDNN or by addmm, was slower.
     return x_token[:, :, None] + attention.proj_drop(linear(attention.proj, attended))

@@ -1,8 +1,8 @@
 """Linear layers on the CPU by the faster of oneDNN and MKL: float32, bias and GELU within the matrix product.
 
 PyTorch multiplies float32 with MKL, which leaves AMD cores with AVX-512 partly idle: 94 GFLOP/s where oneDNN reaches
-195 on a Zen 5, 84 and 103 on a Zen 4. On a Xeon both reach 145, and with the backward pass MKL 140, oneDNN 122: there
-oneDNN is called for GELU alone, which it computes on the way (8,262 tokens from 512 to 1,024 channels: 77 ms, not 94).
+195 on a Zen 5, 84 against 103 on a Zen 4. On a Xeon both reach 145, and with the backward pass MKL 140, oneDNN 122:
+there oneDNN is called only for GELU, which it fuses (8,262 tokens from 512 to 1,024 channels: 77 ms instead of 94).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _HAS_ONEDNN = (
     and FROM_ENVIRONMENT != "torch"
 )
 _MKL_IS_FAST = LIBRARIES["_C_cpu"] is None and torch.ops.hotkernels._is_intel()
-# oneDNN is called from so many multiplications and rows on: a call takes 15 us more than MKL's, between other work 40,
-# and packs the weight. Measured on a Xeon and on a Zen 4, where it is even at 14 to 25 M, 5 to 12 % behind at 8 M, 20 %
-# at 4 M; the 32 rows, and 8 M on a Zen 5, are what its speed there makes of that, by arithmetic.
+# oneDNN is called from this many multiplications and rows on: a call takes 15 us longer than MKL's, 40 between other
+# work, and packs the weight. Measured on a Xeon and on a Zen 4, where it breaks even at 14 to 25 M and is 5 to 12 %
+# slower at 8 M, 20 % at 4 M; the 32 rows, and 8 M on a Zen 5, are computed from its speed there, not measured.
 _LEAST = 1 << 22 if _MKL_IS_FAST else 1 << 23
 _LEAST_ROWS = 192 if _MKL_IS_FAST else 32
 
 
 def unrecorded(x: Tensor) -> bool:
-    """Whether a call on x just computes, on a CPU, and nobody records how: it may do so in pieces."""
+    """Whether a call on x only computes, on a CPU, and nothing records it: then it may run in pieces."""
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     return x.device.type == "cpu" and not recorded
 
@@ -45,12 +45,12 @@ def is_fast_on(weight: Any) -> bool:
 
 
 def is_strided(tensor: Any) -> bool:
-    """Whether this is a tensor of no other class, not sparse, nested, or of oneDNN's own layout."""
+    """Whether this is a plain tensor: no subclass, not sparse or nested, not in oneDNN's own layout."""
     return type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_nested
 
 
 def calls_onednn(layer: Any, x: Tensor, gelu: bool = False) -> bool:
-    """Whether `linear` calls something else than PyTorch does."""
+    """Whether `linear` calls something other than PyTorch does."""
     if not (is_plain(layer, nn.Linear) and _served(x, layer.weight)):
         return False
     return not _MKL_IS_FAST or (gelu and not wants_grad(x, layer.weight, layer.bias))
@@ -65,12 +65,12 @@ def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
 
 
 def add_linear(residual: Tensor, layer: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """residual + layer(x), of one shape; without autograd into a contiguous `out`, which may be the residual."""
+    """residual + layer(x), of one shape; without autograd, written to a contiguous `out`, which may be the residual."""
     if out is None or not (
         _MKL_IS_FAST and is_plain(layer, nn.Linear) and layer.bias is not None and _served(x, layer.weight)
     ):
         return torch.add(residual, linear(layer, x), out=out)
-    # MKL adds to what is there: one pass over the result less.
+    # MKL adds to what is there, which saves a pass over the result.
     torch.add(residual, layer.bias, out=out)
     out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), layer.weight.t())
     return out
@@ -89,9 +89,9 @@ def multiply(x: Tensor, weight: Any, bias: Any, gelu: bool = False) -> Tensor:
 
 
 def _served(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN serves this call. torch.compile calls what it finds best, and must not look at switches.
+    """Whether oneDNN serves this call. torch.compile makes its own choice, and must not look at switches.
 
-    Not of tensor subclasses: a quantised weight knows F.linear.
+    Tensor subclasses go to F.linear, which a quantised weight overrides.
     """
     return (
         not torch.compiler.is_compiling()
@@ -103,7 +103,7 @@ def _served(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.dim() > 0
-        and x.shape[-1] == weight.shape[1]  # of a wrong x, PyTorch's product says more
+        and x.shape[-1] == weight.shape[1]  # PyTorch's own error for a wrong x says more
         and x.numel() * weight.shape[0] >= _LEAST
         and x.numel() >= _LEAST_ROWS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
@@ -142,5 +142,5 @@ class _Linear(torch.autograd.Function):
 
 
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
-    """a.T @ b. oneDNN is given its first factor copied: the smaller of the two, as the copy takes up to 30 % more."""
+    """a.T @ b. The first factor is copied for oneDNN, which takes up to 30 % longer: so the smaller one comes first."""
     return _onednn(a.t(), b.t()) if a.shape[1] <= b.shape[1] else _onednn(b.t(), a.t()).t().contiguous()

@@ -9,14 +9,14 @@ DROPS = (nn.Dropout, nn.Identity)
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether calling a layer calls something else, too."""
+    """Whether calling a layer also calls hooks of its own."""
     return bool(layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
 
 
 def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether calling a layer is calling the forward of one of these classes: a derived class is none of them.
+    """Whether calling a layer only runs the forward of one of these classes; derived classes do not count.
 
-    No hook then (weight_norm is one), not of all modules either, and no other forward on the instance.
+    So it has no hooks (weight_norm is one), no global module hooks are set, and no forward is set on the instance.
     """
     return type(layer) in kinds and not (has_hooks(layer) or _has_any_global_hook() or "forward" in vars(layer))
 
@@ -27,5 +27,5 @@ def dropout_p(drop: nn.Module) -> float:
 
 
 def is_idle(drop: nn.Module) -> bool:
-    """Whether what stands in a Dropout's place lets everything through, in its present mode, and does nothing else."""
+    """Whether what stands in a Dropout's place passes its input on, in its present mode, and does nothing else."""
     return is_plain(drop, *DROPS) and not dropout_p(drop)
