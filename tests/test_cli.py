@@ -1,5 +1,7 @@
 """`python -m hotkernels`: usage, exit codes, and the doctor's page."""
 
+from __future__ import annotations
+
 import os
 import platform
 import re
@@ -14,39 +16,39 @@ from hotkernels import __version__, backends, doctor
 from hotkernels.__main__ import main
 
 
-def run(*argv, **environment):
+def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **environment}
     return subprocess.run(
         [sys.executable, "-m", "hotkernels", *argv], capture_output=True, text=True, env=env, check=False
     )
 
 
-def test_no_command_prints_the_usage(capsys):
+def test_no_command_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     told = capsys.readouterr().err
     assert told.startswith("usage: python -m hotkernels COMMAND")
     assert all(f"\n  {name} " in told for name in ("demo", "doctor", "bench"))
 
 
-def test_an_unknown_command_is_named():
+def test_an_unknown_command_is_named() -> None:
     done = run("dmeo")
     assert done.returncode == 2
     assert done.stderr.startswith("hotkernels: command must be one of demo, doctor, bench, got 'dmeo'\nusage: ")
 
 
-def test_help_is_no_error(capsys):
+def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: ")
 
 
-def test_the_demo_help_warns_of_pickles(capsys):
+def test_the_demo_help_warns_of_pickles(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "--help"])
     assert stopped.value.code == 0
     assert "Unpickling runs code from the file" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_bad_file_leaves_no_folder(tmp_path, capsys):
+def test_a_bad_file_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--keypoints", str(tmp_path / "no.npz"), "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
@@ -54,7 +56,7 @@ def test_a_bad_file_leaves_no_folder(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_doctor_in_a_process_of_its_own():
+def test_doctor_in_a_process_of_its_own() -> None:
     """The environment is read when the library loads."""
     done = run("doctor", HOTKERNELS_BACKEND="torch", HOTKERNELS_ISA="")
     assert done.returncode == (1 if doctor.problems() else 0)
@@ -70,7 +72,7 @@ def test_doctor_in_a_process_of_its_own():
         ("HOTKERNELS_ISA", "foo", r"hotkernels: HOTKERNELS_ISA must be an instruction set of this machine \(base"),
     ],
 )
-def test_doctor_fails_on_a_setting_with_which_calls_fail(name, value, told):
+def test_doctor_fails_on_a_setting_with_which_calls_fail(name: str, value: str, told: str) -> None:
     if value == "cuda" and backends.LIBRARIES["_C_cuda"] is None and torch.cuda.is_available():
         pytest.skip("that backend serves calls here")
     if name == "HOTKERNELS_ISA" and backends.LIBRARIES["_C_cpu"] is not None:
@@ -80,7 +82,7 @@ def test_doctor_fails_on_a_setting_with_which_calls_fail(name, value, told):
     assert re.search(f"^PROBLEM: {told}", done.stdout, re.M)
 
 
-def test_doctor_report():
+def test_doctor_report() -> None:
     before = backends.instruction_set()
     page = doctor.report()
     assert backends.instruction_set() == before
@@ -118,8 +120,8 @@ model name	: AMD EPYC: the other socket
         (None, "of platform"),
     ],
 )
-def test_a_processor_is_named_with_its_numbers(monkeypatch, cpuinfo, told):
-    def read_text(path):
+def test_a_processor_is_named_with_its_numbers(monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, told: str) -> None:
+    def read_text(path: Path) -> str:
         if cpuinfo is None or path != Path("/proc/cpuinfo"):
             raise FileNotFoundError
         return cpuinfo
@@ -145,7 +147,15 @@ BOTH = "_C_cpu: built\n_C_cuda: built\n"
         ("", "_C_cpu.abi3.so", None, ("_C_cpu",), ["_C_cpu"]),
     ],
 )
-def test_doctor_knows_what_should_have_loaded(monkeypatch, tmp_path, report, library, cuda, lost, failed):
+def test_doctor_knows_what_should_have_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    report: str,
+    library: str,
+    cuda: str | None,
+    lost: tuple[str, ...],
+    failed: list[str],
+) -> None:
     if report:
         (tmp_path / "build_report.txt").write_text(report)
     if library:
@@ -157,10 +167,10 @@ def test_doctor_knows_what_should_have_loaded(monkeypatch, tmp_path, report, lib
     assert doctor.failed() == failed
 
 
-def test_doctor_lists_instruction_sets_and_leaves_the_one_in_use(monkeypatch):
+def test_doctor_lists_instruction_sets_and_leaves_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     forced = ["avx2"]
 
-    def instruction_set(force=None):
+    def instruction_set(force: str | None = None) -> str:
         if force == "avx512":
             raise ValueError
         forced.extend([force] if force else [])
@@ -172,13 +182,13 @@ def test_doctor_lists_instruction_sets_and_leaves_the_one_in_use(monkeypatch):
 
 
 @pytest.mark.skipif(backends.LIBRARIES["_C_cpu"] is not None, reason=str(backends.LIBRARIES["_C_cpu"]))
-def test_doctor_accepts_a_backend_that_serves_some_calls(monkeypatch):
+def test_doctor_accepts_a_backend_that_serves_some_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "FROM_ENVIRONMENT", "cpp")
     assert doctor.problems() == []
     assert "cpp: float32, float16, bfloat16; none (dpc_knn: backend must be one that" in doctor.report()
 
 
-def test_doctor_tells_where_gpu_kernels_ran(monkeypatch):
+def test_doctor_tells_where_gpu_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = backends.Kernel((torch.float32,), device="cuda")
     monkeypatch.setitem(backends.OPS, "dpc_knn", {**backends.OPS["dpc_knn"], "triton": kernel})
     assert "triton: compiled only" in doctor.report()
@@ -186,7 +196,7 @@ def test_doctor_tells_where_gpu_kernels_ran(monkeypatch):
     assert "triton: run on a GPU, a date, a commit" in doctor.report()
 
 
-def test_the_readme_says_where_each_gpu_kernel_ran():
+def test_the_readme_says_where_each_gpu_kernel_ran() -> None:
     """The same as doctor: a row per op, its CUDA C++ kernel, its Triton kernel."""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     states = doctor.gpu_kernels()
@@ -196,7 +206,9 @@ def test_the_readme_says_where_each_gpu_kernel_ran():
         assert f"\n| {op} | {cells} |\n" in readme
 
 
-def test_doctor_fails_on_a_built_extension_that_does_not_load(monkeypatch, capsys):
+def test_doctor_fails_on_a_built_extension_that_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     built = "_C_cpu" in {p.name.split(".")[0] for p in backends.Path(backends.__file__).parent.glob("_C_*so")}
     if not built:
         pytest.skip("the C++ extension is not built here")
