@@ -6,7 +6,7 @@ deepcopy and pickle name the original class and what was swapped, and make the s
 goes with the class, records what the module held at the swap, so that later changes are noticed. A clustering function
 is replaced by giving that subclass a copy of the method in which the function has another name, one that is added to
 the file's globals, so that other models of the file, and the function itself, stay as they are. Where the method calls
-`utils.cluster_dpc_knn`, the other name is that of a module which is `utils` but for that function.
+`utils.cluster_dpc_knn`, the other name is that of a module that is `utils` except for that function.
 """
 
 from . import modules  # noqa: F401  (registers them)

@@ -181,8 +181,8 @@ def unswap(model: nn.Module) -> None:
         model: a model with swapped modules.
 
     Raises:
-        ValueError: ``unswap: model must be one with swapped modules, got ...``, also where a class was derived from a
-            swapped one, as by register_parametrization: undo that first. Nothing is then undone.
+        ValueError: ``unswap: model must be one with swapped modules, got ...``, also if a class was derived from a
+            swapped one, as register_parametrization does: undo that first. Nothing is undone then.
 
     Example::
 
@@ -206,14 +206,14 @@ def unswap(model: nn.Module) -> None:
 def swapped(model: nn.Module, *, example_inputs: Any = None) -> Iterator[SwapReport]:
     """`swap` for the length of a `with` block; what was swapped before it stays swapped after it.
 
-    A model of which everything was is no error: nothing changes, nothing is compared, and all is reported as left.
+    A model that is swapped completely already is no error: nothing changes, and everything is reported as left.
 
     Args:
         model, example_inputs: as `swap`, whose report the block gets.
 
     Raises:
-        TypeError, ValueError: as `swap`, and after the block ``swapped: model must be ...`` where a class was derived
-            in it from one that the block gave, as by register_parametrization.
+        TypeError, ValueError: as `swap`, and after the block ``swapped: model must be ...`` if a class was derived in
+            it from one that the block gave, as register_parametrization does.
 
     Example::
 
@@ -286,7 +286,7 @@ def _total(found: list[tuple[str, int, int]], kind: str) -> tuple[int, int] | No
 
 
 def _check_classes(op: str, model: nn.Module, modules: list[Any]) -> None:
-    """That these modules of a model have the classes that swap gave them."""
+    """Check that these modules of a model still have the classes that swap gave them."""
     for path, module in model.named_modules():
         if module in modules and "_hotkernels_spec" not in vars(type(module)):
             what = f"{type(module).__name__} at {path or 'the model'}, derived since"
@@ -350,11 +350,11 @@ def _set_classes(classes: Sequence[tuple[Any, type[nn.Module]]]) -> None:
             if issubclass(cls, Twin):
                 vars(module)[SEEN] = seen(module)
             module.__class__ = cls
-            # In PyTorch 2.11, compiled code asks for a module's class again only where a dict of it was written to;
-            # with Python 3.13, it does not notice that in the module's own.
+            # In PyTorch 2.11, compiled code checks a module's class again only after a write to one of its dicts; with
+            # Python 3.13, it does not notice a write to the module's __dict__ itself.
             module._modules["_hotkernels"] = None
             del module._modules["_hotkernels"]
-    except TypeError:  # raised by a class of another memory layout
+    except TypeError:  # raised if the memory layouts of the classes differ
         _set_classes(before)
         raise
 
@@ -363,7 +363,7 @@ def _set_classes(classes: Sequence[tuple[Any, type[nn.Module]]]) -> None:
 def _stand_ins(
     changes: list[_Change], stand_in: Callable[[Any, Any], Callable[..., Any]], fused: bool
 ) -> Iterator[None]:
-    """The changes with `stand_in(theirs, ours)` for every clustering function, and with fused forwards or without."""
+    """Make the changes for a while, with `stand_in(theirs, ours)` for clustering functions, fused forwards or not."""
     installed: list[tuple[dict[str, Any], str]] = []
 
     def renamed(renames: Renames, names: dict[str, Any]) -> Renames:
@@ -378,7 +378,7 @@ def _stand_ins(
                 target = ours if fused else ()
             if target:
                 out.append((path, target))
-        kept = hidden_names(renames).values()  # by which other swapped models of the file call ours: they stay
+        kept = hidden_names(renames).values()  # by these, other swapped models of the file call ours: they stay
         installed.extend((names, hidden[0]) for hidden in hidden_names(tuple(out)).values() if hidden not in kept)
         return tuple(out)
 
@@ -408,10 +408,10 @@ def _recorder(theirs: Callable[..., Any], tape: list[Any]) -> Callable[..., Any]
 def _player(
     function: Callable[..., Any], tape: list[Any], found: list[tuple[str, int, int]] | None
 ) -> Callable[..., Any]:
-    """What returns the recorded results in turn; with `found`, for ours, it adds how those of ours differ."""
+    """A function that returns the recorded results in turn; if `found` is given, it adds how ours differ from them."""
 
     def played(*args: Any, **kwargs: Any) -> Any:
-        got, recorded = function(*args, **kwargs), tape.pop(0)  # the function draws its random numbers
+        got, recorded = function(*args, **kwargs), tape.pop(0)  # called for the random numbers it draws
         if found is not None:
             found.append(differences(function, got, recorded))
         return recorded

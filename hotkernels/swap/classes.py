@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-# What a function calls instead of some functions that it names, as "cluster" or "utils.cluster": name -> function, or
-# name -> what that one calls instead.
+# What a function calls in place of functions that it names, as "cluster" or "utils.cluster": name -> function, or
+# name -> what the function of that name calls instead.
 Renames = tuple[tuple[str, Any], ...]
 Calls = tuple[tuple[str, Renames], ...]  # the same per method
 _OF_TWINS = ("kind", "fits", "examples", "long_examples", "describe")
@@ -35,8 +35,7 @@ def subclass(original: type[nn.Module], twin: type | None, calls: Calls = ()) ->
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_ex,
     }
-    # A twin lends its forward. What else it has by the names of Twin is no business of the module's own code, which may
-    # have the same names.
+    # A twin lends its forward alone: the other names of Twin must not hide what the module has under them.
     own = {name for name in _OF_TWINS if twin is not None and hasattr(original, name)}
     namespace |= {name: inspect.getattr_static(original, name) for name in own}
     for method, renames in calls:
@@ -49,7 +48,7 @@ def subclass(original: type[nn.Module], twin: type | None, calls: Calls = ()) ->
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """As the original class reduces, with that class in place of ours, which no import finds."""
+    """Reduce as the original class does, with that class in place of ours, which no import finds."""
     cls: Any = type(self)
     function, args, *rest = cls._hotkernels_original.__reduce_ex__(self, max(int(protocol), 2))
     args = tuple(cls._hotkernels_original if arg is cls else arg for arg in args)
@@ -73,7 +72,7 @@ def look_up(names: dict[str, Any], path: str) -> Any:
 def hidden_names(renames: Renames) -> dict[str, tuple[str, Renames]]:
     """Per name of a file: the one under which its globals hold what replaces it, and what is replaced inside it.
 
-    A function is replaced itself, ("", ours); a module by one in which some functions are others.
+    A function is replaced itself, ("", ours); a module by one that differs in some functions.
     """
     inside: dict[str, list[tuple[str, Any]]] = {}
     for path, target in renames:
@@ -112,7 +111,7 @@ def _replaced(theirs: Any, parts: Renames) -> Any:
     """What a name of a file stands for once these parts of it are replaced."""
     if isinstance(theirs, ModuleType):
         module: Any = ModuleType(theirs.__name__)
-        module.__getattr__ = lambda name: getattr(theirs, name)  # what is not replaced, as it is at the time
+        module.__getattr__ = lambda name: getattr(theirs, name)  # the rest is looked up when it is used
         for name, (_, inner) in hidden_names(parts).items():
             setattr(module, name, _replaced(getattr(theirs, name), inner))
         return module
@@ -123,7 +122,7 @@ def _replaced(theirs: Any, parts: Renames) -> Any:
 def _calling(function: FunctionType, renames: Renames) -> FunctionType:
     """A copy of a function that calls others in place of those of its file.
 
-    The copy shares the file's globals, which `torch.compile` looks names up in, and in which they may change.
+    The copy shares the file's globals, where `torch.compile` looks names up, and which may change.
     """
     hidden = hidden_names(renames)
     for name, (ours, parts) in hidden.items():

@@ -20,7 +20,7 @@ from . import probe
 from .classes import Calls, Renames, bases, codes, methods, subclass
 
 _B, _N, _M = 2, 24, 7  # of the probes; up to 25 tokens, cdist computes distances exactly
-# N, M, k: also more tokens, of which rounding reorders none (on 300 seeds; of 300 tokens, on one), and k > M.
+# N, M, k: more tokens, of which rounding reorders none (on 300 seeds; of 300 tokens, it does on one), and k > M.
 _MORE, _K_ABOVE_M = (100, 30, 9), (_N, 3, 5)
 
 
@@ -42,7 +42,7 @@ def _token_dict(dtype: torch.dtype, N: int = _N) -> dict[str, Any]:
 class Form:
     """A published function: ours, and the calls on which another must answer the same to be replaced by it.
 
-    `index` is which of the results of a clustering says what it chose, if one does.
+    `index` is which result of a clustering says what it chose, if one does.
     """
 
     replacement: Callable[..., Any]
@@ -71,14 +71,14 @@ def _merges(*entries: str) -> list[tuple[Any, ...]]:
     return [(*first, assignment, _M, w) for w in (None, torch.rand(_B, _N, 1, dtype=torch.float32))]
 
 
-# Those that compute in float32 whatever they get come before those that do not, which answer the same in float32.
+# Forms that always compute in float32 come before those that do not, which answer the same in float32.
 FORMS: dict[str, list[Form]] = {
     "cluster_dpc_knn": [
         Form(hot.cluster_dpc_knn, lambda: _clusterings(_tokens), index=0),
         Form(token_reduction.cluster_dpc_knn, lambda: _clusterings(_tokens), index=1),
         Form(prunevid.cluster_dpc_knn, lambda: _clusterings(_tokens, half=True)),
         Form(ermvp.cluster_dpc_knn, lambda: _clusterings(_tokens)),
-        # Ours clamps k, for Chat-UniVi's function, which is called with k <= M alone.
+        # Ours clamps k itself; Chat-UniVi's function is only ever called with k <= M.
         Form(chat_univi.cluster_dpc_knn, lambda: _clusterings(_token_dict, half=True, k_above_m=False)),
         Form(tcformer.cluster_dpc_knn, lambda: _clusterings(_token_dict)),
     ],
@@ -95,7 +95,7 @@ FORMS: dict[str, list[Form]] = {
 def differences(ours: Callable[..., Any], got: Any, expected: Any) -> tuple[str, int, int]:
     """How results of a clustering differ: ("choices", tokens kept, others), or ("clusters", tokens, elsewhere).
 
-    What is kept counts where it is returned. Elsewhere is a token that is not with most of those of its cluster.
+    Choices are counted where they are returned. A token is elsewhere if theirs part it from most of our cluster.
     """
     at = next(form.index for forms in FORMS.values() for form in forms if form.replacement is ours)
     if at is not None:
@@ -137,7 +137,7 @@ def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
 
 
 def find_held(cls: type[nn.Module], attributes: dict[str, Any]) -> list[tuple[str, str]]:
-    """What attributes of a module or its class are, hold or call of the published functions: (attribute, why left)."""
+    """The published functions that attributes of a module or its class are, hold or call: (attribute, why left)."""
     left: list[tuple[str, str]] = []
     own = [function for _, function in methods(cls)]
     for name, value in attributes.items():
@@ -265,7 +265,7 @@ def _related(one: FunctionType, other: FunctionType) -> bool:
 
 
 def _defaults(function: FunctionType) -> dict[str, Any]:
-    """The arguments of a function that have a default, and that."""
+    """The arguments of a function that have a default, each with it."""
     values, positional = function.__defaults__ or (), function.__code__.co_argcount
     names = function.__code__.co_varnames[positional - len(values) : positional]
     return {**dict(zip(names, values, strict=True)), **(function.__kwdefaults__ or {})}
@@ -283,7 +283,7 @@ _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 
 
 def _loaded(function: CodeType) -> set[tuple[str, ...]]:
-    """The names that a code loads from its file, each with the attributes that follow it: ("utils", "cluster")."""
+    """The names that code loads from its file, each with the attributes that follow it: ("utils", "cluster")."""
     found: list[list[str]] = []
     for code in codes(function):
         follows = False
@@ -309,7 +309,7 @@ def _through_modules(names: dict[str, Any], dotted: tuple[str, ...]) -> tuple[st
 
 
 def _uses(function: CodeType, name: str) -> set[str]:
-    """The kinds of instruction by which a code uses a name."""
+    """The kinds of instruction by which code uses a name."""
     return {step.opname for code in codes(function) for step in dis.get_instructions(code) if step.argval == name}
 
 
@@ -326,7 +326,7 @@ def find_form(function: FunctionType) -> Callable[..., Any] | str:
 
 
 def _accepts(ours: Callable[..., Any], theirs: FunctionType) -> bool:
-    """Whether every call of theirs is one of ours."""
+    """Whether ours accepts every call that theirs does."""
     mine, given = (list(inspect.signature(f).parameters.values()) for f in (ours, theirs))
     needed = [p for p in mine[len(given) :] if p.default is p.empty]
     return (

@@ -22,7 +22,7 @@ from .twins import Twin, register_twin
 from .watch import as_seen, in_probe
 
 _ALONG = {"spatial": -2, "temporal": -3}  # mode -> the dim of [B, T, J, C] that attends
-# Tokens of a long example: more than windows have (49, 196, 256) and than attention that scales with log N trained on.
+# Tokens of a long example: more than windows have (49, 196, 256), or attention that scales with log N was trained on.
 _LONG, _LONG_SIDES = 300, (12, 25)
 # Linear layers -> how many times C they make of C channels.
 _QKV, _Q_K_V, _Q_KV = {"qkv": 3}, {"linear_q": 1, "linear_k": 1, "linear_v": 1}, {"q": 1, "kv": 2}
@@ -71,7 +71,7 @@ def _obstacle(module: Any, takes: int, linears: dict[str, int]) -> str | None:
 
 
 def _forward_obstacle(module: Any, takes: int) -> str | None:
-    """What in its forward or in the weights that it has itself keeps a module from being replaced."""
+    """What in its forward or in weights of its own keeps a module from being replaced."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted"
     if type(module).forward is nn.Module.forward:
@@ -103,9 +103,9 @@ def _project(module: Any, attended: Tensor) -> Tensor:
 def _served(module: Any, layers: Iterable[str], tokens: tuple[Tensor, ...], *more: Any) -> bool:
     """Whether a call is fused: without further arguments, with tokens, and the module does what the probe saw.
 
-    So nothing was set since the swap that its own forward may heed. Dropout on the probabilities draws its random
-    numbers in their layout, which is the module's own affair, as is what else a twin would not call: what was put in
-    the place of a Dropout or an Identity, or hooked to it.
+    So nothing was set since the swap that its own forward may heed. That forward also runs what a twin would not call:
+    dropout on the probabilities, which draws random numbers in their layout, and whatever was put in the place of a
+    Dropout or an Identity, or hooked to it.
     """
     if not as_seen(module):
         return False
@@ -117,7 +117,7 @@ def _served(module: Any, layers: Iterable[str], tokens: tuple[Tensor, ...], *mor
 
 
 def _reducing(module: Any, layers: Iterable[str]) -> dict[str, type[nn.Module]]:
-    """What reduces the keys of a module that projects them by themselves."""
+    """What reduces the keys of a module that projects them apart from the queries."""
     return {"sr": nn.Conv2d, "norm": nn.LayerNorm} if "kv" in layers and _reduces(module) else {}
 
 
@@ -140,7 +140,7 @@ class _Published(Twin):
         original = vars(cls).get("_hotkernels_original")
         if original is None:
             return
-        # A caller may give arguments by the names that the original has for them, and further ones that are off.
+        # A caller may pass arguments by the original's names for them, and further ones that are off.
         twin = cls.forward
         theirs, ours = ([*inspect.signature(f).parameters.values()][1:] for f in (original.forward, twin))
         count = sum(p.kind is p.POSITIONAL_ONLY for p in ours)
@@ -194,7 +194,7 @@ class _Attention(_Published):
 
 @register_twin
 class _ToQkvAttention(_Published):
-    """TokenPose's, PPT's, vit-pytorch's: forward(x [B, N, C]), with to_qkv and to_out, and maybe its norm first."""
+    """TokenPose's, PPT's, vit-pytorch's: forward(x [B, N, C]), with to_qkv and to_out, and perhaps a norm first."""
 
     kind = "attention"
     _hotkernels_first = "to_qkv"
@@ -427,7 +427,7 @@ class _GridAttention(_Published):
 
 @register_twin
 class _Mlp(_Published):
-    """MixSTE's, timm's: fc2(act(fc1(x))), where oneDNN multiplies faster or has GELU in the product: float32, a CPU."""
+    """MixSTE's, timm's: fc2(act(fc1(x))), where oneDNN is faster or fuses GELU into the product: float32, on a CPU."""
 
     kind = "MLP"
     _hotkernels_first = "fc1"
@@ -439,7 +439,7 @@ class _Mlp(_Published):
         others = [child for name, child in module.named_children() if name not in _MLP]
         return (
             type(fc1) is type(fc2) is nn.Linear
-            and fc1.out_features == fc2.in_features  # not so where half of them are gates
+            and fc1.out_features == fc2.in_features  # false where half of them are gates
             and isinstance(act, nn.Module)
             and all(type(child) in DROPS for child in others)
             and is_fast_on(getattr(fc1, "weight", None))
@@ -528,7 +528,7 @@ def _reduces(module: Any) -> bool:
 
 
 def _file_with_token2map(cls: Any) -> Any:
-    """The names of the file that has the function which a class's forward can call: its own or one that it imports."""
+    """The names of the file whose token2map a class's forward can call: its own file or one that it imports."""
     if not isinstance(cls.forward, FunctionType):
         return None
     own = cls.forward.__globals__

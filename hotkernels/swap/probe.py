@@ -24,13 +24,13 @@ _HALF_EPSILONS = 8
 
 
 class IncomparableError(TypeError):
-    """A result holds what is equal to itself alone; the text says what."""
+    """A result holds an object that equals only itself; the text says what."""
 
 
 def same(expected: Any, got: Any) -> bool:
     """Whether two results agree to rounding, relative to the largest value.
 
-    That is floats to the root of their epsilon, those in half precision to 8 epsilons. Raises IncomparableError.
+    Floats may differ by the root of their epsilon, in half precision by 8 epsilons. Raises IncomparableError.
     """
     if isinstance(expected, Tensor) and isinstance(got, Tensor):
         return _same_tensor(expected, got)
@@ -40,7 +40,7 @@ def same(expected: Any, got: Any) -> bool:
         return expected.keys() == got.keys() and all(same(expected[key], got[key]) for key in expected)
     if isinstance(expected, (list, tuple)):
         return len(expected) == len(got) and all(map(same, expected, got))
-    if isinstance(expected, (float, complex)):  # of a tensor in float32, for all that one can know
+    if isinstance(expected, (float, complex)):  # perhaps from a tensor in float32
         dtype = torch.complex64 if isinstance(expected, complex) else torch.float32
         return _same_tensor(torch.tensor(expected, dtype=dtype), torch.tensor(got, dtype=dtype))
     if isinstance(expected, (np.ndarray, np.generic)):
@@ -69,7 +69,7 @@ def _same_tensor(expected: Tensor, got: Tensor) -> bool:
 
 
 def distance(expected: Any, got: Any) -> float:
-    """The largest difference between floats of two results, relative to the largest number; inf where one is not."""
+    """The largest difference between floats of two results, relative to the largest one; inf where undefined."""
     ours, theirs = ([t for t in pytree.tree_leaves(r) if isinstance(t, Tensor)] for r in (expected, got))
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if a.is_floating_point() and a.numel()]
     if len(ours) != len(theirs) or not pairs or any(a.shape != b.shape for a, b in pairs):
@@ -80,18 +80,18 @@ def distance(expected: Any, got: Any) -> float:
 
 
 def leaves(module: nn.Module, args: Any) -> list[Tensor]:
-    """The parameters and the tensors in args that have a gradient, made to require it.
+    """The parameters and the tensors in args that can have a gradient, made to require it.
 
-    Not expanded ones: of those, only the sum of the gradient over what was expanded means something.
+    Not expanded ones: only the sum of their gradient over the expanded dims means something.
     """
     tensors = [*module.parameters(), *(leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor))]
     return [tensor.requires_grad_() for tensor in tensors if tensor.is_floating_point() and 0 not in tensor.stride()]
 
 
 def gradients(out: Any, leaves: list[Tensor]) -> Tensor | None:
-    """All gradients of the leaves, one after another, of a fixed sum over an output; None if it has none.
+    """The gradients of a fixed sum over an output for all leaves, concatenated; None if it has none.
 
-    In one tensor, as `same` compares with the largest value: that of a bias of keys, which is zero, is rounding alone.
+    In one tensor, as `same` compares with the largest value: the gradient of a bias of keys is zero but for rounding.
     """
     if not isinstance(out, Tensor) or not out.requires_grad:
         return None
@@ -102,7 +102,7 @@ def gradients(out: Any, leaves: list[Tensor]) -> Tensor | None:
 
 @contextlib.contextmanager
 def seeded(device: torch.device) -> Iterator[None]:
-    """No gradients, autocast, inference mode; new tensors on the device, random numbers from a seed, then put back."""
+    """No gradients, autocast, inference mode; new tensors on the device; random numbers from a seed, then restored."""
     accelerator = device.type not in ("cpu", "meta")
     with (
         torch.random.fork_rng([device] if accelerator else [], device_type=device.type if accelerator else "cuda"),
@@ -154,7 +154,7 @@ def _copied(value: Any) -> Any:
 
 
 def attributes(module: nn.Module) -> dict[str, list[Any]]:
-    """What a module holds, and what is in it if that can change: what `stored` compares with."""
+    """What a module holds, with the contents of what can change in place: what `stored` compares with."""
     held = {**module._parameters, **module._buffers, **vars(module)}
     return {name: [value, *_contents(value)] for name, value in held.items()}
 
@@ -192,7 +192,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _value(attribute: Any) -> Any:
-    """Plain values by what they say, and containers of them; anything else by identity."""
+    """Plain values, and containers of them, by value; anything else by identity."""
     if isinstance(attribute, (list, tuple)):
         return type(attribute), *map(_value, attribute)
     if isinstance(attribute, dict):

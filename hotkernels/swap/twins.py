@@ -24,21 +24,21 @@ class Twin:
 
     kind: ClassVar[str]
     forward: Callable[..., Any]
-    _hotkernels_probed: ClassVar[bool] = True  # False: what it does follows from its class, as of an nn.Sequential
+    _hotkernels_probed: ClassVar[bool] = True  # False: its class alone says what it does, as nn.Sequential
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool | str:
-        """Whether `module` has this form. A string: it looks like it, and why it is left alone."""
+        """Whether `module` has this form. A string says why one that looks like it is left alone."""
         raise NotImplementedError
 
     @classmethod
     def examples(cls, module: nn.Module) -> list[tuple[Any, ...]]:
-        """Small random inputs of the module's dtype and device; on them both forwards are compared."""
+        """Small random inputs, of the module's dtype and device, on which both forwards are compared."""
         raise NotImplementedError
 
     @classmethod
     def long_examples(cls, module: nn.Module) -> list[tuple[Any, ...]]:
-        """The same with some hundred tokens, on which outputs alone are compared: for windows, or the k largest."""
+        """The same with a few hundred tokens, to compare outputs alone: they reveal windows and top-k attention."""
         return []
 
     @classmethod
@@ -56,8 +56,8 @@ def register_twin(twin: T) -> T:
     """Make `hotkernels.swap` know one more form of module; decorates a class derived from `hotkernels.Twin`.
 
     The class has a name for reports (`kind`) and says which modules it fits, on which inputs to compare, and what the
-    fused forward is. It is asked before those registered earlier. A module whose output differs is left alone. What is
-    set on a module after the swap is the fused forward's to heed, as are hooks on layers that it does not call.
+    fused forward is. It is asked before those registered earlier. A module whose output differs is left alone. The
+    fused forward has to heed what is set on a module after the swap, and hooks on layers that it does not call.
 
     Args:
         twin: the class.
@@ -103,7 +103,7 @@ def register_twin(twin: T) -> T:
 def find_twin(module: nn.Module, verdicts: dict[Any, str | None]) -> type[Twin] | str | None:
     """The twin that serves a module, why a module that looks like attention is left alone, or None for any other.
 
-    `verdicts` holds what probes of modules like this one have said.
+    `verdicts` keeps what probes of modules like this one have said.
     """
     reasons: list[str] = []
     for twin in TWINS:
@@ -123,13 +123,13 @@ def find_twin(module: nn.Module, verdicts: dict[Any, str | None]) -> type[Twin] 
             if verdicts[key] is None:
                 return twin
             reasons.append(str(verdicts[key]))
-    if reasons:  # the one of a form as which it runs, if there is one
+    if reasons:  # rather that of a form on whose examples it runs
         return next((reason for reason in reasons if not reason.startswith(_FAILS)), reasons[0])
     return "a form of attention that swap does not know" if _looks_like_attention(module) else None
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    """By its name, if it has layers that project, itself or in a container, and no attention inside."""
+    """By its name, if it has projections, directly or in a container, and no attention inside."""
     if isinstance(module, nn.MultiheadAttention):
         return True
     named = [isinstance(m, nn.MultiheadAttention) or "attention" in type(m).__name__.lower() for m in module.modules()]
@@ -138,7 +138,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
 
 
 def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
-    """What a module computes that its twin does not, in evaluation or in training without dropout; None if nothing."""
+    """How a module differs from its twin, in evaluation or in training without dropout; None if it does not."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     if device.type == "meta":
         return "on the meta device nothing can be compared"
@@ -148,7 +148,7 @@ def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
             for args in twin.examples(copy):
                 if found := _differs(copy, twin, args, []):
                     return found
-            copy.float()  # whose rounding hides no other function
+            copy.float()  # whose rounding cannot hide another function
         with torch.enable_grad():
             for args in pytree.tree_map(_wide, twin.examples(copy)):
                 leaves = probe.leaves(copy, args)
@@ -163,12 +163,12 @@ def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
 
 
 def _wide(value: Any) -> Any:
-    """What an example holds, in float32 where it is in half precision."""
+    """What an example holds, in float32 if it is in half precision."""
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
 def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: list[Tensor]) -> str | None:
-    """What a replica's forward computes on one input that the twin's does not; None if nothing."""
+    """How a replica's forward differs from the twin's on one input; None if it does not."""
     original = type(copy)
     state, before = torch.get_rng_state(), probe.attributes(copy)
     try:
@@ -186,7 +186,7 @@ def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: l
     copy.__class__ = subclass(original, twin)
     try:
         got = copy.forward(*args)
-    except Exception as error:  # of other shapes than the form's
+    except Exception as error:  # of shapes other than the form's
         return f"{twin.kind} fails on what it takes ({type(error).__name__})"
     finally:
         copy.__class__ = original

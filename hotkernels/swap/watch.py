@@ -1,4 +1,4 @@
-"""What a module held when it was swapped, and whether it still does: no probe has seen what else it may compute."""
+"""What a module held when it was swapped, and whether it still does: if not, no probe has seen what it computes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .classes import codes, methods
 from .probe import OF_EVERY_MODULE
 
 SEEN = "_hotkernels_seen"
-# Methods look names up on tensors, too: those are not taken for names of the module's.
+# Methods also look names up on tensors: those are not taken for attributes of the module.
 _OF_EVERY_TENSOR = frozenset(dir(Tensor))
-_NUMBERS = (int, float)  # of what is pickled twice, these alone come back as two objects
+_NUMBERS = (int, float)  # the only objects that come back from pickle as two, if two places held one
 
 
 def seen(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module; and as `...` those that it has not and its methods mention, as with a default."""
+    """The attributes of a module; and as `...` those that its methods mention and it lacks, as with a default."""
     held = vars(module)
     mentioned: set[Any] = set()
     for name, method in methods(type(module)):
@@ -27,7 +27,7 @@ def seen(module: nn.Module) -> dict[str, Any]:
     layers = module._modules.keys() | module._parameters.keys() | module._buffers.keys()
     absent = sorted(mentioned - held.keys() - layers - _OF_EVERY_TENSOR - OF_EVERY_MODULE)
     attributes = {name: now for name, now in held.items() if name not in OF_EVERY_MODULE}
-    # A property is no attribute that could be set in its place, and runs when one looks.
+    # A property is not replaced by setting an attribute, and looking at it runs it.
     return attributes | {name: ... for name in absent if not isinstance(getattr(type(module), name, None), property)}
 
 
@@ -37,15 +37,15 @@ def in_probe(module: Any) -> bool:
 
 
 def as_seen(module: Any) -> bool:
-    """Whether a swapped module's attributes, and its class's forward, are those of the swap; it has no weights itself.
+    """Whether a swapped module has the attributes and the class's forward of the swap, and no weights of its own.
 
-    By identity, which is fast; what changes inside an object is not noticed.
+    Compared by identity, which is fast; changes inside an object are not noticed.
     """
     cls, held = type(module), module.__dict__
     if in_probe(module):
         return True
     then = held[SEEN]
-    if torch.compiler.is_compiling():  # which asks again what an attribute is, and not whether a dict has it
+    if torch.compiler.is_compiling():  # its guards check attributes, not whether a dict has a key
         for name in then:
             getattr(module, name, None)
     for name, before in then.items():
