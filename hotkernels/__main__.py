@@ -1,4 +1,4 @@
-"""`python -m hotkernels demo | doctor | bench`."""
+"""`hotkernels demo | doctor | bench`, and the same as `python -m hotkernels`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 COMMANDS = {
     "demo": "keep 81 of 243 frames of a motion, attend, bring the others back, and compare with published code",
     "doctor": "versions, instruction sets, which extension loaded, which backend serves each op",
-    "bench": "measure the ops on this machine, at shapes from published models or your own",
+    "bench": "time one op against the published eager code, at a shape of your own",
 }
 
 
@@ -29,5 +29,10 @@ def main(argv: list[str]) -> int:
     return 0 if asked else 2
 
 
+def console() -> int:
+    """What `hotkernels` on the command line runs."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(console())

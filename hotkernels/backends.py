@@ -32,7 +32,10 @@ def _load(library: str) -> str | None:
     try:
         importlib.import_module(f"hotkernels.{library}")
     except ImportError as error:
-        report = Path(__file__).parent / "build_report.txt"
+        package = Path(__file__).parent
+        report = package / "build_report.txt"
+        if not report.exists() and (package.parent / "setup.py").exists():
+            return f"{library}: not built in the source tree {package.parent}, from which Python imports hotkernels"
         lines = report.read_text().splitlines() if report.exists() else []
         why = [line for line in lines if line.startswith(f"{library}: not built")]
         return why[0] if why else f"{library}: {error}"
@@ -67,7 +70,7 @@ class Kernel:
     library: str | None = None  # None: none needed
 
 
-# op -> backend -> kernel, in the order in which ops were registered.
+# op -> backend -> kernel.
 OPS: dict[str, dict[str, Kernel]] = {}
 
 
@@ -170,7 +173,7 @@ def explain(op: str | Callable[..., Any], *args: object, **kwargs: object) -> Ex
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in OPS:
-        fail("explain", "op", "one of " + ", ".join(OPS), repr(name))
+        fail("explain", "op", "one of " + ", ".join(sorted(OPS)), repr(name))
     parameters = inspect.signature(getattr(sys.modules[__package__], name)).parameters
     first = next(iter(parameters))
     x = args[0] if args else kwargs.get(first)

@@ -111,6 +111,8 @@ def _unserved() -> str | None:
 def problems() -> list[str]:
     """What is wrong with this installation, or with the environment that it was started in."""
     found = [f"{name} was built but did not load: {LIBRARIES[name]}" for name in failed()]
+    if "not built in the source tree" in (LIBRARIES["_C_cpu"] or ""):
+        found.append(f"{LIBRARIES['_C_cpu']}: build it there (pip install -e .) or start Python in another folder")
     if why := _unserved():
         found.append(f"HOTKERNELS_BACKEND={os.environ.get('HOTKERNELS_BACKEND')} serves no call here: {why}")
     try:
@@ -122,7 +124,7 @@ def problems() -> list[str]:
 
 def gpu_kernels() -> dict[tuple[str, str], str]:
     """(op, backend) of each GPU kernel -> where it ran, or that it is compiled only."""
-    kernels = [(op, backend) for op in OPS for backend in ("cuda", "triton") if backend in OPS[op]]
+    kernels = [(op, backend) for op in sorted(OPS) for backend in ("cuda", "triton") if backend in OPS[op]]
     return {key: f"run on {GPU_RUNS[key]}" if key in GPU_RUNS else "compiled only" for key in kernels}
 
 
@@ -134,6 +136,8 @@ def report() -> str:
     environment = [f"  {name}={os.environ[name]}" for name in _ENVIRONMENT if os.environ.get(name)]
     lines = ["versions", *(f"  {name:<12}{version}" for name, version in versions.items())]
     lines += [
+        "package",
+        f"  {Path(__file__).parent}",
         "machine",
         f"  platform    {platform.platform()}",
         f"  cpu         {processor()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads",
@@ -145,7 +149,7 @@ def report() -> str:
         *(environment or [f"  none of {', '.join(_ENVIRONMENT)} is set"]),
     ]
     for device in _devices():
-        lines += [f"served on {device} by", *(f"  {op:<20}{_served(op, device)}" for op in OPS)]
+        lines += [f"served on {device} by", *(f"  {op:<20}{_served(op, device)}" for op in sorted(OPS))]
     lines += ["gpu kernels", *(f"  {op:<20}{name}: {state}" for (op, name), state in gpu_kernels().items())]
     lines += [f"PROBLEM: {problem}" for problem in problems()]
     return "\n".join(lines)
