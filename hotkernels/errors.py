@@ -23,6 +23,12 @@ INTS: Any = (int, torch.SymInt, numbers.Integral)  # the last are NumPy's
 _INT64_MAX, _FLOAT64_MAX = torch.iinfo(torch.int64).max, sys.float_info.max
 FLOATS: Any = (float, int, torch.SymFloat, numbers.Real)
 
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over a dtype: float32, and float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 _looking = contextvars.ContextVar("hotkernels_checked", default=False)
 
 
@@ -106,6 +112,11 @@ def check_probability(op: str, arg: str, value: Any) -> None:
         fail(op, arg, "in [0, 1)", value)
 
 
+def check_seed(op: str, seed: Any) -> None:
+    """Check that `seed` is an int of 64 bits."""
+    check_int(op, "seed", seed, -_INT64_MAX - 1, _INT64_MAX)
+
+
 def check_bool(op: str, arg: str, value: Any) -> None:
     """Check that `value` is a bool, of Python or NumPy."""
     if value is not True and value is not False and not isinstance(value, np.bool_):
@@ -122,9 +133,9 @@ def _can_look(values: Tensor) -> bool:
     return not (values.is_meta or isinstance(values, FakeTensor))
 
 
-def check_index(op: str, arg: str, index: Tensor, size: int) -> None:
-    """Check that every index is -1 ("no token here") or in [0, size), where one can look."""
-    if not _can_look(index):
+def check_index(op: str, arg: str, index: Tensor, size: int, backend: str) -> None:
+    """Check that every index is -1 ("no token here") or in [0, size), where one can look and the backend does not."""
+    if backend == "cpp" or not _can_look(index):
         return
     while is_functorch_wrapped_tensor(index):  # by vmap, which hides the samples
         index = get_unwrapped(index)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import INTEGER, check_bool, check_int, check_tensor, fail
+from ..errors import INTEGER, check_bool, check_int, check_seed, check_tensor, fail
 from ..ops.dpc_knn import dpc_knn
 from ..ops.gather_tokens import gather_tokens
 from .attention import CrossAttention, check_options
@@ -33,7 +33,7 @@ class TokenPruning(nn.Module):
         check_int("TokenPruning", "token_num", token_num, 1, None)
         check_int("TokenPruning", "k", k, 1, None)
         check_bool("TokenPruning", "center", center)
-        check_int("TokenPruning", "seed", seed, -(2**63), 2**63 - 1)
+        check_seed("TokenPruning", seed)
         self.token_num = token_num
         self.k = k
         self.center = center

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...backends import Kernel, call, choose, register
-from ...errors import FLOATING, FUSED, INTEGER, INTS, check_bool, check_index, check_int, check_tensor, fail
+from ...errors import FLOATING, FUSED, INTEGER, INTS, check_bool, check_index, check_int, check_seed, check_tensor, fail
 from ...operators import fake
 from .reference import dpc_knn_reference
 
@@ -121,7 +121,7 @@ def dpc_knn(
         fail(_OP, "x", "[B, N, C] with N >= 1 and C >= 1", list(x.shape))
     check_int(_OP, "num_clusters", num_clusters, 1, N, "N = ")
     check_int(_OP, "k", k, 1, N, "N = ", _K)
-    check_int(_OP, "seed", seed, -(2**63), 2**63 - 1)
+    check_seed(_OP, seed)
     check_bool(_OP, "assign", assign)
     check_bool(_OP, "ordered", ordered)
     if mask is not None:
@@ -134,8 +134,8 @@ def dpc_knn(
         keep = _keep_positions(keep, B, N, num_clusters, x.device)
     x = x.detach()
     backend = choose(_OP, x, backend)
-    if keep is not None and backend != "cpp":  # which looks for itself
-        check_index(_OP, "keep", keep, N)
+    if keep is not None:
+        check_index(_OP, "keep", keep, N, backend)
     if backend == "torch":
         index, assignment, *rest = dpc_knn_reference(x, num_clusters, k, mask, keep, noise, seed, assign, ordered)
         density, delta, score = (t.float() for t in rest)

@@ -101,8 +101,7 @@ def gather_tokens(x: Tensor, index: Tensor, pos: Tensor | None = None, *, backen
         pos = (pos if pos.dim() == 2 else pos[0]).to(x.dtype).contiguous()
     index = index.long().contiguous()
     chosen = choose(_OP, x, backend)
-    if chosen != "cpp":  # which looks for itself
-        check_index(_OP, "index", index, N)
+    check_index(_OP, "index", index, N, chosen)
     if chosen == "torch":
         return gather_tokens_reference(x, index, pos)
     return _fused(x, index, pos)

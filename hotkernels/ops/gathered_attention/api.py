@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ...backends import TRITON_DEVICE, Kernel, choose_attention, register
-from ...errors import FLOATING, FUSED, INTEGER, check_bool, check_float, check_index, check_tensor, fail
+from ...errors import FLOATING, FUSED, INTEGER, accumulator, check_bool, check_float, check_index, check_tensor, fail
 from ...operators import composite, differentiable_once, fake, implement_in_triton, wants_grad
 from ..invert_index import InvertedIndex
 from .reference import gathered_attention_reference
@@ -284,25 +286,17 @@ def gathered_attention(
     if index is not None:
         index = _checked_index(index, batch, H, Nq, query.device)
         num_slots = index.shape[-1]
-        if start is not None and slots is not None:  # the backward pass looks at all they say
-            dims, entries = (1, num_slots) if index.dim() == 2 else (2, Nq * num_slots)
-            if start.size(-1) != Nk + 1 or slots.size(-1) != entries or start.dim() != index.dim() - dims + 1:
-                lead = list(index.shape[:-dims])
-                expected = f"inverted with num_tokens = {Nk}, dims = {dims}: {[*lead, Nk + 1]} and {[*lead, entries]}"
-                fail(_OP, "index", expected, f"{list(start.shape)} and {list(slots.shape)}")
+        if start is not None and slots is not None:
+            _check_inverse(index, start, slots, Nk)
     if bias is not None:
-        bias = _checked_bias(bias, (*batch, H, Nq, num_slots), query.device).to(_computed(query.dtype))
+        bias = _checked_bias(bias, (*batch, H, Nq, num_slots), query.device).to(accumulator(query.dtype))
     if key_bias is not None:
-        check_tensor(_OP, "key_bias", key_bias, "[*batch, Nk]", FLOATING, device=query.device)
-        if key_bias.dim() != len(batch) + 1 or not broadcastable(key_bias.shape, (*batch, Nk)):
-            fail(_OP, "key_bias", f"[*batch, Nk] = {[*batch, Nk]}", list(key_bias.shape))
-        if key_bias.shape[-1] != Nk:
-            key_bias = key_bias.expand(*key_bias.shape[:-1], Nk)
-        key_bias = key_bias.to(_computed(query.dtype))
+        key_bias = checked_per_key(_OP, "key_bias", key_bias, "[*batch, Nk]", FLOATING, (*batch, Nk), query.device)
+        key_bias = key_bias.to(accumulator(query.dtype))
     check_bool(_OP, "return_lse", return_lse)
     chosen = choose_attention(_OP, query, dropout_p, backend)
-    if index is not None and chosen != "cpp":  # which looks for itself
-        check_index(_OP, "index", index, Nk)
+    if index is not None:
+        check_index(_OP, "index", index, Nk, chosen)
     if chosen == "torch":
         out, lse = gathered_attention_reference(query, key, value, index, bias, key_bias, scale, dropout_p)
     else:
@@ -329,11 +323,6 @@ def _fused(
         return torch.ops.hotkernels.gathered_attention_fwd(query, key, value, index, bias, key_bias, scale)
     query, key, value = distinct(query, key, value)
     return GatheredAttention.apply(query, key, value, index, start, slots, bias, key_bias, scale)
-
-
-def _computed(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def common_batch(op: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
@@ -382,6 +371,36 @@ def _checked_bias(bias: Tensor, full: tuple[int, ...], device: torch.device) -> 
     return bias if bias.dim() == len(full) else bias[(None,) * (len(full) - bias.dim())]
 
 
+def checked_per_key(
+    op: str,
+    arg: str,
+    value: Tensor,
+    layout: str,
+    dtypes: Sequence[torch.dtype],
+    full: tuple[int, ...],
+    device: torch.device,
+) -> Tensor:
+    """What says something about each key: of shape `full` (`layout`), any dim 1; the last comes back whole."""
+    check_tensor(op, arg, value, layout, dtypes, device=device)
+    if value.dim() != len(full) or not broadcastable(value.shape, full):
+        fail(op, arg, f"{layout} = {list(full)}", list(value.shape))
+    return value if value.shape[-1] == full[-1] else value.expand(*value.shape[:-1], full[-1])
+
+
+def _check_inverse(index: Tensor, start: Tensor, slots: Tensor, num_tokens: int) -> None:
+    """Check that start and slots are of this many tokens and of the dims of this index: backward looks at all they say.
+
+    An index is [B, M], or per query; its inverse has one row, or one per batch entry (and head).
+    """
+    dims = 1 if index.dim() == 2 else 2
+    entries = math.prod(index.shape[-dims:])
+    if start.size(-1) != num_tokens + 1 or slots.size(-1) != entries or start.dim() != index.dim() - dims + 1:
+        lead = list(index.shape[:-dims])
+        shapes = f"{[*lead, num_tokens + 1]} and {[*lead, entries]}"
+        expected = f"inverted with num_tokens = {num_tokens}, dims = {dims}: {shapes}"
+        fail(_OP, "index", expected, f"{list(start.shape)} and {list(slots.shape)}")
+
+
 def token_major(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """An empty [*batch, H, N, D] stored [B, N, (J,) H, D], as the kernels allocate it."""
     if len(shape) == 4:
@@ -402,7 +421,7 @@ def _gathered_attention_fwd_fake(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     shape = (*key.shape[:-2], query.shape[-2])
-    return token_major(query, (*shape, key.shape[-1])), query.new_empty(shape, dtype=_computed(query.dtype))
+    return token_major(query, (*shape, key.shape[-1])), query.new_empty(shape, dtype=accumulator(query.dtype))
 
 
 @fake("gathered_attention_bwd")

@@ -73,8 +73,7 @@ def invert_index(index: Tensor, num_tokens: int, *, dims: int = 1, backend: str 
     index = index.long().contiguous()
     rows = index.flatten(-dims) if dims > 1 else index
     chosen = choose(_OP, index, backend)
-    if chosen != "cpp":  # which looks for itself
-        check_index(_OP, "index", index, num_tokens)
+    check_index(_OP, "index", index, num_tokens, chosen)
     if chosen == "torch":
         return InvertedIndex(index, *invert_index_reference(rows, num_tokens))
     return InvertedIndex(index, *call(torch.ops.hotkernels.invert_index, rows, num_tokens))

@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from ...backends import Kernel, choose, register
-from ...errors import FLOATING, HALF, INTEGER, check_float, check_index, check_int, check_tensor, fail, matches
+from ...errors import (
+    FLOATING,
+    HALF,
+    INTEGER,
+    accumulator,
+    check_float,
+    check_index,
+    check_int,
+    check_tensor,
+    fail,
+    matches,
+)
 from ...operators import composite, differentiable_once, fake, wants_grad
 from .reference import merge_tokens_reference
 
@@ -110,8 +121,7 @@ def merge_tokens(
         weight = (weight if weight.dim() == 2 else weight[..., 0]).to(x.dtype).contiguous()
     assignment = assignment.long().contiguous()
     chosen = choose(_OP, x, backend)
-    if chosen != "cpp":  # which looks for itself
-        check_index(_OP, "assignment", assignment, num_clusters)
+    check_index(_OP, "assignment", assignment, num_clusters, chosen)
     if chosen == "torch":
         return merge_tokens_reference(x, assignment, num_clusters, weight, eps)
     return _fused(x, assignment, num_clusters, weight, eps)
@@ -128,7 +138,7 @@ def _fused(x: Tensor, assignment: Tensor, num_clusters: int, weight: Tensor | No
 def _merge_tokens_fwd_fake(
     x: Tensor, assignment: Tensor, num_clusters: int, weight: Tensor | None, eps: float, need_mean: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = accumulator(x.dtype)
     B, _, C = x.shape
     kept = B if need_mean and x.dtype in HALF else 0
     total, mean = x.new_empty(B, num_clusters, dtype=compute), x.new_empty(kept, num_clusters, C, dtype=compute)

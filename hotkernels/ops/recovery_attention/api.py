@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ...backends import TRITON_DEVICE, Kernel, choose_attention, register
-from ...errors import FLOATING, FUSED, check_tensor, fail
+from ...errors import FLOATING, FUSED
 from ...operators import composite, differentiable_once, fake, implement_in_triton, wants_grad
 from ..gathered_attention.api import (
-    broadcastable,
     check_scale,
     checked_heads,
+    checked_per_key,
     common_batch,
     distinct,
 )
@@ -105,7 +105,6 @@ def recovery_attention(
     """
     query, key, value = checked_heads(_OP, query, key, value, (3,))
     scale = check_scale(_OP, scale, query.shape[-1])
-    M = key.shape[-2]
     batch: tuple[int, ...] = key.shape[:-3]
     if value.shape != key.shape or query.shape[:-3] not in (batch, ()):
         batch = common_batch(_OP, query, key, value)
@@ -115,11 +114,8 @@ def recovery_attention(
         else:
             query = query.expand(*batch, *query.shape[-3:])
     if key_mask is not None:
-        check_tensor(_OP, "key_mask", key_mask, "[*batch, M]", (torch.bool,), device=key.device)
-        if key_mask.dim() != len(batch) + 1 or not broadcastable(key_mask.shape, (*batch, M)):
-            fail(_OP, "key_mask", f"[*batch, M] = {[*batch, M]}", list(key_mask.shape))
-        if key_mask.shape[-1] != M:
-            key_mask = key_mask.expand(*key_mask.shape[:-1], M)
+        full = (*batch, key.shape[-2])
+        key_mask = checked_per_key(_OP, "key_mask", key_mask, "[*batch, M]", (torch.bool,), full, key.device)
     if choose_attention(_OP, query, dropout_p, backend) == "torch":
         return recovery_attention_reference(query, key, value, key_mask, scale, dropout_p)
     return _fused(query, key, value, None if key_mask is None else mask_bias(key_mask, key), scale)
