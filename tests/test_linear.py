@@ -152,3 +152,10 @@ def test_layouts_that_onednn_does_not_serve_are_left_to_pytorch(monkeypatch: pyt
         nn.functional.linear(torch.tensor(1.0), torch.randn(7, 5))
     with pytest.raises(type(theirs_error.value)):
         linear(nn.Linear(5, 7), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_wrong_channels_are_refused_as_by_pytorch(grad: bool) -> None:
+    """oneDNN says only that it has no such product."""
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"\(10x8 and 16x48\)"):
+        linear(nn.Linear(16, 48), torch.zeros(2, 5, 8))

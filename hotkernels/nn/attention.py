@@ -48,6 +48,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         check_options("Attention", dim, num_heads, qk_scale, attn_drop, proj_drop)
+        self.dim = dim
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
@@ -69,6 +70,7 @@ class Attention(nn.Module):
 
     def attend(self, x: Tensor, along: int = -2) -> Tensor:
         """Everything before `proj`; arguments and the result's shape as `forward`."""
+        _check_channels("Attention", self.dim, x=x)
         return self_attention(self, x, along)
 
 
@@ -97,6 +99,7 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_options("CrossAttention", dim, num_heads, qk_scale, attn_drop, proj_drop)
+        self.dim = dim
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.linear_q = nn.Linear(dim, dim, bias=qkv_bias)
@@ -120,6 +123,7 @@ class CrossAttention(nn.Module):
         Returns:
             [B, L, C] or [B, L, J, C].
         """
+        _check_channels("CrossAttention", self.dim, x_1=x_1, x_2=x_2, x_3=x_3)
         return cross_attention(self, x_1, x_2, x_3)
 
 
@@ -194,6 +198,12 @@ def _pieces(x: Tensor, module: Any) -> tuple[Tensor, ...]:
     if large and is_plain(module.qkv, nn.Linear) and is_plain(module.attn_drop, *DROPS):
         return x.split(max(1, _PIECE * torch.get_num_threads() // x[0, ..., 0].numel()))
     return (x,)
+
+
+def _check_channels(module: str, dim: int, **inputs: Any) -> None:
+    for arg, x in inputs.items():
+        if isinstance(x, Tensor) and x.dim() > 0 and x.shape[-1] != dim:
+            fail(module, arg, f"[..., C] with C = dim = {dim}", list(x.shape))
 
 
 def check_dim(module: str, dim: int, num_heads: int, name: str = "dim") -> None:
