@@ -1,9 +1,10 @@
-"""Every example in a docstring, and in the README, runs."""
+"""Every example in a docstring, and in the README, runs; the figures of README are those of the results files."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -49,3 +50,41 @@ def test_public_names_are_documented_with_an_example(name: str) -> None:
 def test_readme_examples(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
+
+
+FIGURES = [  # of README's first table, row by row: op, row, what is compared
+    ("dpc_knn", "hot_mixste", "eager"),
+    ("dpc_knn", "tokens_8192", "eager"),
+    ("merge_tokens", "tcformer_stage1_b8", "eager"),
+    ("gathered_attention", "mixste_spatial", "eager"),
+    ("gathered_attention", "mixste_spatial", "sdpa"),
+    ("gathered_attention", "mixste_temporal", "eager"),
+    ("gathered_attention", "mixste_temporal", "sdpa"),
+    ("gathered_attention", "knn_n4096_k32", "eager"),
+    ("recovery_attention", "hot_mixste_b1", "eager"),
+    ("hot-mixste", "swapped", "eager"),
+    ("hot-mixste", "native", "eager"),
+]
+
+
+def _cell(op: str, row: str, against: str, results: Path) -> str:
+    """`2.5x / 2.9x`: forward and, where there is one, with backward, of one results file."""
+    if op == "hot-mixste":
+        measured = json.loads((results.parent / f"hot-mixste-{results.name}").read_text())["rows"]
+        pairs = [(measured[step][against], measured[step][row]) for step in ("forward", "training step")]
+    else:
+        rows = [r for r in json.loads(results.read_text())["rows"] if (r["op"], r["row"]) == (op, row)]
+        pairs = [(r["seconds"][against], r["seconds"]["ours"]) for r in rows]
+    ratios = [theirs["median"] / ours["median"] for theirs, ours in pairs]
+    return " / ".join(f"{ratio:.1f}x" if ratio < 9.95 else f"{ratio:.0f}x" for ratio in ratios)
+
+
+def test_readme_figures_are_those_of_the_results() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|---"))
+    table = [line.strip("|").split("|")[1:] for line in lines[first + 1 : first + 1 + len(FIGURES)]]
+    linked = dict.fromkeys(re.findall(r"\((bench/results/\w[^)]*)\.md\)", "\n".join(lines[: first + 30])))
+    results = [ROOT / f"{name}.json" for name in linked]
+    assert len(results) == len(table[0])
+    said = [[cell.strip() for cell in row] for row in table]
+    assert said == [[_cell(*figure, file) for file in results] for figure in FIGURES]

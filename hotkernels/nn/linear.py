@@ -26,9 +26,9 @@ _HAS_ONEDNN = (
     and FROM_ENVIRONMENT != "torch"
 )
 _MKL_IS_FAST = LIBRARIES["_C_cpu"] is None and torch.ops.hotkernels._is_intel()
-# oneDNN is called from this many multiplications and rows on: a call takes 15 us longer than MKL's, 40 between other
-# work, and packs the weight. Measured on a Xeon and on a Zen 4, where it breaks even at 14 to 25 M and is 5 to 12 %
-# slower at 8 M, 20 % at 4 M; the 32 rows, and 8 M on a Zen 5, are computed from its speed there, not measured.
+# The least number of multiplications, and of rows, for which oneDNN is called: a call costs 15 us more than MKL's (40
+# between other work) and packs the weight. Measured: a Zen 4 breaks even at 14 to 25 M multiplications, and loses 5 to
+# 12 % at 8 M and 20 % at 4 M. Estimated from oneDNN's speed there: a Zen 5 breaks even at 8 M, and at 32 rows.
 _LEAST = 1 << 22 if _MKL_IS_FAST else 1 << 23
 _LEAST_ROWS = 192 if _MKL_IS_FAST else 32
 
