@@ -13,7 +13,7 @@ constexpr float kInf = __builtin_inff();
 
 // ---- the pivot ----------------------------------------------------------------------------------------------------
 
-// What is subtracted before rounding: of each channel, the median of three tokens. csrc/cpu/dpc_knn.cpp says why.
+// What is subtracted before rounding: of each channel, the median of three tokens. csrc/cpu/dpc_knn_sample.h says why.
 __device__ inline float median(float a, float b, float c) { return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c)); }
 __device__ inline int pivot_token(int n, int which) { return n / 6 + which * (n / 3); }  // of n, which = 0, 1, 2
 

@@ -1,0 +1,211 @@
+// Clustering one sample on a CPU: scratch, and tokens centred and packed into the panels of tile_dots.h.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "element.h"
+#include "hotkernels/dpc_knn.h"
+#include "scratch.h"
+#include "tile_dots.h"
+
+namespace hotkernels::HK_ISA {
+namespace {
+
+constexpr int64_t kDense = 384;          // 384^2 floats are 0.6 MB: they fit the second-level cache
+constexpr int64_t kDenseChannels = 256;  // packed at a time for those: 384 x 256 floats, 0.4 MB, beside them there
+constexpr int64_t kBlock = 192;          // tokens per side of a tile of distances beyond kDense
+constexpr int64_t kListMin = 16;         // neighbours kept per token there: fewer leave more to the second search
+constexpr float kInf = __builtin_inff();
+static_assert(kBlock % P == 0 && kDense % P == 0 && W % R == 0);
+
+// Of a type of this file, so that what the compiler makes of std's algorithms stays in it, a copy per instruction set.
+constexpr auto kAscending = [](auto a, auto b) { return a < b; };
+
+struct Rank {  // densest first: by key, then tie, then token
+  uint64_t key, tie;
+  int32_t token;
+  bool operator<(const Rank& o) const {
+    return key != o.key ? key < o.key : tie != o.tie ? tie < o.tie : token < o.token;
+  }
+};
+
+struct Candidate {  // best first
+  double log_score;
+  int32_t token;
+  bool operator<(const Candidate& o) const {
+    return log_score != o.log_score ? log_score > o.log_score : token < o.token;
+  }
+};
+
+// What one thread needs for itself.
+struct Part {
+  float* row;          // [kDense] distances of one token, where k is large
+  float* tile;         // [kBlock, kBlock] dot products, then squared distances
+  float* distance;     // [N, list] squared distances, ascending
+  int32_t* neighbour;  // [N, list]
+  float* panel;        // [C, P] tokens of a second search
+  float* panel_norm;   // [P]
+  float farthest;      // largest squared distance seen
+};
+
+// Scratch of one sample. Tokens are numbered 0 .. n-1 among the valid ones. Np: N rounded up to whole panels.
+struct Sample {
+  int64_t n, list, kept_count;
+  int32_t* position;       // [N] where in the sample a token stands
+  float* pivot;            // [C]
+  float *row, *third;      // [C]
+  float* panels;           // [Np / P, C, P]; up to kDense tokens, kDenseChannels of the C at a time
+  float* norm;             // [Np]
+  float* r;                // [Np] mean of the k smallest squared distances
+  int32_t* rank;           // [Np] 0 = densest
+  float* delta2;           // [Np] squared distance to the nearest denser token
+  double* density;         // [N] exp(-r) + noise; float32 would round noise of 1e-6 to a few steps
+  Rank* order;             // [N]
+  Candidate* candidates;   // [N]
+  int32_t* kept;           // [M] chosen tokens, in the order of index
+  int32_t* slot;           // [Np] place of a token in index, or -1
+  int32_t* nearest;        // [N] place in index of the nearest kept token
+  int32_t* pending;        // [N] tokens that need a second search
+  int64_t gathered_max;    // tokens that fit in:
+  float* gathered;         // [gathered_max / P, C, P] what a second search looks through
+  float* gathered_norm;    // [gathered_max]
+  float* dense;            // [kDense, kDense]
+  int64_t parts;
+  Part* part;
+
+  Sample(const DpcKnn& p, int64_t parts, void* scratch, int64_t* bytes = nullptr) : parts(parts) {
+    Arena a{reinterpret_cast<uintptr_t>(scratch)};
+    const int64_t np = round_up(p.N, P);
+    const bool large = p.N > kDense;
+    list = std::max(kListMin, round_up(p.k - 1, W));
+    position = a.take<int32_t>(p.N);
+    pivot = a.take<float>(p.C);
+    row = a.take<float>(p.C);
+    third = a.take<float>(p.C);
+    panels = a.take<float>(np * (large ? p.C : std::min(p.C, kDenseChannels)));
+    norm = a.take<float>(np);
+    r = a.take<float>(np);
+    rank = a.take<int32_t>(np);
+    delta2 = a.take<float>(np);
+    density = a.take<double>(p.N);
+    order = a.take<Rank>(p.N);
+    candidates = a.take<Candidate>(p.N);
+    kept = a.take<int32_t>(p.M);
+    slot = a.take<int32_t>(np);
+    nearest = a.take<int32_t>(p.N);
+    pending = a.take<int32_t>(p.N);
+    const int64_t side = std::min(np, kDense);
+    dense = a.take<float>(side * side);
+    part = a.take<Part>(parts);
+    gathered_max = large ? std::max(p.assign ? round_up(p.M, P) : 0, round_up(p.N / 4, P)) : 0;
+    gathered = a.take<float>(gathered_max * p.C);
+    gathered_norm = a.take<float>(gathered_max);
+    for (int64_t q = 0; q < parts; ++q) {
+      Part here{};
+      here.row = a.take<float>(kDense);
+      if (large) {
+        here.tile = a.take<float>(kBlock * kBlock);
+        here.distance = a.take<float>(p.N * list);
+        here.neighbour = a.take<int32_t>(p.N * list);
+        here.panel = a.take<float>(p.C * P);
+        here.panel_norm = a.take<float>(P);
+      }
+      if (scratch == nullptr) continue;
+      part[q] = here;
+    }
+    if (bytes) *bytes = static_cast<int64_t>(a.next);
+  }
+
+  // Calls body(part index) once for every part, in parallel where the runner is.
+  template <class Body>
+  void each_part(const Runner& runner, const Body& body) {
+    runner.run(
+        parts,
+        [](void* state, int64_t begin, int64_t end) {
+          for (int64_t q = begin; q < end; ++q) (*static_cast<const Body*>(state))(q);
+        },
+        const_cast<void*>(static_cast<const void*>(&body)));
+  }
+};
+
+float median(float a, float b, float c) {
+  const float low = a < b ? a : b, high = a < b ? b : a;
+  return c < low ? low : c > high ? high : c;
+}
+
+// Finds the valid tokens and the pivot. A token counts if the mask has it, its noise is a number, and its squared norm
+// is at most kNormLimit.
+// The pivot is what is subtracted from all: of each channel, the median of three tokens. A mean would do as well, were
+// it not for outliers: one of n that is A away moves the mean by A / n, and squared distances between all others would
+// be rounded as if they were that long. Not the first and the last token, which often are special.
+void find_valid(const DpcKnn& p, int64_t b, Sample& s) {
+  s.n = 0;
+  for (int64_t i = 0; i < p.N; ++i) {
+    if (p.mask && !p.mask[b * p.N + i]) continue;
+    if (p.noise && std::isnan(p.noise[b * p.N + i])) continue;
+    load_row(p.x, p.dtype, b * p.x_stride_b + i * p.x_stride_n, p.x_stride_c, p.C, s.row);
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t c = 0; c < p.C; ++c) square += s.row[c] * s.row[c];
+    if (square <= kNormLimit) s.position[s.n++] = static_cast<int32_t>(i);
+  }
+  if (s.n == 0) return;
+  float* const rows[] = {s.pivot, s.row, s.third};
+  for (int64_t t = 0; t < 3; ++t) {
+    const int64_t token = s.n / 6 + t * (s.n / 3);
+    load_row(p.x, p.dtype, b * p.x_stride_b + s.position[token] * p.x_stride_n, p.x_stride_c, p.C, rows[t]);
+  }
+  for (int64_t c = 0; c < p.C; ++c) s.pivot[c] = median(s.pivot[c], s.row[c], s.third[c]);
+}
+
+// Channels [begin, end) of P tokens, centred and transposed, and their share of the norms.
+template <class E>
+void pack_panel(const DpcKnn& p, int64_t b, const Sample& s, int64_t first, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const typename E::Stored*>(p.x) + b * p.x_stride_b;
+  float* panel = s.panels + first * (end - begin);
+  for (int64_t lane = 0; lane < P; lane += W) {
+    for (int64_t c = begin; c < end; c += W) {
+      const int64_t channels = std::min<int64_t>(W, end - c);
+      const bool whole = channels == W && p.x_stride_c == 1;
+      vf block[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) {
+        const int64_t i = first + lane + l;
+        block[l] = vf{};
+        if (i >= s.n) continue;
+        const auto* from = x + s.position[i] * p.x_stride_n + c * p.x_stride_c;
+        if (whole) {
+          block[l] = load_as<E>(from) - load(s.pivot + c);
+        } else {
+          float row[W] = {};
+          for (int64_t e = 0; e < channels; ++e) row[e] = E::get(from[e * p.x_stride_c]) - s.pivot[c + e];
+          block[l] = load(row);
+        }
+      }
+      transpose<float>(block);
+      for (int64_t l = 0; l < channels; ++l) store(panel + (c - begin + l) * P + lane, block[l]);
+    }
+  }
+  panel_norms(panel, end - begin, s.norm + first, begin > 0);
+  if (end < p.C) return;
+  for (int64_t i = std::max(first, s.n); i < first + P; ++i) s.norm[i] = kInf;  // padding is infinitely far
+}
+
+void pack(const DpcKnn& p, int64_t b, Sample& s, int64_t begin, int64_t end, const Runner& runner) {
+  s.each_part(runner, [&](int64_t q) {
+    for (int64_t first = q * P; first < s.n; first += s.parts * P) {
+      switch (p.dtype) {
+        case DType::f16: pack_panel<F16>(p, b, s, first, begin, end); break;
+        case DType::bf16: pack_panel<BF16>(p, b, s, first, begin, end); break;
+        default: pack_panel<F32>(p, b, s, first, begin, end); break;
+      }
+    }
+  });
+}
+
+inline vf squared_distance(float norm_i, vf norm_j, vf dot) {
+  return vmax((splat(norm_i) + norm_j) - 2.0f * dot, vf{});
+}
+
+}  // namespace
+}  // namespace hotkernels::HK_ISA
