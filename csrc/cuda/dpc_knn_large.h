@@ -1,8 +1,8 @@
 // DPC-kNN of samples with many tokens: up to three passes of tensor-core tiles, and no N x N anywhere.
 //
 // The valid tokens of a sample are numbered 0 .. n-1. In the first pass a block of 128 tokens meets all others, and
-// each token keeps a sorted list of its nearest. As csrc/cpu/dpc_knn_large.h explains, the list answers density, delta and
-// assignment exactly for most tokens; the others are gathered and meet all tokens (delta) or the kept (assignment).
+// each token keeps a sorted list of its nearest. As csrc/cpu/dpc_knn_large.h explains, the list answers density, delta
+// and assignment exactly for most tokens; the others are gathered and meet all tokens (delta) or the kept (assignment).
 //
 // Threads race where lists are filled and where tokens are gathered. Neither race decides anything: a list ends up with
 // the same distances whoever came first; of several equally far tokens at its end either may stay, because no answer
