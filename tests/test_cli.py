@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def test_an_unknown_command_is_named() -> None:
     done = run("dmeo")
     assert done.returncode == 2
     assert done.stderr.startswith("hotkernels: command must be one of demo, doctor, bench, got 'dmeo'\nusage: ")
+
+
+def test_the_console_script_is_there() -> None:
+    """`hotkernels`, unlike `python -m hotkernels`, does not import a source tree that it is called in."""
+    scripts = {script.name: script.value for script in entry_points(group="console_scripts")}
+    assert scripts["hotkernels"] == "hotkernels.__main__:console"
+    script = Path(sys.executable).with_name("hotkernels")
+    assert subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout.startswith("usage: ")
 
 
 def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,6 +139,16 @@ def test_a_processor_is_named_with_its_numbers(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.setattr(platform, "machine", lambda: "of platform")
     assert doctor.processor() == told
+
+
+def test_doctor_names_a_source_tree_that_is_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "hotkernels").mkdir()
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "hotkernels/backends.py"))
+    why = str(backends._load("_C_none"))
+    assert why == f"_C_none: not built in the source tree {tmp_path}, from which Python imports hotkernels"
+    monkeypatch.setitem(backends.LIBRARIES, "_C_cpu", why)
+    assert f"PROBLEM: {why}: build it there" in doctor.report()
 
 
 BOTH = "_C_cpu: built\n_C_cuda: built\n"
