@@ -215,11 +215,16 @@ def test_the_command_says_whose_time_and_memory_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     built: list[Any] = []
-    monkeypatch.setitem(WORKLOADS, "dpc_knn", lambda *args, k=5, **rest: (built.append((args, k, rest)), pretend())[1])
+
+    def build(*args: Any, k: int = 5, dtype: torch.dtype = torch.float32, **rest: Any) -> Workload:
+        built.append((args, k, dtype, rest))
+        return pretend()
+
+    monkeypatch.setitem(WORKLOADS, "dpc_knn", build)
     monkeypatch.setattr(hotkernels.bench, "interleaved", said_by)
     monkeypatch.setattr(hotkernels.bench, "peak_memory", lambda call, device: int(call() * 1e3) << 20)
     assert main(["--shape", "2,40,8", "-k", "3", "--dtype", "float16", "--backend", "cpp"]) == 0
-    assert built == [(((2, 40, 8), 10), 3, {"dtype": torch.float16, "device": "cpu", "backend": "cpp"})]
+    assert built == [(((2, 40, 8), 10), 3, torch.float16, {"device": "cpu", "backend": "cpp"})]
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[-3:] == [
         "eager 6.000 ms [3.000, 12.000] 1.00x 6.0 MB extra",
@@ -354,6 +359,22 @@ def test_command_prints_ratios(op: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
+    ("op", "options", "told"),
+    [
+        ("merge_tokens", [], "2x40x8 -> 10, weighted, float32, forward"),
+        ("merge_tokens", ["--dtype", "bfloat16", "--backward"], "2x40x8 -> 10, weighted, bfloat16, forward + backward"),
+        ("invert_index", [], "2x40x3 into 40, int64, forward"),
+        ("invert_index", ["--clusters", "100"], "2x40x3 into 100, int64, forward"),
+    ],
+)
+def test_command_names_the_call(op: str, options: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the dtype of its input; an index may point to more tokens than there are queries."""
+    shape = ",".join(map(str, SMALL[op]))
+    assert main(["--op", op, "--shape", shape, "--seconds", "0", *options]) == 0
+    assert f"\n{op} {told}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--shape", "2,x"], "invalid shape value"),
@@ -380,6 +401,8 @@ def test_command_prints_ratios(op: str, capsys: pytest.CaptureFixture[str]) -> N
         (["--shape", "2,40,8", "--threads", "0"], "invalid count value"),
         (["--shape", "2,40,8", "--backward"], "has no backward"),
         (["--op", "merge_tokens", "--shape", "2,40,8", "-k", "3"], "has no option 'k'"),
+        (["--op", "invert_index", "--shape", "2,40"], "--shape must be B,Nq,K, got 2 sizes"),
+        (["--op", "invert_index", "--shape", "2,40,3", "--dtype", "float32"], "invert_index has no option 'dtype'"),
     ],
 )
 def test_wrong_commands_say_why(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

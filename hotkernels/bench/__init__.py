@@ -16,7 +16,11 @@ import torch
 from .timing import EventClock, interleaved, machine, peak_memory
 from .workloads import WORKLOADS
 
-_SHAPES = {"gather_tokens": ("B,N,C", "B,N,J,C"), "recovery_attention": ("B,F,J,C",)}
+_SHAPES = {
+    "gather_tokens": ("B,N,C", "B,N,J,C"),
+    "recovery_attention": ("B,F,J,C",),
+    "invert_index": ("B,Nq,K",),
+}
 """What --shape may be, where it is not B,N,C."""
 
 
@@ -66,13 +70,15 @@ def _parser() -> argparse.ArgumentParser:
         type=_shape,
         required=True,
         metavar="B,N,C",
-        help="of x; gather_tokens takes B,N,J,C too; recovery_attention: of what is recovered, B,F,J,C",
+        help="of x; gather_tokens takes B,N,J,C too; recovery_attention: of what is recovered, B,F,J,C; "
+        "invert_index: of the index, B,Nq,K",
     )
     parser.add_argument(
         "--clusters",
         type=_count,
         metavar="M",
-        help="tokens kept, gathered, merged into, attended to (N: all) or recovered from; default N / 4",
+        help="tokens kept, gathered, merged into, attended to (N: all) or recovered from, default N / 4; invert_index: "
+        "that the index points to, default Nq",
     )
     parser.add_argument(
         "-k",
@@ -81,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--heads", type=_count, help="of attention (default 8)")
     parser.add_argument("--smooth", action="store_true", default=None, help="dpc_knn: a random walk instead of noise")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32")
+    dtypes = ("float32", "float16", "bfloat16", "float64")
+    parser.add_argument("--dtype", choices=dtypes, help="of x (default float32); an index is int64")
     parser.add_argument("--device", type=_device, default="cpu", help="default cpu")
     parser.add_argument("--backend", help="of ours: cuda, triton, cpp or torch (default: the fastest that serves it)")
     parser.add_argument("--backward", action="store_true", help="time forward + backward")
@@ -96,17 +103,21 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     build = WORKLOADS[args.op]
-    options = {name: getattr(args, name) for name in ("k", "heads", "smooth") if getattr(args, name) is not None}
+    named = ("k", "heads", "smooth", "dtype")
+    options = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
     for name in options.keys() - inspect.signature(build).parameters.keys():
         parser.error(f"{args.op} has no option '{name}'")
     shapes = _SHAPES.get(args.op, ("B,N,C",))
     if len(args.shape) not in (shape.count(",") + 1 for shape in shapes):
         parser.error(f"--shape must be {' or '.join(shapes)}, got {len(args.shape)} sizes")
     tokens = args.shape[1]
-    clusters = args.clusters or max(1, tokens // 4)
-    if clusters > tokens:
+    inverts = args.op == "invert_index"  # of Nq queries' keys: there may be more tokens than queries
+    clusters = args.clusters or (tokens if inverts else max(1, tokens // 4))
+    if clusters > tokens and not inverts:
         parser.error(f"--clusters must be in [1, N = {tokens}], got {clusters}")
-    options |= {"dtype": getattr(torch, args.dtype), "device": args.device, "backend": args.backend}
+    if args.dtype is not None:
+        options["dtype"] = getattr(torch, args.dtype)
+    options |= {"device": args.device, "backend": args.backend}
 
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
@@ -118,7 +129,8 @@ def main(argv: Sequence[str]) -> int:
         if args.backward and not work.grad_of:
             parser.error(f"{args.op} has no backward")
         print("; ".join(f"{name} {value}" for name, value in machine().items()))
-        print(f"{args.op} {work.what}, {args.dtype}, " + ("forward + backward" if args.backward else "forward"))
+        dtype = str(work.args[0].dtype).removeprefix("torch.")
+        print(f"{args.op} {work.what}, {dtype}, " + ("forward + backward" if args.backward else "forward"))
         wrong = work.check(args.backward)
         if wrong:
             print(f"WRONG: {wrong}")

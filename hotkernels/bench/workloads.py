@@ -353,11 +353,10 @@ def invert_index_workload(
     shape: Sequence[int],
     clusters: int,
     *,
-    dtype: torch.dtype = torch.int64,
     device: str = "cpu",
     backend: str | None = None,
 ) -> Workload:
-    """Inverting an index [B, Nq, K] into `clusters` tokens, against a stable sort of it. It has no floating dtype."""
+    """Inverting an index [B, Nq, K] into `clusters` tokens, against a stable sort of it."""
     index = torch.randint(clusters, tuple(shape), generator=torch.Generator().manual_seed(1)).to(device)
 
     def eager(index: Tensor) -> tuple[Tensor, Tensor]:
