@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from bench import harness
+from hotkernels.bench.timing import mebibytes
 
 if TYPE_CHECKING:
     from bench.gpu import Session
@@ -67,9 +68,8 @@ def bench_tables(entries: list[dict[str, Any]]) -> list[str]:
         lines += [f"### {op} ({', '.join(dict.fromkeys(row['backend'] for row in of_op))})", "", *table(head, body)]
         held = {row["row"]: row["extra_bytes"] for row in of_op if row.get("extra_bytes")}
         for name, extra in held.items():
-            lines.append(
-                f"- memory, {name}: " + ", ".join(f"{n} {b / 2**20:.0f} MB" for n, b in extra.items() if b is not None)
-            )
+            held_by = (f"{n} {mebibytes(b):.0f} MiB" for n, b in extra.items() if b is not None)
+            lines.append(f"- memory, {name}: " + ", ".join(held_by))
         refused = dict.fromkeys(f"{n}: {why}" for row in of_op for n, why in row["refused"].items())
         lines += [*(f"- could not take part: {line}" for line in refused), ""]
     return lines + model_table({id_: result for id_, result in told.items() if id_.startswith("model ")})

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from hotkernels.bench.timing import interleaved, machine, peak_memory
+from hotkernels.bench.timing import interleaved, machine, mebibytes, peak_memory
 from hotkernels.bench.workloads import WORKLOADS, Workload
 
 OPS = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
@@ -33,7 +33,7 @@ COLUMNS = [
     "pass",
     *(f"{name} ms" for name in CONTENDERS),
     *(f"{name} / ours" for name in CONTENDERS[:-1]),
-    "extra MB",
+    "extra MiB",
 ]
 
 
@@ -161,7 +161,7 @@ def cells(result: dict[str, Any]) -> list[str]:
         *first,
         *("" if t is None else f"{t * 1e3:.3f}" if t < 0.01 else f"{t * 1e3:.1f}" for t in medians),
         *("" if t is None else f"{t / medians[-1]:.2f}x" for t in medians[:-1]),
-        " / ".join(f"{b / 2**20:.0f}" for b in extra),
+        " / ".join(f"{mebibytes(b):.0f}" for b in extra),
     ]
 
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F  # noqa: N812
 import hotkernels
 from bench.harness import header
 from hotkernels.baselines import AttentionEager
-from hotkernels.bench.timing import interleaved, peak_memory
+from hotkernels.bench.timing import interleaved, mebibytes, peak_memory
 from hotkernels.models import HoTMixSTE
 from hotkernels.models.eager import HoTMixSTEEager, MixSTEBlock
 
@@ -105,8 +105,8 @@ def measure(models: dict[str, nn.Module], x: Tensor, rounds: int, label: str = "
         times = interleaved(calls, 1.0, least=rounds)
         extra = [peak_memory(call) for call in calls.values()]
         first, *others = medians = [times[name].median for name in calls]
-        megabytes = " / ".join("?" if b is None else f"{b / 2**20:.0f}" for b in extra)
-        cells = [f"{t:.3g}" for t in medians] + [f"{first / t:.2f}x" for t in others] + [megabytes]
+        memory = " / ".join("?" if b is None else f"{mebibytes(b):.0f}" for b in extra)
+        cells = [f"{t:.3g}" for t in medians] + [f"{first / t:.2f}x" for t in others] + [memory]
         print(f"| {label}{which} | " + " | ".join(cells) + " |", flush=True)
         rows[which] = {name: asdict(times[name]) | {"extra_bytes": b} for name, b in zip(calls, extra, strict=True)}
         for model in models.values():
@@ -116,7 +116,7 @@ def measure(models: dict[str, nn.Module], x: Tensor, rounds: int, label: str = "
 
 def print_title(names: list[str]) -> None:
     """The head of a table."""
-    columns = ["pass", *(f"{name} s" for name in names), *(f"{names[0]} / {name}" for name in names[1:]), "extra MB"]
+    columns = ["pass", *(f"{name} s" for name in names), *(f"{names[0]} / {name}" for name in names[1:]), "extra MiB"]
     print("\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
 
 

@@ -227,9 +227,9 @@ def test_the_command_says_whose_time_and_memory_it_is(
     assert built == [(((2, 40, 8), 10), 3, torch.float16, {"device": "cpu", "backend": "cpp"})]
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[-3:] == [
-        "eager 6.000 ms [3.000, 12.000] 1.00x 6.0 MB extra",
-        "ours 2.000 ms [1.000, 4.000] 3.00x 2.0 MB extra",
-        "sdpa 4.000 ms [2.000, 8.000] 1.50x 4.0 MB extra",
+        "eager 6.000 ms [3.000, 12.000] 1.00x 6.0 MiB extra",
+        "ours 2.000 ms [1.000, 4.000] 3.00x 2.0 MiB extra",
+        "sdpa 4.000 ms [2.000, 8.000] 1.50x 4.0 MiB extra",
     ]
     monkeypatch.setitem(WORKLOADS, "dpc_knn", lambda *args, **options: pretend(f"{torch.get_num_threads()} wrong"))
     assert main(["--shape", "2,40,8", "--threads", "3"]) == 1
@@ -261,7 +261,7 @@ def test_a_row_says_whose_time_and_memory_it_is(monkeypatch: pytest.MonkeyPatch)
     assert dict(zip(harness.COLUMNS, harness.cells(result), strict=True)) == {
         "row": "a_row", "x": "it", "pass": "fwd", "eager ms": "6.000", "compile ms": "", "sdpa ms": "4.000",
         "ours ms": "2.000", "eager / ours": "3.00x", "compile / ours": "", "sdpa / ours": "2.00x",
-        "extra MB": "6 / 4 / 2",
+        "extra MiB": "6 / 4 / 2",
     }  # fmt: skip
     result["seconds"]["eager"]["median"] = 0.5
     assert harness.cells(result)[3] == "500.0"
@@ -325,7 +325,7 @@ def test_the_vit_line_is_of_blocks_that_call_sdpa(
     monkeypatch.setattr(models, "VIT", ((1, 5, 16, 2), (2, 7, 32, 4)))
     assert models.main(["vit", "--rounds", "2", "--out", str(tmp_path / "a.json")]) == 0
     out = capsys.readouterr().out
-    assert "| pass | sdpa s | swapped s | sdpa / swapped | extra MB |" in out
+    assert "| pass | sdpa s | swapped s | sdpa / swapped | extra MiB |" in out
     assert [line.split(" | ")[0] for line in out.splitlines()[-4:]] == [
         f"| {label} {which}" for label in ("1x5x16", "2x7x32") for which in ("forward", "training step")
     ]
@@ -636,7 +636,7 @@ def test_the_summary_says_what_passed_what_failed_and_who_lost(tmp_path: Path, m
         "A copy moves 4000 GB/s, read and written; an empty graph takes 2.0 us.",
         "| hot | 1x243x512 | fwd | call | 30.0 | 90.0 (3.00x) | 20.0 (0.67x) |  | ours 20, eager 100 |",
         "| hot | 1x243x512 | fwd | graph | 10.0 | 80.0 (8.00x) |  | 2% |  |",
-        "- memory, hot: ours 1 MB",
+        "- memory, hot: ours 1 MiB",
         "- could not take part: flex: no such case",
         "| hot_mixste | [1, 243, 17, 2] bf16 | forward | call | 3.000 | 2.000 | 1.000 |",
         "| hot_mixste | [1, 243, 17, 2] bf16 | forward | graph |  | 1.500 | 0.500 |",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hotkernels.bench.timing import interleaved, peak_memory
+from hotkernels.bench.timing import interleaved, mebibytes, peak_memory
 
 
 def arguments(about: str | None, **options: int) -> argparse.Namespace:
@@ -27,7 +27,7 @@ def saved(eager: Callable[[], Any], ours: Callable[[], Any], rounds: int) -> Non
     extra = {name: peak_memory(call) for name, call in calls.items()}
     for name in calls:
         memory = extra[name]
-        held = "" if memory is None else f", {memory / 2**20:.0f} MB at most beyond the inputs"
+        held = "" if memory is None else f", {mebibytes(memory):.0f} MiB at most beyond the inputs"
         print(f"{name:<12}{times[name] * 1e3:9.1f} ms{held}")
     ratio = times["eager"] / times["hotkernels"]
     print(f"{ratio:.2f}x as fast" if ratio >= 1 else f"{1 / ratio:.2f}x as long: nothing saved at this size")

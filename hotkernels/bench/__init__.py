@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .timing import EventClock, interleaved, machine, peak_memory
+from .timing import EventClock, interleaved, machine, mebibytes, peak_memory
 from .workloads import WORKLOADS
 
 _SHAPES = {
@@ -148,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
             print(
                 f"  {name:<8}{timing.median * 1e3:10.3f} ms  [{timing.lower * 1e3:.3f}, {timing.upper * 1e3:.3f}]"
                 f"{timings['eager'].median / timing.median:8.2f}x"
-                + ("" if memory is None else f"{memory / 2**20:10.1f} MB extra")
+                + ("" if memory is None else f"{mebibytes(memory):10.1f} MiB extra")
             )
     except (ValueError, TypeError) as error:
         parser.error(str(error))

@@ -163,6 +163,11 @@ def peak_memory(thunk: Thunk, device: str = "cpu") -> int | None:
     return peak() - before
 
 
+def mebibytes(size: float) -> float:
+    """Bytes in MiB, the unit in which all commands print memory."""
+    return size / 2**20
+
+
 def machine() -> dict[str, Any]:
     """What a time depends on: processor, threads, versions, date."""
     about = {

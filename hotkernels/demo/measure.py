@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import torch
 
-from ..bench.timing import interleaved, peak_memory
+from ..bench.timing import interleaved, mebibytes, peak_memory
 
 Calls = tuple[Callable[[], Any], Callable[[], Any]]
 """The published code's call, and ours."""
@@ -44,7 +44,7 @@ def peaks(calls: Calls) -> Pair | None:
         eager, ours = (peak_memory(call) for call in calls)
     finally:
         torch.set_num_threads(before)
-    return None if eager is None or ours is None else Pair(eager / 2**20, ours / 2**20)
+    return None if eager is None or ours is None else Pair(mebibytes(eager), mebibytes(ours))
 
 
 class Progress:
