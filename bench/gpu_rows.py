@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import functools
 import gc
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
@@ -234,7 +233,7 @@ def measure_model(batch: int, precision: str, options: dict[str, Any], bench: Be
     torch.set_float32_matmul_precision("highest" if half else "high")
     thunks: dict[str, dict[str, Thunk]] = {"forward": {}, "training step": {}}
     for name, model in several.items():
-        for which, thunk in passes(copy.deepcopy(model), x, half).items():
+        for which, thunk in models.passes(model, x, half).items():
             thunks[which][name] = thunk
     for which, group in thunks.items():
         good = usable(group, bench, refused)
@@ -242,28 +241,6 @@ def measure_model(batch: int, precision: str, options: dict[str, Any], bench: Be
     torch.set_float32_matmul_precision("highest")
     result["refused"] = refused
     return result
-
-
-def passes(model: nn.Module, x: Tensor, half: bool) -> dict[str, Thunk]:
-    """A forward pass in evaluation and a training step without the optimizer, under autocast where `half`."""
-    learner = copy.deepcopy(model).train()
-    model = model.eval()
-    parameters = [p for p in learner.parameters() if p.requires_grad]
-
-    def autocast() -> Any:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=half)
-
-    @torch.no_grad()
-    def forward() -> Tensor:
-        with autocast():
-            return model(x)
-
-    def training_step() -> Any:
-        with autocast():
-            loss = learner(x).float().square().mean()
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
-
-    return {"forward": forward, "training step": training_step}
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------

@@ -61,16 +61,26 @@ def check(models: dict[str, nn.Module], x: Tensor, token_num: int) -> str | None
     return None
 
 
-def passes(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
-    """A forward pass in evaluation, and a training step without the optimizer."""
+def passes(model: nn.Module, x: Tensor, half: bool = False) -> dict[str, Callable[[], Any]]:
+    """A forward pass in evaluation, and a training step without the optimizer; under autocast to bfloat16 if `half`."""
+
+    def learn(mode: bool) -> None:
+        if model.training != mode:  # walking through all modules would be a part of every call
+            model.train(mode)
+
+    def call() -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            return model(x)
 
     @torch.no_grad()
     def forward() -> Tensor:
-        return model.eval()(x)
+        learn(False)
+        return call()
 
     def training_step() -> None:
-        model.train().zero_grad(set_to_none=True)
-        model(x).square().mean().backward()
+        learn(True)
+        model.zero_grad(set_to_none=True)
+        call().float().square().mean().backward()
 
     return {"forward": forward, "training step": training_step}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -337,15 +336,22 @@ def test_the_vit_line_is_of_blocks_that_call_sdpa(
     assert "\nWRONG: the swapped blocks differ by 0." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("passes", [models.passes, functools.partial(gpu_rows.passes, half=False)])
-def test_a_forward_pass_evaluates_and_a_training_step_learns(passes: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_a_forward_pass_evaluates_and_a_training_step_learns(half: bool) -> None:
+    """In any order; the gradient of a step is that of the step alone."""
     model, modes = Pretended(3.0), []
     model.register_forward_hook(lambda module, *rest: modes.append((module.training, torch.is_grad_enabled())))
-    calls = passes(model, torch.ones(4, 1))
+    model.register_forward_hook(lambda *rest: halves.append(torch.is_autocast_enabled("cpu")))
+    halves: list[bool] = []
+    calls = models.passes(model, torch.ones(4, 1), half)
     assert calls["forward"]().tolist() == [[3.0]] * 4
-    grads = calls["training step"]()
-    assert modes == [(False, False), (True, True)]
-    assert (model.factor.grad if grads is None else grads[0]) == 6  # of the mean of squares
+    for _ in range(2):
+        calls["training step"]()
+        assert model.factor.grad == 6  # of the mean of squares
+    calls["forward"]()
+    assert modes == [(False, False), (True, True), (True, True), (False, False)]
+    assert halves == [half] * 4
+    assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("op", WORKLOADS)
