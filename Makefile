@@ -34,6 +34,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# Writes to build/bench; ARGS="--out bench/results" publishes.
 bench: $(READY)
 	$(PY) -m bench $(ARGS)
 

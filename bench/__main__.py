@@ -12,11 +12,11 @@ from . import harness
 
 def main() -> int:
     """Run, print, save; 1 if an answer was wrong."""
-    here, ops = Path(__file__).parent, harness.OPS
+    ops, out = harness.OPS, Path(__file__).parents[1] / "build/bench"
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"which to run: {', '.join(ops)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="small rows only, and few rounds: does it work?")
-    parser.add_argument("--out", type=Path, default=here / "results", help="where to write (default bench/results)")
+    parser.add_argument("--out", type=Path, default=out, help="where to write (default build/bench)")
     parser.add_argument("--rows", default="", metavar="TEXT", help="only rows with this in their name")
     parser.add_argument("--seconds", type=float, help="time per contender and row (default 2, with --quick 0.1)")
     args = parser.parse_args()

@@ -529,6 +529,18 @@ def test_a_part_does_not_replace_the_whole(tmp_path: Path, monkeypatch: pytest.M
     assert names == {whole.stem + part + end for part in ("", "-quick-gather_tokens-tiny") for end in (".md", ".json")}
 
 
+def test_a_run_publishes_only_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path] = []
+    monkeypatch.setattr(harness, "save", lambda folder, *rest: folders.append(folder))
+    monkeypatch.setattr(harness, "report", lambda rows, seconds: [])
+    monkeypatch.setattr(harness, "header", lambda: {"cpu": "a cpu"})
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    for options in ([], ["--out", "bench/results"]):
+        monkeypatch.setattr(sys, "argv", ["bench", *options])
+        assert suite.main() == 0
+    assert folders == [ROOT / "build/bench", Path("bench/results")]
+
+
 def test_committed_results_are_of_whole_runs() -> None:
     for path in Path(harness.__file__).parent.glob("results/*.json"):
         rows = json.loads(path.read_text()).get("rows")
