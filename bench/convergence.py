@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hotkernels.bench.timing import machine
+from bench.harness import header
 from hotkernels.demo.motion import generate_motion, normalise
 from hotkernels.models import HoTMixSTE
 from hotkernels.models.eager import HoTMixSTEEager
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
           f"{args.steps} steps of {args.batch}\n")  # fmt: skip
     print("| seed | eager mm | ours mm | difference | largest gap of the curves % | eager s | ours s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    result = {"machine": machine()} | compare(args)
+    result = {"machine": header()} | compare(args)
     errors = {name: [run[name]["mpjpe_mm"] for run in result["runs"]] for name in ("eager", "ours")}
     if args.seeds > 1:
         for name, values in errors.items():
