@@ -3,17 +3,17 @@
 
 STABLE_TORCH_LIBRARY(hotkernels, m) {
   m.def(
-      "dpc_knn_fwd(Tensor x, int num_clusters, int k, Tensor? mask, Tensor? keep, Tensor? noise, int seed, "
+      "dpc_knn_fwd(Tensor x, SymInt num_clusters, SymInt k, Tensor? mask, Tensor? keep, Tensor? noise, SymInt seed, "
       "bool assign, bool ordered) -> (Tensor index, Tensor assignment, Tensor density, Tensor delta, Tensor score)");
   m.def("gather_tokens_fwd(Tensor x, Tensor index, Tensor? pos) -> Tensor");
-  m.def("gather_tokens_bwd(Tensor grad_out, Tensor index, int num_tokens) -> Tensor");
+  m.def("gather_tokens_bwd(Tensor grad_out, Tensor index, SymInt num_tokens) -> Tensor");
   m.def(
-      "merge_tokens_fwd(Tensor x, Tensor assignment, int num_clusters, Tensor? weight, float eps, bool need_mean) -> "
-      "(Tensor out, Tensor total, Tensor mean)");
+      "merge_tokens_fwd(Tensor x, Tensor assignment, SymInt num_clusters, Tensor? weight, float eps, bool need_mean) "
+      "-> (Tensor out, Tensor total, Tensor mean)");
   m.def(
       "merge_tokens_bwd(Tensor grad_out, Tensor mean, Tensor total, Tensor x, Tensor assignment, Tensor? weight, bool "
       "need_weight) -> (Tensor grad_x, Tensor grad_weight)");
-  m.def("invert_index(Tensor index, int num_tokens) -> (Tensor start, Tensor slots)");
+  m.def("invert_index(Tensor index, SymInt num_tokens) -> (Tensor start, Tensor slots)");
   m.def(
       "gathered_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? index, Tensor? bias, Tensor? key_bias, "
       "float scale) -> (Tensor out, Tensor lse)");

@@ -450,6 +450,7 @@ def merge_all(x: Tensor, **given: Any) -> Any:
         (lambda x: tcformer.cluster_dpc_knn({"x": x}, 0), "cluster_dpc_knn: cluster_num must be"),
         (lambda x: tcformer.cluster_dpc_knn(x, 3), "cluster_dpc_knn: token_dict must be a dict with 'x', got Tensor"),
         (lambda x: chat_univi.cluster_dpc_knn({"y": x}, 3), "cluster_dpc_knn: token_dict must be .+, got one with"),
+        (lambda x: chat_univi.cluster_dpc_knn({"x": x}, None), "cluster_dpc_knn: cluster_num must be an int"),
         (lambda x: prunevid.cluster_dpc_knn([x], 3), "cluster_dpc_knn: x must be"),
         *(
             (lambda x, change=change: merge_all(**{"x": x} | change(x)), f"merge_tokens: {arg} must be")
@@ -458,8 +459,9 @@ def merge_all(x: Tensor, **given: Any) -> Any:
                 "x": lambda x: {"x": x[0]},
                 "idx_cluster": lambda x: {"idx_cluster": torch.zeros(2, 15, dtype=torch.int64)},
                 "idx_token": lambda x: {"idx_token": torch.zeros(2, 32)},
+                "agg_weight": lambda x: {"agg_weight": torch.ones(2, 32)},
                 "cluster_num": lambda x: {"cluster_num": 0},
-                "token_weight": lambda x: {"token_weight": torch.ones(2, 15, 1)},
+                "token_weight": lambda x: {"token_weight": torch.ones(16, 2)},
             }.items()
         ),
     ],

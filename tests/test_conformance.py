@@ -15,12 +15,13 @@ import torch
 from cases import OPS, Args, Bad, OpCase, layouts, tensors, upcast
 from conftest import BACKENDS, EMULATED, FUSED, GPU_BACKENDS
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradcheck
 
 import hotkernels
+from hotkernels.backends import LIBRARIES, why_not
 from hotkernels.backends import OPS as KERNELS
-from hotkernels.backends import why_not
 from hotkernels.bench.workloads import rounding_floor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -305,6 +306,27 @@ def test_compiles_without_graph_breaks(op: OpCase, backend: str) -> None:
 @each_op_on(*FUSED)
 def test_compiles_with_changing_sizes(op: OpCase, backend: str) -> None:
     _compiled(op, backend, "aot_eager", ["small", "39" if "39" in op.inputs else "117"], dynamic=True)
+
+
+@pytest.mark.skipif(LIBRARIES["_C_cpu"] is not None, reason=str(LIBRARIES["_C_cpu"]))
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda x, i: hotkernels.gather_tokens(x, i), id="gather_tokens"),
+        pytest.param(lambda x, i: hotkernels.merge_tokens(x, i % 5, x.shape[1] // 4), id="merge_tokens"),
+        pytest.param(lambda x, i: x + hotkernels.dpc_knn(x, x.shape[1] // 2, 3).score[..., None], id="dpc_knn"),
+        pytest.param(lambda x, i: hotkernels.gathered_attention(*[x[:, None]] * 3, i[:, :7]), id="a set of keys"),
+        pytest.param(lambda x, i: hotkernels.gathered_attention(*[x[:, None]] * 3, i[..., None]), id="keys per query"),
+    ],
+)
+def test_new_sizes_soon_compile_nothing_new(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch._dynamo.reset()
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counted)
+    for N in (20, 24, 29, 33, 41):
+        x, index = torch.randn(2, N, 8, requires_grad=True), torch.randint(N, (2, N))
+        torch.testing.assert_close(*(torch.autograd.grad(f(x, index).square().sum(), x) for f in (compiled, call)))
+    assert counted.frame_count <= 2  # the first size may show too much
 
 
 @each_op_on(*FUSED)

@@ -343,13 +343,14 @@ def test_exports() -> None:
         torch.testing.assert_close(theirs, ours)
 
 
-def test_pruning_compiles_and_exports_for_any_number_of_frames() -> None:
+def test_pruning_compiles_and_exports_for_any_number_of_samples_and_frames() -> None:
     module, x = hourglass().prune, torch.randn(2, 27, 5, 16)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
-    exported = torch.export.export(module, (x,), dynamic_shapes=({1: torch.export.Dim("F", min=9, max=500)},))
-    for frames in (27, 31):
-        x = torch.randn(2, frames, 5, 16)
+    dims = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim("F", min=9, max=500)}
+    exported = torch.export.export(module, (x,), dynamic_shapes=(dims,))
+    for batch, frames in ((2, 27), (3, 31)):
+        x = torch.randn(batch, frames, 5, 16)
         for ours in (compiled, exported.module()):
             for a, b in zip(ours(x), module(x), strict=True):
                 torch.testing.assert_close(a, b)
@@ -503,6 +504,7 @@ def test_wrong_arguments(call: Any, message: str) -> None:
     [
         (lambda: TokenRecovery(16, 9)(None), r"^TokenRecovery: x must be a torch.Tensor \[B, M, J, C\], got NoneType$"),
         (lambda: TokenPruning(16, 1)(torch.zeros(1, 2, 3, 16), [[0]]), r"^TokenPruning: index must be .+, got list$"),
+        (lambda: TokenPruning(16, 1)(torch.ones(1, 2, 3, 16).long()), r"^TokenPruning: x must be .+, got int64$"),
         (lambda: TokenPruning(16, 1, center=1), r"^TokenPruning: center must be a bool, got int$"),
         (lambda: Attention("a"), r"^Attention: dim must be an int, got str$"),
         (lambda: Attention(16.0, 2), r"^Attention: dim must be an int, got float$"),

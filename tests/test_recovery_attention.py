@@ -192,3 +192,14 @@ def test_autocast_casts_what_sdpa_casts(op: Any) -> None:
         out = op(query, key.bfloat16(), value.bfloat16())
         assert op(query.double(), key.double(), value.double()).dtype == torch.float64
     assert torch.equal(out, op(query.bfloat16(), key.bfloat16(), value.bfloat16()))
+
+
+@pytest.mark.parametrize("op", [recovery_attention, gathered_attention])
+def test_autocast_leaves_the_definition_in_float32(op: Any) -> None:
+    """As calls with dropout are served by it: in float16 these logits are infinite."""
+    query = torch.full((1, 1, 2, 64), 40.0)
+    key, value = query * torch.tensor([[0.5], [1.0]]), torch.randn(1, 1, 2, 64)
+    with torch.autocast("cpu", torch.float16):
+        out = op(query, key, value, backend="torch")
+    assert torch.equal(out, op(query.half(), key.half(), value.half(), backend="torch"))
+    assert out.isfinite().all()

@@ -20,6 +20,7 @@ namespace hotkernels::HK_ISA {
 namespace {
 
 constexpr int64_t kKeys = 512;  // keys per block of logits: 512 x 48 floats are 96 KB
+constexpr double kRoundedLse = 16;  // beyond, the rounding of lse is more than that of a probability
 constexpr int64_t kShortSum = 32;  // terms added up one by one; a longer sum is one of such sums, for their rounding
 template <class E>
 constexpr int64_t kQueries = 3 * kLanes<E>;
@@ -97,7 +98,7 @@ struct Core {
   int64_t *present, *place;                    // [S] slots that hold a key, and where a slot's key is packed
   O* query_columns;                            // [blocks or 1, D, Q] queries, transposed
   T *logits, *out_rows;                        // [min(S, kKeys), Q], [Q, Dp]
-  T *top, *sum;                                // [Q] running maximum and sum
+  T *top, *sum;                                // [Q] running maximum and sum; backward, sum of exp(logit - lse)
   // Backward.
   O *query_rows, *grad_rows, *grad_columns;    // [Q, Dp] across, [Q, Dp] across, [D, Q]
   T *grad_logits, *grad_query, *delta, *lse;   // [min(S, kKeys), Q], [Q, Dp], [Q], [Q]
@@ -390,6 +391,7 @@ struct Core {
         const S* out_row = out + (q0 + i) * p.out.stride_n;
         for (int64_t d = 0; !whole && d < p.D; ++d) delta[i] += E::get(grad_row[d]) * E::get(out_row[d]);
       }
+      if (!whole) sum_probabilities(b, j, h, q0, count, columns);
       for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
         const int64_t k1 = keys - k0 < kKeys ? keys : k0 + kKeys, n = k1 - k0;
         compute_logits(b, j, h, q0, count, k0, k1, columns);
@@ -419,6 +421,26 @@ struct Core {
     if (p.grad_value.data) write_grad_rows(p.grad_value, grad_value_rows, T{1}, b, j, h);
   }
 
+  // sum = sum of exp(logit - lse) over all keys: 1 but for the rounding of lse, and not looked at where that is small.
+  void sum_probabilities(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, const O* columns) {
+    fill(sum, Q, T{1});
+    bool large = false;
+    for (int64_t i = 0; i < count; ++i) large |= std::isfinite(lse[i]) && std::abs(lse[i]) > kRoundedLse;
+    if (!large) return;
+    fill(sum, Q, T{0});
+    for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
+      const int64_t k1 = keys - k0 < kKeys ? keys : k0 + kKeys;
+      compute_logits(b, j, h, q0, count, k0, k1, columns);
+      for (int64_t e = 0; e < Q; e += lanes) {
+        const vec log_sum = load(lse + e);
+        const auto empty = log_sum == splat(static_cast<T>(-INFINITY));
+        vec total{};
+        for (int64_t key = 0; key < k1 - k0; ++key) total += vexp(load(logits + key * Q + e) - log_sum);
+        store(sum + e, empty ? splat(T{1}) : load(sum + e) + total);
+      }
+    }
+  }
+
   // Logits become probabilities; grad_logits, so far grad_out . v, become the gradients of the logits. With the whole
   // row at hand, grad_out . o is taken from the probabilities: o may have been rounded to a half type.
   void softmax_gradient(int64_t count_keys, int64_t vectors, bool whole) {
@@ -434,7 +456,7 @@ struct Core {
         if (whole) dot += weight * load(g + key * Q), total += weight;
       }
       // The total is 1 but for the rounding of lse, which is no small part of gradients where one key takes all.
-      const vec inverse = whole ? (empty ? vec{} : splat(T{1}) / total) : splat(T{1});
+      const vec inverse = empty ? vec{} : splat(T{1}) / (whole ? total : load(sum + e * lanes));
       shift += dot * inverse;
       for (int64_t key = 0; key < count_keys; key += deep) {
         vec grads[deep] = {};

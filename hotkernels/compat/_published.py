@@ -93,10 +93,8 @@ def average(x: Tensor, idx_cluster: Tensor, cluster_num: int, token_weight: Tens
     if token_weight is None:
         weight = x.new_ones(B, N, 1)
     else:
-        check_tensor(op, "token_weight", token_weight, "[B, N, 1]", FLOATING, device=x.device)
-        if token_weight.numel() != B * N:
-            fail(op, "token_weight", f"[B, N, 1] = {[B, N, 1]}", list(token_weight.shape))
-        weight = token_weight.reshape(B, N, 1)
+        check_tensor(op, "token_weight", token_weight, "[B, N, 1]", FLOATING, shape=(B, N, 1), device=x.device)
+        weight = token_weight
     return merge_tokens(x, idx_cluster, cluster_num, weight), weight
 
 
@@ -110,7 +108,9 @@ def merge(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge as published: (x [B, M, C], idx_token [B, N_init], agg_weight [B, N_init, 1])."""
     merged, weight = average(x, idx_cluster, cluster_num, token_weight)
-    check_tensor("merge_tokens", "idx_token", idx_token, "[B, N_init]", (torch.int64,), shape=(len(x), None))
+    check_tensor("merge_tokens", "idx_token", idx_token, "[B, N_init]", (torch.int64,), shape=(x.shape[0], None))
+    full = (*idx_token.shape, 1)
+    check_tensor("merge_tokens", "agg_weight", agg_weight, "[B, N_init, 1]", FLOATING, shape=full, device=x.device)
     idx_token = idx_token.to(x.device)  # Chat-UniVi makes it on the CPU, wherever the tokens are
 
     # Each token's share of its cluster, and the product of shares from an initial grid cell up to its cluster. A token
@@ -126,10 +126,10 @@ _SCATTERS_IN_ORDER = ("cpu",)  # elsewhere scatter_add, and the gradient of gath
 
 def _sum(weight: Tensor, owner: Tensor, M: int) -> Tensor:
     """[B, M, 1]: the weights [B, N, 1] of each owner [B, N], in a fixed order."""
-    total = weight.new_zeros(len(weight), M, 1)
+    total = weight.new_zeros(weight.shape[0], M, 1)
     if weight.device.type in _SCATTERS_IN_ORDER:
         return total.scatter_add(1, owner[..., None], weight)
-    return total.index_put((torch.arange(len(owner), device=owner.device)[:, None], owner), weight, accumulate=True)
+    return total.index_put((torch.arange(owner.shape[0], device=owner.device)[:, None], owner), weight, accumulate=True)
 
 
 def _take(weight: Tensor, index: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import check_int
 from ._published import as_float, cluster, entry, merge_dict
 
 
@@ -20,6 +21,8 @@ def cluster_dpc_knn(
     Returns:
         (idx_cluster [B, N] int64 in [0, cluster_num), cluster_num).
     """
+    check_int("cluster_dpc_knn", "cluster_num", cluster_num, 1, None)
+    check_int("cluster_dpc_knn", "k", k, 1, None)
     if k > cluster_num:
         k = min(3, max(cluster_num // 2, 1))
     x = as_float(entry("cluster_dpc_knn", token_dict, "x"))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import INTEGER, check_bool, check_int, check_seed, check_tensor, fail
+from ..errors import FLOATING, INTEGER, check_bool, check_int, check_seed, check_tensor, fail
 from ..ops.dpc_knn import dpc_knn
 from ..ops.gather_tokens import gather_tokens
 from .attention import CrossAttention, check_options
@@ -51,7 +51,7 @@ class TokenPruning(nn.Module):
             (pruned [B, M, J, C], index [B, M] ascending).
         """
         pos, M = self.pos_embed_token, self.token_num
-        check_tensor("TokenPruning", "x", x, "[B, F, J, C]", None, shape=(None, None, None, pos.shape[-1]))
+        check_tensor("TokenPruning", "x", x, "[B, F, J, C]", FLOATING, shape=(None, None, None, pos.shape[-1]))
         if index is None:
             if x.shape[1] < M or x.shape[1] < self.k:
                 fail(
@@ -61,7 +61,7 @@ class TokenPruning(nn.Module):
             keep = torch.full((1,), (x.shape[1] - 1) // 2, device=x.device) if self.center else None
             index = cluster_frames(x, M, self.k, keep=keep, seed=self.seed)
         elif not isinstance(index, Tensor) or index.shape[-1:] != (M,):
-            check_tensor("TokenPruning", "index", index, "[B, M]", INTEGER, shape=(len(x), M))
+            check_tensor("TokenPruning", "index", index, "[B, M]", INTEGER, shape=(x.shape[0], M))
         return gather_tokens(x, index, pos), index
 
 
@@ -73,7 +73,7 @@ def cluster_frames(x: Tensor, token_num: int, k: int = 2, **more: Any) -> Tensor
     """
     index = dpc_knn(x.detach().mean(2), token_num, k, **more, assign=False, ordered=True).index
     places = x.shape[1] + 1  # one more, which -1 points to and which is never taken
-    left = torch.ones(len(x), places, dtype=torch.uint8, device=x.device).scatter(1, index % places, 0)
+    left = torch.ones(x.shape[0], places, dtype=torch.uint8, device=x.device).scatter(1, index % places, 0)
     left[:, -1] = 1
     return left.argsort(dim=1, stable=True)[:, :token_num].sort(1).values
 

@@ -20,6 +20,10 @@ def gathered_attention_reference(
 
     All tensors have the same batch dims; index is [B, M], [*batch, Nq, K] or [*batch, H, Nq, K].
     """
+    kind = query.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):  # which would multiply in a half type
+        with torch.autocast(kind, enabled=False):
+            return gathered_attention_reference(query, key, value, index, bias, key_bias, scale, dropout_p)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v = (t.to(dtype) for t in (query, key, value))
     batch, H, Nk = key.shape[:-3], key.shape[-3], key.shape[-2]

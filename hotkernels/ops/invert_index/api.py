@@ -66,7 +66,7 @@ def invert_index(index: Tensor, num_tokens: int, *, dims: int = 1, backend: str 
         (tensor([[0, 1, 1, 3]]), tensor([[1, 0, 2]]))
     """
     check_tensor(_OP, "index", index, "[..., L]", INTEGER)
-    check_int(_OP, "num_tokens", num_tokens, 0, None)
+    check_int(_OP, "num_tokens", num_tokens, 0, torch.iinfo(torch.int64).max - 1)
     check_int(_OP, "dims", dims, 1, None)
     if index.dim() < dims:
         fail(_OP, "index", f"of at least dims = {dims} dims", list(index.shape))

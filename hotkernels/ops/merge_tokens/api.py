@@ -127,7 +127,7 @@ def merge_tokens(
     return _fused(x, assignment, num_clusters, weight, eps)
 
 
-@composite("merge_tokens(Tensor x, Tensor assignment, int num_clusters, Tensor? weight, float eps) -> Tensor")
+@composite("merge_tokens(Tensor x, Tensor assignment, SymInt num_clusters, Tensor? weight, float eps) -> Tensor")
 def _fused(x: Tensor, assignment: Tensor, num_clusters: int, weight: Tensor | None, eps: float) -> Tensor:
     if not wants_grad(x, weight):
         return torch.ops.hotkernels.merge_tokens_fwd(x, assignment, num_clusters, weight, eps, False)[0]
