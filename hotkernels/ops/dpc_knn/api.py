@@ -93,13 +93,14 @@ def dpc_knn(
     Raises:
         ValueError, TypeError: ``dpc_knn: <arg> must be <expected>, got <actual>``.
 
-    Numerics: float32, but for density + noise, which orders and scores in float64: near 1, float32 (and so the
-    published code) tells only nine values of ``rand * 1e-6`` apart. Half inputs are upcast. "cpp" and "cuda" first
-    subtract, channel by channel, the median of three of the sample's tokens, so that neither a common offset nor an
-    outlier takes bits from the others. "cuda" then rounds tokens to 11 bits (as in TF32), and distances, in float32,
-    are those of the rounded tokens: its choice can differ from others' where distances differ by less than that. It has
-    fewer bits for coordinates below 2^-27 (1e-8) of the sample's largest. The result is the same bits on every run, for
-    any number of threads and whatever else is in the batch.
+    Numerics: float32 (squared distances below 1e-38 lose bits, tokens closer than 1e-22 are equal), but for density +
+    noise, which orders and scores in float64: near 1, float32 (and so the published code) tells only nine values of
+    ``rand * 1e-6`` apart. Half inputs are upcast. "cpp" and "cuda" first subtract, channel by channel, the median of
+    three of the sample's tokens, so that neither a common offset nor an outlier takes bits from the others. "cuda" then
+    rounds tokens to 11 bits (as in TF32), and distances, in float32, are those of the rounded tokens: its choice can
+    differ from others' where distances differ by less than that. It has fewer bits for coordinates below 2^-27 (1e-8)
+    of the sample's largest. The result is the same bits on every run, for any number of threads and whatever else is in
+    the batch.
 
     Cost: half of :math:`N^2 C` multiply-adds; O(N (k + C)) memory beyond the input, never N x N.
 
