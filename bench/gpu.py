@@ -253,7 +253,8 @@ def sanitize(session: Session, tool: str) -> Outcome:
     lines = tail(session.log(tool), 10_000)
     if any("Device not supported" in line for line in lines):
         return Outcome(tool, "skipped", "compute-sanitizer does not support this machine")
-    told = [line.strip(" =") for line in lines if "SUMMARY" in line or "calls: each op" in line]
+    marks = ("SUMMARY", "FAILED: ", "failed: each op")
+    told = [line.strip(" =") for line in lines if any(mark in line for mark in marks)]
     told += ["out of time"] if code is None else [f"exit status {code}"] if code not in (0, 9) else []
     state = "passed" if code == 0 else "failed"
     if tool == "racecheck" and code == 9:

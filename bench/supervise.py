@@ -99,16 +99,17 @@ def supervise(
     while True:
         done = len(results(journal))
         process = start(command, log, cwd, env)
-        size, changed = -1, time.monotonic()
+        size, changed = journal.stat().st_size if journal.exists() else -1, time.monotonic()
+        patience = 2 * hang  # until it writes for the first time: many import at once
         while process.poll() is None:
             time.sleep(0.1)
             now = time.monotonic()
             if journal.exists() and journal.stat().st_size != size:
-                size, changed = journal.stat().st_size, now
+                size, changed, patience = journal.stat().st_size, now, hang
             if now > deadline:
                 end_group(process)
                 return "out of time"
-            if now - changed > hang:
+            if now - changed > patience:
                 end_group(process)
         states = {entry["id"]: entry["state"] for entry in read(journal) if "id" in entry}
         current = [task for task, state in states.items() if state == "started"]

@@ -148,7 +148,7 @@ class TokenPruningEager(nn.Module):
     def forward(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Prune x [B, F, J, C] to [B, M, J, C]."""
         if index is None:
-            noise = torch.rand(x.shape[:2]) * 1e-6
+            noise = torch.rand(x.shape[:2], device=x.device) * 1e-6
             index = cluster_dpc_knn_eager(x.mean(2), self.token_num, self.k, noise)[0].sort().values
         return gather_tokens_eager(x, index, self.pos_embed_token), index
 

@@ -418,7 +418,8 @@ OPS.append(
 def inverse(index: Tensor, num_tokens: int, dims: int = 1, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """start and slots of invert_index, with -1 in the places that it leaves unspecified."""
     _, start, slots = hotkernels.invert_index(index, num_tokens, dims=dims, backend=backend)
-    return start, slots.where(torch.arange(slots.shape[-1]) < start[..., -1:], -1)
+    place = torch.arange(slots.shape[-1], device=slots.device)
+    return start, slots.where(place < start[..., -1:], -1)
 
 
 def check_inverse(args: Args, out: tuple[Tensor, Tensor]) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+import traceback
 
 import attention_cases  # noqa: F401  # registers its ops
 import torch
-from cases import OPS, tensors
+from cases import OPS, OpCase, tensors
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -22,7 +23,7 @@ from hotkernels.backends import OPS as KERNELS
 
 
 def main() -> int:
-    """The small input of each op and dtype first, then the others until the time is up; 1 if there was nothing."""
+    """The small input of each op and dtype first, then the others until the time is up; 1 if one failed, or none ran."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda", help="default cuda; cpu: the C++ kernels, to test this program")
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -41,18 +42,27 @@ def main() -> int:
         key=lambda call: list(call[0].inputs).index(call[3])
     )  # the first case of all ops, the second of all, ...
     stop = time.monotonic() + args.seconds
-    done = 0
+    done = failed = 0
     for op, backend, dtype, case in itertools.takewhile(lambda _: time.monotonic() < stop, calls):
-        values = pytree.tree_map_only(Tensor, lambda t: t.to(args.device), op.inputs[case](dtype))
-        leaves = [values[name].requires_grad_() for name in op.differentiable if name in values]
-        out = tensors(op.function(**values, backend=backend))
-        if leaves:
-            torch.autograd.grad(out, leaves, [torch.ones_like(o) for o in out])
+        try:
+            once(op, backend, dtype, case, args.device)
+        except Exception:  # one wrong call is told, and costs no other its turn
+            failed += 1
+            print(f"FAILED: {op.name}, {backend}, {dtype}, {case}\n{traceback.format_exc()}")
         if args.device == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # raises where the context is lost
         done += 1
-    print(f"{done} of {len(calls)} calls: each op, forward and backward")
-    return 0 if done else 1
+    print(f"{done} of {len(calls)} calls, {failed} failed: each op, forward and backward")
+    return 0 if done and not failed else 1
+
+
+def once(op: OpCase, backend: str, dtype: torch.dtype, case: str, device: str) -> None:
+    """One call, and its gradients."""
+    values = pytree.tree_map_only(Tensor, lambda t: t.to(device), op.inputs[case](dtype))
+    leaves = [values[name].requires_grad_() for name in op.differentiable if name in values]
+    out = tensors(op.function(**values, backend=backend))
+    if leaves:
+        torch.autograd.grad(out, leaves, [torch.ones_like(o) for o in out])
 
 
 if __name__ == "__main__":

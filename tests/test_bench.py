@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import run_once
 import torch
 
 import hotkernels.bench
@@ -960,3 +962,18 @@ def test_make_gpu_calls_it() -> None:
     command = ["make", "-n", "gpu", "OUT=there", "ARGS=--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert '-m bench.gpu --out "there" --quick' in done.stdout
+
+
+def test_a_call_that_fails_costs_no_other_its_turn_under_a_sanitizer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def once(op: Any, backend: str, dtype: torch.dtype, case: str, device: str) -> None:
+        if (op.name, dtype, case) == ("invert_index", torch.float32, "small"):
+            raise ValueError("of another device")
+
+    monkeypatch.setattr(run_once, "once", once)
+    monkeypatch.setattr(sys, "argv", ["run_once.py", "--device", "cpu"])
+    assert run_once.main() == 1
+    told = capsys.readouterr().out
+    assert "FAILED: invert_index, cpp, torch.float32, small\n" in told
+    assert re.search(r"^(\d+) of \1 calls, 1 failed: each op", told, re.M)
