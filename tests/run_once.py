@@ -23,7 +23,7 @@ from hotkernels.backends import OPS as KERNELS
 
 
 def main() -> int:
-    """The small input of each op and dtype first, then the others until the time is up; 1 if one failed, or none ran."""
+    """The small input of each op and dtype first, then others until the time is up; 1 if one failed, or none ran."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda", help="default cuda; cpu: the C++ kernels, to test this program")
     parser.add_argument("--seconds", type=float, default=60.0)
