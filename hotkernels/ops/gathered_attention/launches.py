@@ -24,7 +24,7 @@ Strides = tuple[int, ...]
 # last so many are remembered.
 Layouts = tuple[Any, ...]
 PLANS = 512
-MOST = 2**31 - 4097  # of what kernels count in 32 bits: they count to the end of a block
+MAX_INT32_COUNT = 2**31 - 4097  # kernels count in 32 bits, up to the end of the last block of 4,096
 
 
 class Problem:
@@ -77,10 +77,10 @@ class Problem:
             b, *j, n = strides(key_bias)
             self.key_bias_strides = (b, *(j or (0,)), n)
         self.sequences = self.B * self.J
-        if self.sequences * self.H > MOST:
+        if self.sequences * self.H > MAX_INT32_COUNT:
             fail(op, "query", "of less than 2^31 sequences times heads", self.sequences * self.H)
         for arg, n, what in (("query", self.Nq, "tokens"), ("key", self.Nk, "tokens"), ("index", self.S, "slots")):
-            if n > MOST:
+            if n > MAX_INT32_COUNT:
                 fail(op, arg, f"of fewer than 2^31 - 4096 {what} on a GPU", n)
         self.BLOCK_D = max(16, next_power_of_2(self.D))
 

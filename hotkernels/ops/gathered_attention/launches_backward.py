@@ -342,9 +342,9 @@ class Backward:
         kernel, programs = gathered_attention_per_query_queries_bwd_kernel, cdiv(p.sequences * p.Nq, blocks.M) * p.H
         self._add(kernel, programs, p.index_strides, sizes, p.BLOCK_D, constants, blocks)
         blocks = per_query_keys_blocks(p)
-        strides = (*self._per_row(t["start"]), *self._per_row(t["slots"]))
+        row_strides = (*self._per_row(t["start"]), *self._per_row(t["slots"]))
         kernel, programs = gathered_attention_per_query_keys_bwd_kernel, cdiv(p.sequences * p.Nk, blocks.N) * p.H
-        self._add(kernel, programs, strides, sizes, p.BLOCK_D, constants, blocks)
+        self._add(kernel, programs, row_strides, sizes, p.BLOCK_D, constants, blocks)
 
     def _per_row(self, t: Tensor) -> tuple[int, int, int]:
         """(b, j, h) strides of start or slots under an index per query."""
