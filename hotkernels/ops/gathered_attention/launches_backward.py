@@ -335,7 +335,7 @@ class Backward:
         if need_bias:
             t["grad_bias"] = self.lse.new_empty(*p.batch, p.H, p.Nq, p.S)
         t["delta"] = torch.empty_like(self.lse)
-        wide = p.sequences * max(p.Nq, p.Nk) >= 2**31 - 2048 or p.Nq * p.S >= 2**31
+        wide = max(p.sequences * max(p.Nq, p.Nk), p.Nq * p.S) >= 2**31 - 2048  # they count to the end of a block
         constants = (tl.int64 if wide else tl.int32,)
         sizes = (p.sequences, p.J, p.H, p.Nq, p.Nk, p.S)
         blocks = per_query_queries_blocks(p)
