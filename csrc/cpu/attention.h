@@ -431,7 +431,7 @@ struct Core {
     for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
       const int64_t k1 = keys - k0 < kKeys ? keys : k0 + kKeys;
       compute_logits(b, j, h, q0, count, k0, k1, columns);
-      for (int64_t e = 0; e < Q; e += lanes) {
+      for (int64_t e = 0; e < count; e += lanes) {
         const vec log_sum = load(lse + e);
         const auto empty = log_sum == splat(static_cast<T>(-INFINITY));
         vec total{};

@@ -64,7 +64,7 @@ struct Sample {
   Candidate* candidates;   // [N]
   int32_t* kept;           // [M] chosen tokens, in the order of index
   int32_t* slot;           // [Np] place of a token in index, or -1
-  int32_t* nearest;        // [N] place in index of the nearest kept token
+  int32_t* nearest;        // [N] place in index of the nearest kept token; before, tokens to gather
   int32_t* pending;        // [N] tokens that need a second search
   int64_t gathered_max;    // tokens that fit in:
   float* gathered;         // [gathered_max / P, C, P] what a second search looks through
