@@ -29,6 +29,7 @@ from .backends import TRITON_DEVICE
 
 INTERPRETED = TRITON_DEVICE == "cpu"
 VECTOR_BYTES = 16  # the widest load of a thread
+ROWS = {f"{name}_ptr" for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")}  # of channels
 MAX_PROGRAMS = 2**31 - 1
 
 _POINTERS = {
@@ -49,7 +50,7 @@ class Variant(NamedTuple):
     constants: tuple[Any, ...]
     num_warps: int
     num_stages: int
-    aligned: bool  # all tensors, and all strides named stride_*, allow vectors of 16 bytes of the first tensor's dtype
+    aligned: bool  # tensors in ROWS and strides named stride_* allow 16 bytes of the first tensor's dtype at once
 
     def source(self) -> tuple[ASTSource, dict[str, int]]:
         """What triton.compile takes."""
@@ -70,7 +71,7 @@ class Variant(NamedTuple):
                 signature[parameter.name], constants[parameter.name] = "constexpr", None
             else:
                 signature[parameter.name] = _POINTERS[dtype]
-                if self.aligned:
+                if self.aligned and parameter.name in ROWS:
                     attributes[(i,)] = [["tt.divisibility", VECTOR_BYTES]]
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return ASTSource(self.kernel, signature, constants, attributes), options
@@ -100,10 +101,18 @@ class Launch:
     num_stages: int
     aligned: bool  # what Variant.aligned says of its strides
     compiled: dict[tuple[int, bool], Any] = field(default_factory=dict)  # for which device, and whether aligned
+    rows: tuple[int, ...] = field(init=False)  # which of its tensors are in ROWS
+
+    def __post_init__(self) -> None:
+        self.rows = tuple(i for i, name in enumerate(self.kernel.arg_names) if name in ROWS)
 
     def aligned_on(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether these tensors' addresses and the launch's strides allow loads of 16 bytes."""
-        addresses = [t.data_ptr() for t in tensors if t is not None]
+        """Whether the addresses of rows and the launch's strides allow 16 bytes at once.
+
+        What else is given (index, bias, lse) is read one by one: where it starts must not change how rows are read, and
+        with it the order of sums.
+        """
+        addresses = [t.data_ptr() for i in self.rows if (t := tensors[i]) is not None]
         return self.aligned and math.gcd(VECTOR_BYTES, *addresses) == VECTOR_BYTES
 
     def variant(self, tensors: Sequence[Tensor | None]) -> Variant:

@@ -246,3 +246,26 @@ def test_alignment_is_looked_at_in_every_call() -> None:
             query, key, value = memory[start:][: 2 * 17 * 3 * 2 * 64].view(2, 17, 3, 2, 64).permute(2, 0, 3, 1, 4)
             triton_resources.forward.gathered_attention_fwd(query, key, value, None, None, None, 1.0)
     assert [launch.variant.aligned for launch in launches] == [True, False, True, False]
+
+
+def test_where_an_index_or_a_bias_starts_changes_nothing_in_how_rows_are_read() -> None:
+    """It would change the order of sums, and a batch would not give what its samples give one by one."""
+    B, H, N, S = 2, 2, 20, 8
+    query, key, value, grad_out = torch.empty(4, B, N, H, 64).transpose(2, 3)
+
+    def starting(first: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(first + math.prod(shape), dtype=dtype)[first:].view(shape)
+
+    variants = []
+    for first in (0, 1):
+        index, start, slots = (starting(first, B, n, dtype=torch.int64) for n in (S, N + 1, S))
+        bias, key_bias, lse = (starting(first, *shape) for shape in ((B, H, N, S), (B, N), (B, H, N)))
+        with triton_resources.recorded(triton_resources.GENERATIONS["sm_90"]) as launches:
+            out, _ = triton_resources.forward.gathered_attention_fwd(query, key, value, index, bias, key_bias, 1.0)
+            triton_resources.backward.gathered_attention_bwd(
+                grad_out, lse, query, key, value, out, lse, index, start, slots, bias, key_bias, 1.0, True, True
+            )
+        variants.append([launch.variant for launch in launches])
+    assert variants[0] == variants[1]
+    assert len(variants[0]) > 2
+    assert all(variant.aligned for variant in variants[0])
