@@ -412,8 +412,8 @@ def gathered_attention_keys_bwd_kernel(
         grad_key_bias_base = grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk
         tl.store(grad_key_bias_base + token, grad_key_bias, mask=valid)
     if index_ptr is not None:
-        for block in range(0, Nk, blocks * BLOCK_N):
-            token = block + entry
+        for turn in range(0, (Nk - 1) // (blocks * BLOCK_N) + 1):  # steps of as many tokens could pass 2^31
+            token = turn * (blocks * BLOCK_N) + entry
             _clear_unnamed(
                 grad_k_base, grad_v_base, grad_key_bias_base, start_base, token,
                 token < Nk, stride_grad_kn, HEAD_DIM, BLOCK_D, 1,
