@@ -32,6 +32,7 @@ CXX_FLAGS = [
     # to zero in the whole process.
     "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-ffp-contract=fast",
 ]  # fmt: skip
+INCLUDE = ["-I", ROOT / "csrc/include"]
 ISA_FLAGS = {
     "base": ["-msse4.2"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -108,47 +109,70 @@ def plan() -> tuple[list[str], list[str]]:
     return ["_C_cpu"], ["_C_cpu: built", f"_C_cuda: not built: {why}"]
 
 
-def ninja_file(name: str, out: Path, objects: Path) -> str:
-    """The build of one library: every kernel of csrc/cpu once per instruction set, or csrc/cuda through nvcc."""
-    found = find_torch()
-    assert found is not None
-    torch, toolkit, cuda = found[0], find_nvcc(), name == "_C_cuda"
-    include = ["-I", ROOT / "csrc/include"]
-    glue = [*CXX_FLAGS, *STABLE_ABI, f"-DHK_MODULE={name}", *include]
-    glue += ["-isystem", torch / "include", "-isystem", sysconfig.get_paths()["include"]]
+Step = tuple[str, Path, str, list]  # the rule, what it compiles, the object's name, the flags
+
+
+def words(parts: list) -> str:
+    return " ".join(str(p).replace("$", "$$").replace(" ", "$ ") for p in parts)
+
+
+def given(variable: str) -> list[str]:
+    return os.environ.get(variable, "").split()
+
+
+def cpu_kernels() -> list[Step]:
+    """Every kernel of csrc/cpu once per instruction set."""
+    isas = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
+    common = [*CXX_FLAGS, *INCLUDE, *given("HOTKERNELS_CXXFLAGS")]
+    return [
+        ("cxx", src, f"{src.stem}.{isa}", [*common, *flags, f"-DHK_ISA={isa}"])
+        for src in sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+        for isa, flags in isas.items()
+    ]
+
+
+def cuda_kernels() -> list[Step]:
+    """Every kernel of csrc/cuda for each chip."""
     archs = os.environ.get("HOTKERNELS_CUDA_ARCHS", "80;90a;100").split(";")
-    extra = os.environ.get("HOTKERNELS_CXXFLAGS", "").split()
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    if archs[0].isdigit():  # other chips compile the first one's PTX when they load it
+        flags.append(f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}")
+    flags += ["-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    flags += [f"--threads={len(archs)}", *INCLUDE]
+    return [("nvcc", src, src.name, flags) for src in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
 
-    steps: list[tuple[str, Path, str, list]] = [("cxx", ROOT / "python_bindings/module.cpp", "module", glue + extra)]
-    if cuda:
-        glue += ["-DUSE_CUDA", "-isystem", f"{toolkit}/include"]
-        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        if archs[0].isdigit():  # other chips compile the first one's PTX when they load it
-            gencode.append(f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}")
-        nvcc = ["-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        for src in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-            steps.append(("nvcc", src, src.name, [*nvcc, f"--threads={len(archs)}", *gencode, *include]))
-        bindings = sorted((ROOT / "python_bindings").glob("*_cuda.cpp"))
+
+def bindings(name: str, torch: Path, toolkit: Path | None) -> list[Step]:
+    """What registers a library's kernels with PyTorch."""
+    flags = [*CXX_FLAGS, *STABLE_ABI, f"-DHK_MODULE={name}", *INCLUDE, *given("HOTKERNELS_CXXFLAGS")]
+    flags += ["-isystem", torch / "include", "-isystem", sysconfig.get_paths()["include"]]
+    stems = ["module"]
+    if name == "_C_cuda":
+        flags += ["-DUSE_CUDA", "-isystem", f"{toolkit}/include"]
     else:
-        x86 = platform.machine() in ("x86_64", "AMD64")
-        for src in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            for isa, flags in ISA_FLAGS.items() if x86 else [("base", [])]:
-                kernel = [*CXX_FLAGS, *flags, f"-DHK_ISA={isa}", *include, *extra]
-                steps.append(("cxx", src, f"{src.stem}.{isa}", kernel))
-        bindings = sorted((ROOT / "python_bindings").glob("*_cpu.cpp"))
-        bindings += [ROOT / "python_bindings" / f for f in ("schemas.cpp", "isa.cpp")]
-    steps += [("cxx", src, src.stem, glue + extra) for src in bindings]
+        stems += ["schemas", "isa"]
+    sources = [ROOT / f"python_bindings/{stem}.cpp" for stem in stems]
+    sources += sorted((ROOT / "python_bindings").glob(f"*_{name.removeprefix('_C_')}.cpp"))
+    return [("cxx", src, src.stem, flags) for src in sources]
 
-    link = [f"-L{torch / 'lib'}", *os.environ.get("HOTKERNELS_LDFLAGS", "").split(), "-Wl,--exclude-libs,ALL"]
-    if cuda:  # libtorch.so, kept though nothing here names it, brings libtorch_cuda.so in on a CUDA build of torch
-        link += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
-        # lib: of a toolkit that pip or conda installed
-        link += [f"-L{toolkit}/lib64", f"-L{toolkit}/lib", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
-    link += ["-ltorch_cpu", "-lc10"]
 
-    def words(parts: list) -> str:
-        return " ".join(str(p).replace("$", "$$").replace(" ", "$ ") for p in parts)
+def link_flags(name: str, torch: Path, toolkit: Path | None) -> list:
+    flags = [f"-L{torch / 'lib'}", *given("HOTKERNELS_LDFLAGS"), "-Wl,--exclude-libs,ALL"]
+    if name == "_C_cuda":
+        # libtorch.so, kept though nothing here names it, brings libtorch_cuda.so in on a CUDA build of torch.
+        flags += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+        # lib: of a toolkit that pip or conda installed.
+        flags += [f"-L{toolkit}/lib64", f"-L{toolkit}/lib", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+    return [*flags, "-ltorch_cpu", "-lc10"]
 
+
+def ninja_file(name: str, out: Path, objects: Path) -> str:
+    """The build of one library."""
+    found, toolkit = find_torch(), find_nvcc()
+    assert found is not None
+    torch = found[0]
+    steps = cuda_kernels() if name == "_C_cuda" else cpu_kernels()  # what takes longest first
+    steps += bindings(name, torch, toolkit)
     lines = [
         "rule cxx", f"  command = {find_compiler()} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d", "  deps = gcc",
@@ -159,7 +183,8 @@ def ninja_file(name: str, out: Path, objects: Path) -> str:
     for rule, src, stem, flags in steps:
         lines += [f"build {words([objects / (stem + '.o')])}: {rule} {words([src])}", f"  flags = {words(flags)}"]
     objs = words([objects / (stem + ".o") for _, _, stem, _ in steps])
-    lines += [f"build {words([out])}: link {objs}", f"  flags = {words(link)}", f"default {words([out])}"]
+    link = words(link_flags(name, torch, toolkit))
+    lines += [f"build {words([out])}: link {objs}", f"  flags = {link}", f"default {words([out])}"]
     return "\n".join(lines) + "\n"
 
 
