@@ -41,36 +41,62 @@ void gather_tokens_fwd(const GatherTokens& p, int64_t begin, int64_t end) {
   }
 }
 
+namespace {
+
+// A sum over the rows that [slot, end) name, K registers of it.
+template <class E, int K, class T>
+inline void sum_rows(T* to, const T* rows, int64_t stride, const int64_t* slot, const int64_t* end) {
+  constexpr int lanes = kLanes<E>;
+  Vec<E> sum[K];
+  for (int k = 0; k < K; ++k) sum[k] = load_as<E>(rows + *slot * stride + k * lanes);
+  while (++slot < end) {
+    for (int k = 0; k < K; ++k) sum[k] += load_as<E>(rows + *slot * stride + k * lanes);
+  }
+  for (int k = 0; k < K; ++k) store_as<E>(to + k * lanes, sum[k]);
+}
+
+}  // namespace
+
 void gather_tokens_bwd(const GatherTokensGrad& p, int64_t begin, int64_t end) {
+  const bool whole = p.R == 1 || p.grad_stride_r == p.C;  // a token's gradient is one run
+  const int64_t rows = whole ? 1 : p.R, row = whole ? p.R * p.C : p.C;
   with_element(p.dtype, [&](auto element) {
     using E = decltype(element);
     using T = typename E::Stored;
-    constexpr int64_t kChunk = 256;  // sums of half types wait here, in float32
-    typename E::Compute sum[kChunk];
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t b = t / p.N, n = t % p.N;
-      const int64_t* start = p.start + b * (p.N + 1) + n;
-      const int64_t* slots = p.slots + b * p.M;
-      for (int64_t r = 0; r < p.R; ++r) {
-        T* to = static_cast<T*>(p.grad_x) + (t * p.R + r) * p.C;
-        const T* grad = static_cast<const T*>(p.grad_out) + b * p.grad_stride_b + r * p.grad_stride_r;
-        const int64_t uses = start[1] - start[0];
-        if (uses == 0) {
-          memset(to, 0, static_cast<size_t>(p.C) * sizeof(T));
-        } else if (uses == 1) {
-          memcpy(to, grad + slots[start[0]] * p.grad_stride_m, static_cast<size_t>(p.C) * sizeof(T));
-        } else {
-          for (int64_t c = 0; c < p.C; c += kChunk) {
-            const int64_t count = p.C - c < kChunk ? p.C - c : kChunk;
-            for (int64_t e = 0; e < count; ++e) sum[e] = 0;
-            for (int64_t u = start[0]; u < start[1]; ++u) {
-              const T* from = grad + slots[u] * p.grad_stride_m + c;
-              for (int64_t e = 0; e < count; ++e) sum[e] += E::get(from[e]);
-            }
-            for (int64_t e = 0; e < count; ++e) to[c + e] = E::put(sum[e]);
-          }
-        }
+    constexpr int lanes = kLanes<E>;
+    const auto token = [&](T* to, const T* grad, const int64_t* slot, const int64_t* last) {
+      if (last - slot == 1) {
+        memcpy(to, grad + *slot * p.grad_stride_m, static_cast<size_t>(row) * sizeof(T));
+        return;
       }
+      int64_t c = 0;
+      for (; c + 8 * lanes <= row; c += 8 * lanes) sum_rows<E, 8>(to + c, grad + c, p.grad_stride_m, slot, last);
+      for (; c + lanes <= row; c += lanes) sum_rows<E, 1>(to + c, grad + c, p.grad_stride_m, slot, last);
+      for (; c < row; ++c) {
+        typename E::Compute sum = 0;
+        for (const int64_t* u = slot; u < last; ++u) sum += E::get(grad[*u * p.grad_stride_m + c]);
+        to[c] = E::put(sum);
+      }
+    };
+    for (int64_t t = begin; t < end;) {
+      const int64_t b = t / p.N, last = end - b * p.N < p.N ? end - b * p.N : p.N;
+      const int64_t *start = p.start + b * (p.N + 1), *slots = p.slots + b * p.M;
+      const T* grad = static_cast<const T*>(p.grad_out) + b * p.grad_stride_b;
+      for (int64_t n = t - b * p.N; n < last;) {
+        T* to = static_cast<T*>(p.grad_x) + (b * p.N + n) * p.R * p.C;
+        int64_t unused = n;
+        while (unused < last && start[unused + 1] == start[unused]) ++unused;
+        if (unused > n) {
+          memset(to, 0, static_cast<size_t>((unused - n) * p.R * p.C) * sizeof(T));
+          n = unused;
+          continue;
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          token(to + r * row, grad + r * p.grad_stride_r, slots + start[n], slots + start[n + 1]);
+        }
+        ++n;
+      }
+      t = b * p.N + last;
     }
   });
 }
