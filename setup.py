@@ -1,7 +1,7 @@
 """Builds hotkernels._C_cpu and, where there is nvcc, hotkernels._C_cuda with ninja against the LibTorch stable ABI.
 
 No compiler, no torch headers or another platform: the package installs as pure Python, and build_report.txt, which
-`python -m hotkernels doctor` prints, says what was missing. A compile error is an error.
+`hotkernels doctor` prints, says what was missing. A compile error is an error.
 
 CONTRIBUTING.md names the environment variables that it heeds.
 """
@@ -50,14 +50,16 @@ def outside() -> list[str]:
 
 
 def find_torch() -> tuple[Path, bool] | None:
-    """The installed torch package and whether it has CUDA, without importing it."""
+    """The installed torch package and whether it has CUDA, without importing it; one before 2.11 does not count."""
     spec = importlib.util.find_spec("torch")
     places = [os.environ.get("HOTKERNELS_TORCH_DIR"), *(spec.submodule_search_locations or [] if spec else [])]
     places += outside() if not spec else []
     for place in places:
         if place and (Path(place) / "include/torch/csrc/stable/library.h").exists():
-            cuda = re.search(r"^cuda\b[^=]*=\s*['\"]", (Path(place) / "version.py").read_text(), re.M)
-            return Path(place), cuda is not None
+            about = (Path(place) / "version.py").read_text()
+            version = re.search(r"^__version__\b[^=]*=\s*['\"](\d+)\.(\d+)", about, re.M)
+            if version and (int(version[1]), int(version[2])) >= (2, 11):
+                return Path(place), re.search(r"^cuda\b[^=]*=\s*['\"]", about, re.M) is not None
     return None
 
 

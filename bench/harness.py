@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -73,20 +73,12 @@ class At:
     flags: dict[str, Any]
 
 
-def at(
-    name: str,
-    *args: Any,
-    memory: bool = False,
-    quick: bool = True,
-    contenders: tuple[str, ...] = Row.contenders,
-    cpu: bool = True,
-    gpu: bool = False,
-    tf32: bool = False,
-    **options: Any,
-) -> At:
-    """Name a workload after where it comes from."""
-    flags = {"memory": memory, "quick": quick, "contenders": contenders, "cpu": cpu, "gpu": gpu, "tf32": tf32}
-    return At(name, args, options, flags)
+FLAGS = {field.name for field in fields(Row) if field.default is not MISSING}
+
+
+def at(name: str, *args: Any, **options: Any) -> At:
+    """Name a workload after where it comes from; options that are flags of Row are its row's."""
+    return At(name, args, options, {flag: options.pop(flag) for flag in FLAGS & options.keys()})
 
 
 # A workload for `make gpu` alone.

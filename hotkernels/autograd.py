@@ -1,4 +1,7 @@
-"""The torch.autograd.Functions behind the public functions, to build on. Inputs are not checked here."""
+"""The torch.autograd.Functions behind the public functions, to build on.
+
+What the public functions convert and broadcast must come as the raw operators take it: they check it, and say so.
+"""
 
 from .ops.gather_tokens.api import GatherTokens
 from .ops.gathered_attention.api import GatheredAttention, PackedAttention

@@ -51,7 +51,7 @@ elif torch.version.cuda is None:
 else:
     LIBRARIES["_C_cuda"] = _load("_C_cuda")
 
-# Under Triton's interpreter its kernels take CPU tensors, and then they are what serves the CPU.
+# Under its interpreter, Triton kernels run on CPU tensors and replace the C++ ones.
 TRITON_DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 if LIBRARIES["_C_cpu"] is not None:
     LIBRARIES["triton"] = "triton: needs _C_cpu, which holds the operators' schemas"
@@ -93,39 +93,41 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
     return None
 
 
-def choose(op: str, x: Tensor, backend: str | None) -> str:
-    """The backend that serves a call on x: the named one, or the first that can.
+def choose(op: str, x: Tensor, backend: str | None, first: str = "x") -> str:
+    """The backend that serves a call on x, the op's argument `first`: the named one, or the first that can.
 
     Raises ValueError if the named one cannot, TypeError for a dtype that none serves.
     """
     device, dtype = x.device.type, x.dtype
-    if backend is None:
-        backend = FROM_ENVIRONMENT
+    named = "backend"
+    if backend is None and FROM_ENVIRONMENT is not None:
+        backend, named = FROM_ENVIRONMENT, "HOTKERNELS_BACKEND"
     if backend is None:
         kernels = OPS[op]
         for name in BACKENDS:
             if name in kernels and why_not(op, name, device, dtype) is None:
                 return name
-        fail(op, "x", f"of a dtype that a backend serves ({names(OPS[op]['torch'].dtypes)})", names([dtype]), TypeError)
+        served = names(OPS[op]["torch"].dtypes)
+        fail(op, first, f"of a dtype that a backend serves ({served})", names([dtype]), TypeError)
     if backend not in BACKENDS:
-        fail(op, "backend", "None, " + ", ".join(f"'{b}'" for b in BACKENDS), repr(backend))
+        fail(op, named, ", ".join(["None" if named == "backend" else "unset", *map(repr, BACKENDS)]), repr(backend))
     why = why_not(op, backend, device, dtype)
     if why is not None:
-        fail(op, "backend", "one that can serve this call", f"'{backend}' ({why})")
+        fail(op, named, "one that can serve this call", f"'{backend}' ({why})")
     return backend
 
 
 _NO_DROPOUT = "it has no dropout"
 
 
-def choose_attention(op: str, query: Tensor, dropout_p: float, backend: str | None) -> str:
+def choose_attention(op: str, query: Tensor, dropout_p: float, backend: str | None, first: str = "query") -> str:
     """The backend of an attention call: dropout is honoured by the torch backend only."""
     check_probability(op, "dropout_p", dropout_p)
     if dropout_p > 0.0:
         if backend not in (None, "torch"):
             fail(op, "backend", "one that can serve this call", f"'{backend}' ({_NO_DROPOUT}; 'torch' has)")
         backend = "torch"
-    return choose(op, query, backend)
+    return choose(op, query, backend, first)
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def explain(op: str | Callable[..., Any], *args: object, **kwargs: object) -> Ex
         fail("explain", first, f"{name}'s first argument, a torch.Tensor", type(x).__name__, TypeError)
     backend: Any = kwargs.get("backend")
     dropout_p: Any = kwargs.get("dropout_p", 0.0) if "dropout_p" in parameters else 0.0
-    chosen = choose_attention(name, x, dropout_p, backend)
+    chosen = choose_attention(name, x, dropout_p, backend, first)
     reasons = {b: why_not(name, b, x.device.type, x.dtype) for b in BACKENDS}
     if dropout_p > 0.0:
         reasons = {b: why or (None if b == "torch" else _NO_DROPOUT) for b, why in reasons.items()}

@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -78,34 +77,30 @@ def _devices() -> list[str]:
     return ["cpu"] + ["cuda"] * (torch.cuda.device_count() > 0)
 
 
-def _served(op: str, device: str) -> str:
-    """`cpp: float32, float16; torch: float64`, as a call without `backend=` would find it."""
-
-    def server(dtype: torch.dtype) -> str:
+def _servers(op: str, device: str) -> list[tuple[str | None, str, str]]:
+    """(backend, dtype, why none) for each dtype, as a call without `backend=` would find it."""
+    found: list[tuple[str | None, str, str]] = []
+    for dtype in OPS[op]["torch"].dtypes:
+        name = str(dtype).removeprefix("torch.")
         try:
-            return choose(op, torch.empty(0, dtype=dtype, device=device), None)
+            found.append((choose(op, torch.empty(0, dtype=dtype, device=device), None), name, ""))
         except (ValueError, TypeError) as error:
-            return f"none ({error})"
+            found.append((None, name, str(error)))
+    return found
 
-    served = [(server(dtype), str(dtype).removeprefix("torch.")) for dtype in OPS[op]["torch"].dtypes]
-    order = list(dict.fromkeys(backend for backend, _ in served))
-    groups = groupby(sorted(served, key=lambda pair: order.index(pair[0])), key=lambda pair: pair[0])
-    return "; ".join(f"{backend}: {', '.join(dtype for _, dtype in pairs)}" for backend, pairs in groups)
+
+def _served(op: str, device: str) -> str:
+    """`cpp: float32, float16; torch: float64`."""
+    dtypes: dict[str, list[str]] = {}
+    for backend, dtype, why in _servers(op, device):
+        dtypes.setdefault(backend or f"none ({why})", []).append(dtype)
+    return "; ".join(f"{backend}: {', '.join(names)}" for backend, names in dtypes.items())
 
 
 def _unserved() -> str | None:
     """Why nothing serves a call, of any op on any device; None if something does."""
-    why = None
-    for device in _devices():
-        for op in OPS:
-            for dtype in OPS[op]["torch"].dtypes:
-                try:
-                    choose(op, torch.empty(0, dtype=dtype, device=device), None)
-                except (ValueError, TypeError) as error:
-                    why = why or str(error)
-                else:
-                    return None
-    return why
+    servers = [server for device in _devices() for op in OPS for server in _servers(op, device)]
+    return None if any(backend for backend, *_ in servers) else servers[0][2]
 
 
 def problems() -> list[str]:
@@ -157,6 +152,6 @@ def report() -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Print the page; 1 if it names a problem."""
-    argparse.ArgumentParser(prog="python -m hotkernels doctor", description=__doc__).parse_args(argv)
+    argparse.ArgumentParser(prog="hotkernels doctor", description=__doc__).parse_args(argv)
     print(report())
     return 1 if problems() else 0

@@ -83,7 +83,10 @@ def matches(have: Sequence[int], want: Sequence[int | None]) -> bool:
 def check_int(
     op: str, arg: str, value: Any, low: int, high: int | None, meaning: str = "", default: int | None = None
 ) -> None:
-    """Check that `value` is an int, of Python or NumPy, in [low, high]; `default` is what a caller need not pass."""
+    """Check that `value` is an int, of Python or NumPy, in [low, high].
+
+    The error says what `high` is (`meaning`), and of a `value` that is the `default` that it was not passed.
+    """
     if isinstance(value, bool) or not isinstance(value, INTS):
         fail(op, arg, "an int", type(value).__name__, TypeError)
     if value < low or (high is not None and value > high):
@@ -106,7 +109,7 @@ def check_float(op: str, arg: str, value: Any) -> None:
 
 
 def check_probability(op: str, arg: str, value: Any) -> None:
-    """Check that `value` is a number in [0, 1), as of what is dropped."""
+    """Check that `value` is a dropout probability: a number in [0, 1)."""
     check_float(op, arg, value)
     if not 0.0 <= value < 1.0:
         fail(op, arg, "in [0, 1)", value)
@@ -134,7 +137,10 @@ def _can_look(values: Tensor) -> bool:
 
 
 def check_index(op: str, arg: str, index: Tensor, size: int, backend: str) -> None:
-    """Check that every index is -1 ("no token here") or in [0, size), where one can look and the backend does not."""
+    """Check that every index is -1 ("no token here") or in [0, size).
+
+    Only if values can be read here (see `checked`) and the backend does not check them itself.
+    """
     if backend == "cpp" or not _can_look(index):
         return
     while is_functorch_wrapped_tensor(index):  # by vmap, which hides the samples
@@ -145,7 +151,7 @@ def check_index(op: str, arg: str, index: Tensor, size: int, backend: str) -> No
 
 
 def check_ascending(op: str, arg: str, index: Tensor, size: int) -> None:
-    """Check that each row of index [B, M] ascends strictly in [0, size), where one can look."""
+    """Check that each row of index [B, M] ascends strictly in [0, size), if values can be read here."""
     if not _can_look(index):
         return
     low, high = (index.new_full((len(index), 1), edge) for edge in (-1, size))

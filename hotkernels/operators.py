@@ -1,4 +1,4 @@
-"""What makes operators of kernels: their registration, and what autograd, torch.export and torch.func make of them."""
+"""Registers kernels as PyTorch operators that work with autograd, torch.compile, torch.export and torch.func."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def composite(schema: str) -> Callable[[F], F]:
 
 
 class _Refusing(torch.autograd.Function):
-    """The first `count` of `tensors`, which may not be differentiated; the others tell autograd what they come from."""
+    """Returns the first `count` of `tensors`; to differentiate them raises. The others only connect the graph."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

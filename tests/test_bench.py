@@ -402,6 +402,10 @@ def test_command_names_the_call(op: str, options: list[str], told: str, capsys: 
         (["--shape", "2,40,8", "--threads", "0"], "invalid count value"),
         (["--shape", "2,40,8", "--backward"], "has no backward"),
         (["--op", "merge_tokens", "--shape", "2,40,8", "-k", "3"], "has no option 'k'"),
+        (
+            ["--op", "gathered_attention", "--shape", "2,40,64", "--clusters", "9", "-k", "3"],
+            "(keys per query), not both",
+        ),
         (["--op", "invert_index", "--shape", "2,40"], "--shape must be B,Nq,K, got 2 sizes"),
         (["--op", "invert_index", "--shape", "2,40,3", "--dtype", "float32"], "invert_index has no option 'dtype'"),
     ],

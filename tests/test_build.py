@@ -222,12 +222,16 @@ def test_torch_has_cuda_if_its_version_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, cuda: bool
 ) -> None:
     monkeypatch.setenv("HOTKERNELS_TORCH_DIR", str(tmp_path))
-    (tmp_path / "version.py").write_text(version)
-    assert SETUP.find_torch()[0] == Path(torch.__file__).parent, "that one has no stable ABI"
+    about = tmp_path / "version.py"
+    about.write_text("__version__ = '2.11.0'\n" + version)
+    installed = Path(torch.__file__).parent
+    assert SETUP.find_torch()[0] == installed, "that one has no stable ABI"
     header = tmp_path / "include/torch/csrc/stable/library.h"
     header.parent.mkdir(parents=True)
     header.touch()
     assert SETUP.find_torch() == (tmp_path, cuda)
+    about.write_text("__version__: str = '2.9.1+cpu'\n" + version)
+    assert SETUP.find_torch()[0] == installed, "that one has an older stable ABI"
 
 
 @pytest.mark.parametrize(
@@ -313,7 +317,7 @@ def test_torch_is_found_from_an_isolated_build(place: str, tmp_path: Path) -> No
     header.parent.mkdir(parents=True)
     header.touch()
     (torch_dir / "__init__.py").write_text("raise RuntimeError('a build need not import it')")
-    (torch_dir / "version.py").write_text("cuda: Optional[str] = '12.6'\n")
+    (torch_dir / "version.py").write_text("__version__ = '3.0a0'\ncuda: Optional[str] = '12.6'\n")
     if place == "a path file":
         (site / "there.pth").write_text(f"{torch_dir.parent}\n")
     tools = tmp_path / "tools"

@@ -8,8 +8,10 @@ import json
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 import hotkernels
 from hotkernels.swap import twins
@@ -38,11 +40,13 @@ def test_docstring_examples(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert failed == 0
 
 
-@pytest.mark.parametrize("name", hotkernels.__all__)
-def test_public_names_are_documented_with_an_example(name: str) -> None:
-    public = getattr(hotkernels, name)
+PUBLIC = [getattr(home, name) for home in (hotkernels, hotkernels.nn) for name in home.__all__]
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)
+def test_public_names_are_documented_with_an_example(public: Any) -> None:
     assert public.__doc__
-    if callable(public) and not isinstance(public, type):
+    if callable(public) and (not isinstance(public, type) or issubclass(public, nn.Module)):
         assert ">>>" in public.__doc__, "an example that runs"
 
 

@@ -646,3 +646,11 @@ def test_memory_is_not_quadratic(backend: str) -> None:
         pytest.skip("peak memory is read as Linux counts it")
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 64
+
+
+@pytest.mark.parametrize("denser", [[0, 3], [1, 2]])
+def test_noise_of_float64_orders_tokens_of_float64(denser: list[int]) -> None:
+    x = torch.tensor([[[0.0], [1.0], [4.0], [5.0]]], dtype=torch.float64)
+    noise = torch.full((1, 4), 0.5, dtype=torch.float64)
+    noise[0, denser] += 1e-10  # less than float32 tells apart
+    assert dpc_knn(x, 2, 2, noise=noise, ordered=True).index.tolist() == [denser]

@@ -489,6 +489,10 @@ def test_what_a_hook_sees_is_not_overwritten() -> None:
             lambda: CrossAttention(16)(*[torch.zeros(2, 5, 16)] * 2, torch.zeros(2, 5, 3, 16)),
             r"^CrossAttention: x_3 must be \[B, M, C\] or \[B, M, J, C\] as x_2, got \[2, 5, 3, 16\]$",
         ),
+        (
+            lambda: CrossAttention(16)(*[torch.zeros(2, 5, 16)] * 2, torch.zeros(2, 4, 16)),
+            r"^CrossAttention: x_3 must be \[2, 5, C\] as x_2, got \[2, 4, 16\]$",
+        ),
         (lambda: TokenPruning(16, 3)(torch.zeros(2, 5, 16)), r"^TokenPruning: x must be \[.+, got \[2, 5, 16\]$"),
         (lambda: TokenRecovery(16, 9)(torch.zeros(2, 5, 16)), r"^TokenRecovery: x must be \[.+, got \[2, 5, 16\]$"),
         (lambda: TokenRecovery(16, 9)(torch.zeros(2, 5, 3, 8)), r"^TokenRecovery: x must be \[.+, got \[2, 5, 3, 8\]$"),

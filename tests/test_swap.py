@@ -818,7 +818,7 @@ def test_wrong_arguments() -> None:
         hotkernels.register_twin(nn.Linear)
     assert not swapped_modules(model)
     hotkernels.swap(model)
-    with pytest.raises(ValueError, match=r"knows, not swapped yet, got HoTMixSTEEager \(swapped already\)"):
+    with pytest.raises(ValueError, match=r"must be one that is not swapped yet, got HoTMixSTEEager, which is \(unswap"):
         hotkernels.swap(model)
     with pytest.raises(ValueError, match=r"that swap knows, got Linear$"), hotkernels.swapped(nn.Linear(2, 2)):
         pass

@@ -1,4 +1,4 @@
-"""Times an op against the published eager code on shapes of your own: `python -m hotkernels bench`.
+"""Times an op against the published eager code on shapes of your own: `hotkernels bench`.
 
 Correctness comes before time: a workload whose answers are wrong is not timed. Contenders take turns, so that whatever
 else the machine does hits all of them; medians are reported. The suite in bench/ is built on what is here.
@@ -60,9 +60,9 @@ _shape.__name__, _count.__name__, _seconds.__name__, _device.__name__ = "shape",
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m hotkernels bench",
+        prog="hotkernels bench",
         description="Time an op against the published eager code on your own shapes, after checking its answers.",
-        epilog="example: python -m hotkernels bench --op dpc_knn --shape 16,243,512 --clusters 81 -k 2",
+        epilog="example: hotkernels bench --op dpc_knn --shape 16,243,512 --clusters 81 -k 2",
     )
     parser.add_argument("--op", choices=WORKLOADS, default="dpc_knn")
     parser.add_argument(
@@ -107,6 +107,8 @@ def main(argv: Sequence[str]) -> int:
     options = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
     for name in options.keys() - inspect.signature(build).parameters.keys():
         parser.error(f"{args.op} has no option '{name}'")
+    if args.op == "gathered_attention" and args.clusters and args.k:
+        parser.error("gathered_attention takes --clusters (one set of keys) or -k (keys per query), not both")
     shapes = _SHAPES.get(args.op, ("B,N,C",))
     if len(args.shape) not in (shape.count(",") + 1 for shape in shapes):
         parser.error(f"--shape must be {' or '.join(shapes)}, got {len(args.shape)} sizes")
@@ -151,6 +153,8 @@ def main(argv: Sequence[str]) -> int:
                 + ("" if memory is None else f"{mebibytes(memory):10.1f} MiB extra")
             )
     except (ValueError, TypeError) as error:
+        if not str(error).startswith(f"{args.op}: "):
+            raise  # a defect, which shows where it is
         parser.error(str(error))
     finally:
         torch.set_num_threads(threads)

@@ -112,7 +112,7 @@ def _positive(text: str) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m hotkernels demo",
+        prog="hotkernels demo",
         description="Keep the frames of a motion that stand for all of it, bring the others back, and say how well; "
         "then the same by attention, published code and hotkernels side by side.",
     )

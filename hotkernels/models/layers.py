@@ -200,8 +200,8 @@ class Hourglass(nn.Module):
         check_int(op, "depth", depth, first_layer + steps, None)
         tokens, layer = frames, first_layer - 1
         for step, (i, M) in enumerate(zip(self.layer_index, self.token_num, strict=True)):
-            check_int(op, "token_num", M, 1, tokens)
-            check_int(op, "layer_index", i, layer + 1, depth - steps + step)
+            check_int(op, "token_num", M, 1, tokens, "tokens before = " if step else "frames = ")
+            check_int(op, "layer_index", i, layer + 1, depth - steps + step, "depth - 1 = " if steps == 1 else "")
             tokens, layer = M, i
         if recover not in ("attention", "interpolation", None):
             fail(op, "recover", "'attention', 'interpolation' or None", repr(recover))

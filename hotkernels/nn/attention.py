@@ -35,6 +35,17 @@ class Attention(nn.Module):
     on all the probabilities [..., H, N, N], and the attention is not fused.
 
     Without autograd on a CPU, a qkv projection of more than 32 MiB is computed and used a few samples at a time.
+
+    Raises:
+        ValueError, TypeError: ``Attention: <arg> must be <expected>, got <actual>``.
+
+    Example::
+
+        >>> import torch
+        >>> from hotkernels.nn import Attention
+        >>> x = torch.randn(2, 243, 17, 64)  # B, F, J, C
+        >>> Attention(64)(x, along=-3).shape  # frames attend to frames, joint by joint
+        torch.Size([2, 243, 17, 64])
     """
 
     def __init__(
@@ -85,6 +96,17 @@ class CrossAttention(nn.Module):
         length: accepted, as published, and unused.
 
     As in `Attention`, a replaced or hooked `attn_drop` is called on all the probabilities, here [B, (J,) H, L, M].
+
+    Raises:
+        ValueError, TypeError: ``CrossAttention: <arg> must be <expected>, got <actual>``.
+
+    Example::
+
+        >>> import torch
+        >>> from hotkernels.nn import CrossAttention
+        >>> kept = torch.randn(2, 81, 64)
+        >>> CrossAttention(64)(torch.randn(243, 64), kept, kept).shape
+        torch.Size([2, 243, 64])
     """
 
     def __init__(
@@ -149,6 +171,9 @@ def cross_attention(module: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tenso
             check_tensor("CrossAttention", arg, x, layout, None)
             if x.dim() not in (3, 4) or x.dim() != x_2.dim():
                 fail("CrossAttention", arg, layout, list(x.shape))
+    if x_3.shape[:-1] != x_2.shape[:-1]:
+        expected = f"{[*x_2.shape[:-1], 'C']} as x_2".replace("'", "")
+        fail("CrossAttention", "x_3", expected, list(x_3.shape))
     if x_1.dim() == 3:
         if x_1.shape[0] not in (1, x_2.shape[0]):
             fail("CrossAttention", "x_1", f"[B, L, C] with x_2's B = {x_2.shape[0]}", list(x_1.shape))

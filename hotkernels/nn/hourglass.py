@@ -25,6 +25,17 @@ class TokenPruning(nn.Module):
         k: neighbours per density; HoT uses 2.
         center: always keep the centre frame (F - 1) // 2, as MHFormer and the TPC models do.
         seed: orders equal densities, see `hotkernels.dpc_knn`; the published code draws random numbers for that.
+
+    Raises:
+        ValueError, TypeError: ``TokenPruning: <arg> must be <expected>, got <actual>``.
+
+    Example::
+
+        >>> import torch
+        >>> from hotkernels.nn import TokenPruning
+        >>> kept, index = TokenPruning(64, token_num=81)(torch.randn(2, 243, 17, 64))
+        >>> kept.shape, index.shape
+        (torch.Size([2, 81, 17, 64]), torch.Size([2, 81]))
     """
 
     def __init__(self, dim: int, token_num: int, k: int = 2, center: bool = False, seed: int = 0) -> None:
@@ -48,7 +59,7 @@ class TokenPruning(nn.Module):
             index: [B, M], to reuse a choice (HoT's flipped second pass); None = choose.
 
         Returns:
-            (pruned [B, M, J, C], index [B, M] ascending).
+            (pruned [B, M, J, C], index [B, M]): ascending if chosen here, as given if not.
         """
         pos, M = self.pos_embed_token, self.token_num
         check_tensor("TokenPruning", "x", x, "[B, F, J, C]", FLOATING, shape=(None, None, None, pos.shape[-1]))
@@ -72,7 +83,7 @@ def cluster_frames(x: Tensor, token_num: int, k: int = 2, **more: Any) -> Tensor
     output.
     """
     index = dpc_knn(x.detach().mean(2), token_num, k, **more, assign=False, ordered=True).index
-    places = x.shape[1] + 1  # one more, which -1 points to and which is never taken
+    places = x.shape[1] + 1  # a spare one, to which -1 points: it is never selected
     left = torch.ones(x.shape[0], places, dtype=torch.uint8, device=x.device).scatter(1, index % places, 0)
     left[:, -1] = 1
     return left.argsort(dim=1, stable=True)[:, :token_num].sort(1).values
@@ -88,6 +99,16 @@ class TokenRecovery(nn.Module):
         dim: channels C.
         length: L, frames to recover.
         num_heads, qkv_bias, qk_scale, attn_drop, proj_drop: as `CrossAttention`.
+
+    Raises:
+        ValueError, TypeError: ``TokenRecovery: <arg> must be <expected>, got <actual>``.
+
+    Example::
+
+        >>> import torch
+        >>> from hotkernels.nn import TokenRecovery
+        >>> TokenRecovery(64, length=243)(torch.randn(2, 81, 17, 64)).shape
+        torch.Size([2, 243, 17, 64])
     """
 
     def __init__(

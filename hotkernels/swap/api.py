@@ -34,7 +34,8 @@ class SwapReport:
         choices: in the check by example_inputs, how many tokens the model's own clustering (HoT's, MHFormer's,
             TokenReduction's) chose, and how many others ours chooses in their place; None without one.
         clusters: in that check, how many tokens were assigned by a clustering that returns no choice (TCFormer's,
-            Chat-UniVi's), and how many of them ours parts from most of their cluster; None without one.
+            Chat-UniVi's), and how many of them theirs separates from the majority of their cluster in ours; None
+            without one.
         moved: in that check, how far outputs moved, relative to the largest, where that is more than rounding: at most
             4 times as far as the model's own move when its inputs are rounded differently; None where they agree.
     """
@@ -111,7 +112,8 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
 
     What is left and reported, with the reason:
 
-    - a module that looks like one of these, but has another structure or computes something else;
+    - a module that looks like one of these, but has another structure or computes something else; PyTorch's own
+      nn.MultiheadAttention and nn.TransformerEncoderLayer, too (a twin of yours can serve them: `register_twin`);
     - such a function where it is held by an object, a container, a closure, a partial or the default of an argument;
     - such a function where it is called by a static method, a class method, a property or a decorated method.
 
@@ -240,10 +242,11 @@ def swapped(model: nn.Module, *, example_inputs: Any = None) -> Iterator[SwapRep
 
 def _refuse(model: nn.Module, report: SwapReport) -> NoReturn:
     """Say that there is nothing to change."""
-    found = "; ".join(sorted({reason for _, reason in report.left}))
-    yet = ", not swapped yet" if _any_swapped(model) else ""
     name = getattr(type(model), "_hotkernels_original", type(model)).__name__
-    fail("swap", "model", f"one with a module that swap knows{yet}", name + (f" ({found})" if found else ""))
+    if _any_swapped(model):
+        fail("swap", "model", "one that is not swapped yet", f"{name}, which is (unswap undoes it)")
+    found = "; ".join(sorted({reason for _, reason in report.left}))
+    fail("swap", "model", "one with a module that swap knows", name + (f" ({found})" if found else ""))
 
 
 def _any_swapped(model: nn.Module) -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-# What a function calls in place of functions that it names, as "cluster" or "utils.cluster": name -> function, or
-# name -> what the function of that name calls instead.
+# Replacements inside one function: a name that it calls, as "cluster" or "utils.cluster" -> our function, or -> Renames
+# inside the function of that name.
 Renames = tuple[tuple[str, Any], ...]
-Calls = tuple[tuple[str, Renames], ...]  # the same per method
+Calls = tuple[tuple[str, Renames], ...]  # method -> its Renames
 _OF_TWINS = ("kind", "fits", "examples", "long_examples", "describe")
 
 

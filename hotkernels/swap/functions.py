@@ -95,7 +95,8 @@ FORMS: dict[str, list[Form]] = {
 def differences(ours: Callable[..., Any], got: Any, expected: Any) -> tuple[str, int, int]:
     """How results of a clustering differ: ("choices", tokens kept, others), or ("clusters", tokens, elsewhere).
 
-    Choices are counted where they are returned. A token is elsewhere if theirs part it from most of our cluster.
+    Choices are counted where they are returned. A token is elsewhere if
+    their clustering separates it from the majority of its cluster in ours.
     """
     at = next(form.index for forms in FORMS.values() for form in forms if form.replacement is ours)
     if at is not None:
@@ -235,7 +236,7 @@ def _refuse_held(
 
 
 def _replacement(target: Any, callers: tuple[FunctionType, ...], refused: dict[str, str]) -> Any:
-    """What to call in place of what a function calls: ours, the renames inside it, () for nothing, or why not."""
+    """What replaces a call of `target`: our function, renames inside `target`, () for nothing, or why it cannot be."""
     name = _form_name(target)
     if not isinstance(target, FunctionType):
         inner: dict[str, str] = {}

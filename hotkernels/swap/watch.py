@@ -17,7 +17,7 @@ _NUMBERS = (int, float)  # the only objects that come back from pickle as two, i
 
 
 def seen(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module; and as `...` those that its methods mention and it lacks, as with a default."""
+    """A module's attributes; names that its methods mention and it lacks (getattr with a default) map to `...`."""
     held = vars(module)
     mentioned: set[Any] = set()
     for name, method in methods(type(module)):

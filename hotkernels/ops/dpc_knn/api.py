@@ -1,4 +1,4 @@
-"""Density-peak token clustering (DPC-kNN): which M of N tokens stand for all of them, and for which each one."""
+"""Density-peak token clustering (DPC-kNN): M of N tokens stand for all, and every token is assigned to one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from ...backends import Kernel, call, choose, register
-from ...errors import FLOATING, FUSED, INTEGER, INTS, check_bool, check_index, check_int, check_seed, check_tensor, fail
+from ...errors import (
+    FLOATING,
+    FUSED,
+    INTEGER,
+    INTS,
+    accumulator,
+    check_bool,
+    check_index,
+    check_int,
+    check_seed,
+    check_tensor,
+    fail,
+)
 from ...operators import fake
 from .reference import dpc_knn_reference
 
@@ -78,8 +90,8 @@ def dpc_knn(
         mask: [B, N] bool, True = valid. Others are nobody's neighbour, never chosen, and assigned to -1.
         keep: positions (int, [K] or [B, K]) that are always kept and take K of the M places, after the best ones. A
             position that is -1, masked or there twice takes a place and gives -1.
-        noise: [B, N] floating, added to the density; the published models pass ``torch.rand(B, N) * 1e-6``. A token
-            whose noise is NaN behaves as masked.
+        noise: [B, N] floating, added to the density as float32 (float64 for float64 x); the published models pass
+            ``torch.rand(B, N) * 1e-6``. A token whose noise is NaN behaves as masked.
         seed: of the hash that orders equal densities, any int64.
         assign: whether to compute `assignment`.
         ordered: return `index` in ascending position instead of best first.
@@ -130,7 +142,7 @@ def dpc_knn(
         mask = mask.contiguous()
     if noise is not None:
         check_tensor(_OP, "noise", noise, "[B, N]", FLOATING, shape=(B, N), device=x.device)
-        noise = noise.detach().float().contiguous()
+        noise = noise.detach().to(accumulator(x.dtype)).contiguous()
     if keep is not None:
         keep = _keep_positions(keep, B, N, num_clusters, x.device)
     x = x.detach()

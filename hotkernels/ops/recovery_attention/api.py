@@ -70,8 +70,8 @@ def recovery_attention(
         out = torch.softmax(logits.masked_fill(~key_mask[..., None, None, :], -torch.inf), -1) @ value
 
     Args:
-        query: [H, L, D] or [1, H, L, D], shared by the whole batch, or [*batch, H, L, D]; float32, float16, bfloat16 or
-            float64.
+        query: [H, L, D], shared by the whole batch, or [*batch, H, L, D] with as many batch dims as key, each whole or
+            1; float32, float16, bfloat16 or float64.
         key, value: [*batch, H, M, D], one or two batch dims, any strides with a contiguous last dim. D from 1 to 256.
             Batch dims of query, key and value broadcast.
         key_mask: [*batch, M] bool, each dim whole or 1, True = attend; None = all. What is in a masked key or its value
