@@ -88,6 +88,8 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         return f"it runs on {kernel.device} tensors, got {device}"
     if dtype not in kernel.dtypes:
         return f"it takes {names(kernel.dtypes)}, got {names([dtype])}"
+    if backend == "cpp" and "triton" in OPS[op] and TRITON_DEVICE == "cpu" and LIBRARIES["triton"] is None:
+        return "under Triton's interpreter its kernels replace the C++ ones"
     if kernel.library is not None and LIBRARIES[kernel.library] is not None:
         return LIBRARIES[kernel.library]
     return None

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _get_dispatch_mode
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 
@@ -29,6 +30,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _looking = contextvars.ContextVar("hotkernels_checked", default=False)
 
 
@@ -129,11 +131,11 @@ def check_bool(op: str, arg: str, value: Any) -> None:
 def _can_look(values: Tensor) -> bool:
     """Whether to look at values: on the CPU; on a GPU that would stall the stream, so there inside `checked()` only.
 
-    Not inside torch.compile; fake and meta tensors have none.
+    Not where torch.compile or make_fx traces; fake and meta tensors have none.
     """
     if values.numel() == 0 or torch.compiler.is_compiling() or (values.device.type != "cpu" and not _looking.get()):
         return False
-    return not (values.is_meta or isinstance(values, FakeTensor))
+    return not (values.is_meta or isinstance(values, FakeTensor) or _get_dispatch_mode(_PROXY) is not None)
 
 
 def check_index(op: str, arg: str, index: Tensor, size: int, backend: str) -> None:

@@ -425,6 +425,7 @@ OPS.append(
             Bad("keep", lambda a: {"keep": [0, 9]}),
             Bad("keep", lambda a: {"keep": [0.5]}, TypeError),
             Bad("keep", lambda a: {"keep": 0.5}, TypeError),
+            Bad("keep", lambda a: {"keep": b"\x01"}, TypeError),
             Bad("keep", lambda a: {"keep": [0, 1, 2, 3, 4]}),
             Bad("keep", lambda a: {"keep": torch.tensor([0, 9])}),
             Bad("keep", lambda a: {"keep": torch.tensor([[0], [1], [2]])}),

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hotkernels
 from hotkernels.backends import LIBRARIES, why_not
@@ -327,6 +328,30 @@ def test_new_sizes_soon_compile_nothing_new(call: Callable[[Tensor, Tensor], Ten
         x, index = torch.randn(2, N, 8, requires_grad=True), torch.randint(N, (2, N))
         torch.testing.assert_close(*(torch.autograd.grad(f(x, index).square().sum(), x) for f in (compiled, call)))
     assert counted.frame_count <= 2  # the first size may show too much
+
+
+def test_new_sizes_of_plain_pytorch_compile_nothing_new() -> None:
+    torch._dynamo.reset()
+    counted = CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda x: hotkernels.dpc_knn(x, 3, 2)[0], fullgraph=True, dynamic=True, backend=counted)
+    for N in (20, 24, 29, 33, 41):
+        x = torch.randn(2, N, 8, dtype=torch.float64)
+        assert torch.equal(compiled(x), hotkernels.dpc_knn(x, 3, 2)[0])
+    assert counted.frame_count <= 2
+
+
+@each_op_on("torch")
+def test_traced_by_make_fx(op: OpCase, backend: str) -> None:
+    """As torch.func.linearize does: what is traced has no values to look at."""
+    args = op.inputs["small"](torch.float32)
+    given = [name for name, value in args.items() if isinstance(value, Tensor)]
+
+    def call(*values: Tensor) -> list[Tensor]:
+        return tensors(op.function(**args | dict(zip(given, values, strict=True)), backend=backend))
+
+    values = [args[name] for name in given]
+    for got, expected in zip(make_fx(call)(*values)(*values), call(*values), strict=True):
+        assert torch.equal(got, expected)
 
 
 @each_op_on(*FUSED)

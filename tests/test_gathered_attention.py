@@ -536,8 +536,8 @@ def test_an_inverse_of_something_else_is_refused(backend: str) -> None:
         one._replace(**per_slot),
         *[right._replace(start=t) for t in (right.start[:, :-1].contiguous(), F.pad(right.start, (0, 1)))],
         *[right._replace(slots=t) for t in (right.slots[:, :-1].contiguous(), right.slots[..., None])],
-        *[right._replace(start=t) for t in (right.start[:1], right.start.int(), right.start.mT.contiguous().mT)],
-        *[right._replace(slots=t) for t in (right.slots[:1], right.slots.int(), right.slots.mT.contiguous().mT)],
+        *[right._replace(start=t) for t in (right.start[:1], right.start.mT.contiguous().mT)],
+        *[right._replace(slots=t) for t in (right.slots[:1], right.slots.mT.contiguous().mT)],
     ]
     # Of row 0: a token's slots are not in order, one is there twice, one is the first of row 1, which has that token.
     rows = torch.tensor([[4, 1, 0, 2, 3], [1, 1, 0, 2, 3], [1, 5, 0, 2, 3]])
@@ -561,6 +561,11 @@ def test_an_inverse_of_something_else_is_refused(backend: str) -> None:
             refused = f"^gathered_attention: (start and slots must be {expected}|index must be inverted with).+, got .+"
             with pytest.raises(ValueError, match=refused):
                 gathered_attention(*args, wrong, backend=backend).sum().backward()
+    for name in ("start", "slots"):
+        for change in (torch.Tensor.int, torch.Tensor.numpy, lambda t: t.to("meta")):
+            wrong = right._replace(**{name: change(getattr(right, name))})
+            with pytest.raises((ValueError, TypeError), match=f"^gathered_attention: index.{name} must be .+, got .+"):
+                gathered_attention(*args, wrong, backend=backend)
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------

@@ -145,6 +145,24 @@ def test_a_query_that_is_the_same_for_the_whole_batch(options: dict[str, Any]) -
     assert ours(token.expand(0, -1, -1), x[:0], x[:0]).shape == (0, 27, 32)
 
 
+@pytest.mark.parametrize("watch", ["leaf", "hook", "retain_grad"])
+def test_the_gradient_of_an_expanded_query_itself(watch: str) -> None:
+    """Where something looks at it, it is each sample's own."""
+    module, token, x = CrossAttention(16, 2), torch.randn(1, 5, 16, requires_grad=True), torch.randn(3, 4, 16)
+    weight, seen = torch.rand(3, 5, 16), []
+    expanded = token.expand(3, -1, -1)
+    if watch == "leaf":
+        expanded = expanded.detach().requires_grad_()
+    elif watch == "hook":
+        expanded.register_hook(seen.append)
+    else:
+        expanded.retain_grad()
+    (module(expanded, x, x) * weight).sum().backward()
+    repeated = token.detach().repeat(3, 1, 1).requires_grad_()
+    (module(repeated, x, x) * weight).sum().backward()
+    torch.testing.assert_close(seen[0] if seen else expanded.grad, repeated.grad)
+
+
 @each_option
 @pytest.mark.parametrize(("B", "M", "J", "L"), [(2, 9, 5, 27), (1, 81, 3, 243), (1, 1, 1, 1), (3, 13, 17, 39)])
 def test_token_recovery(options: dict[str, Any], B: int, M: int, J: int, L: int) -> None:

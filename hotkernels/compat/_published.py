@@ -118,7 +118,7 @@ def merge(
     weight = weight * (idx_cluster >= 0)[..., None]
     owner = idx_cluster.clamp(min=0).long()
     share = weight / _take(_sum(weight, owner, cluster_num) + 1e-6, owner)
-    return merged, idx_cluster.gather(1, idx_token), agg_weight * _take(share, idx_token)
+    return merged, idx_cluster.long().gather(1, idx_token), agg_weight * _take(share, idx_token)
 
 
 _SCATTERS_IN_ORDER = ("cpu",)  # elsewhere scatter_add, and the gradient of gather, sum in no fixed order

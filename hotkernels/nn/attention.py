@@ -89,7 +89,9 @@ class CrossAttention(nn.Module):
     """Multi-head cross-attention with separate projections, as HoT publishes it (`Cross_Attention`).
 
     A query input that is the same for the whole batch (x_1 expanded, stride 0 over the batch, or of batch 1) is
-    projected and packed once. Where x_2 is x_3, keys and values come from one matrix product.
+    projected and packed once. What it was expanded from gets the right gradient; x_1 itself has the sum over the batch
+    in its first sample, unless it is a leaf, retains its gradient or has hooks: then it is projected per sample. Where
+    x_2 is x_3, keys and values come from one matrix product.
 
     Args:
         dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop: as `Attention`.
@@ -177,7 +179,7 @@ def cross_attention(module: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tenso
     if x_1.dim() == 3:
         if x_1.shape[0] not in (1, x_2.shape[0]):
             fail("CrossAttention", "x_1", f"[B, L, C] with x_2's B = {x_2.shape[0]}", list(x_1.shape))
-        if x_1.shape[0] == 1 or (x_1.shape[0] > 0 and x_1.stride(0) == 0):
+        if x_1.shape[0] == 1 or (x_1.shape[0] > 0 and x_1.stride(0) == 0 and not _is_watched(x_1)):
             x_1 = x_1[0]
     if x_1.dim() not in (2, x_2.dim()):
         fail("CrossAttention", "x_1", "[B, L, C] or [L, C]", list(x_1.shape))
@@ -190,6 +192,13 @@ def cross_attention(module: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tenso
     return _merge_heads(
         recovery_attention(query, key, value, scale=module.scale, dropout_p=dropout_p(module.attn_drop))
     )
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether something looks at the gradient of x itself, not only at that of what it was made from."""
+    if not x.requires_grad or torch.compiler.is_compiling():
+        return False
+    return x.is_leaf or bool(x._backward_hooks) or x.retains_grad
 
 
 def _keys_and_values(module: Any, x_2: Tensor, x_3: Tensor) -> tuple[Tensor, Tensor]:

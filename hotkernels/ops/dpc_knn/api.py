@@ -162,7 +162,7 @@ def dpc_knn(
 def _keep_positions(keep: int | Sequence[int] | Tensor, B: int, N: int, M: int, device: torch.device) -> Tensor:
     """`keep` in any of its forms as int64 [B or 1, K]."""
     if not isinstance(keep, Tensor):
-        if not isinstance(keep, (*INTS, Sequence)):
+        if not isinstance(keep, (*INTS, Sequence)) or isinstance(keep, (str, bytes, bytearray, memoryview)):
             fail(_OP, "keep", "an int, a sequence of ints or a tensor", type(keep).__name__, TypeError)
         positions = keep if isinstance(keep, Sequence) else [keep]
         for position in positions:

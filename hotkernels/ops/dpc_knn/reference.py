@@ -7,7 +7,8 @@ from torch import Tensor
 
 # A token counts only if its squared norm is at most this: then no sum of its squared distances overflows in float32.
 NORM_LIMIT = 2.0**93
-_ROWS_AT_ONCE = 1 << 22  # distances held at a time: rows are done in blocks, N x N never exists
+_ROWS_AT_ONCE = 1 << 22  # distances held at a time: rows are done in blocks, N x N does not exist
+_COMPILED_AT_ONCE = 2048  # but of so few tokens in compiled code, which could not serve another N if it had blocks
 
 
 def position_hash(seed: int, n: int, device: torch.device) -> Tensor:
@@ -55,8 +56,10 @@ def dpc_knn_reference(
         d = torch.cdist(x[:, rows], to, compute_mode="donot_use_mm_for_euclid_dist")
         return torch.where(there[:, None, :], d * d / C, infinity)
 
-    step = max(1, _ROWS_AT_ONCE // max(1, B * N))
-    blocks = [slice(first, min(first + step, N)) for first in range(0, N, step)]
+    blocks = [slice(None)]
+    if not torch.compiler.is_compiling() or N > _COMPILED_AT_ONCE:
+        step = max(1, _ROWS_AT_ONCE // max(1, B * N))
+        blocks = [slice(first, first + step) for first in range(0, N, step)]
 
     # 2. r: mean of the k smallest squared distances, the token itself included.
     def density_exponent(rows: slice) -> Tensor:

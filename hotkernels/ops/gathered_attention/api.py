@@ -129,11 +129,11 @@ def checked_heads(
     check_tensor(op, "query", query, layout, FLOATING)
     device = query.device
     kind = device.type
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and query.dtype in FUSED:  # not float64
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = (
             t.to(dtype) if isinstance(t, Tensor) and t.dtype in FUSED else t for t in (query, key, value)
-        )  # not float64
+        )
     dtypes = (query.dtype,)
     check_tensor(op, "key", key, layout, dtypes, device=device)
     check_tensor(op, "value", value, layout, dtypes, device=device)
@@ -393,6 +393,8 @@ def _check_inverse(index: Tensor, start: Tensor, slots: Tensor, num_tokens: int)
 
     An index is [B, M], or per query; its inverse has one row, or one per batch entry (and head).
     """
+    for arg, t in (("start", start), ("slots", slots)):
+        check_tensor(_OP, f"index.{arg}", t, "as invert_index returns it", (torch.int64,), device=index.device)
     dims = 1 if index.dim() == 2 else 2
     entries = math.prod(index.shape[-dims:])
     if start.size(-1) != num_tokens + 1 or slots.size(-1) != entries or start.dim() != index.dim() - dims + 1:
