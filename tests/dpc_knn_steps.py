@@ -89,10 +89,15 @@ def _check_sample(
     length = x.norm(dim=-1) / C**0.5
     length = length + length.quantile(0.75)  # from any point among most of the tokens
     pivot = tokens[[n // 6 + i * (n // 3) for i in range(3)]].median(0).values  # ours, which may lie further out
-    length = torch.maximum(length, (tokens - pivot).norm(dim=-1) / C**0.5)
+    from_pivot = (tokens - pivot).norm(dim=-1) / C**0.5
+    length = torch.maximum(length, from_pivot)
     moved = 2**-11 * length if coarse else x.new_zeros(n)
     moved = moved[:, None] + moved[None, :]
-    error2 = (8 + C / 8) * EPS * (length[:, None].square() + length[None, :].square())
+    relative = (8 + C / 8) * EPS
+    error2 = relative * (length[:, None].square() + length[None, :].square())
+    if not coarse:  # where that would be much of a distance, it is summed from differences
+        near_each_other = d2 < (from_pivot[:, None].square() + from_pivot[None, :].square()) / 300
+        error2 = torch.where(near_each_other, torch.minimum(error2, relative * d2), error2)
     near2 = ((d2.sqrt() - moved).clamp(min=0).square() - error2).clamp(min=0).fill_diagonal_(0)
     far2 = ((d2.sqrt() + moved).square() + error2).fill_diagonal_(0)
     near, far = near2.sqrt(), far2.sqrt()

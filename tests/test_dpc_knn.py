@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import cloud, layouts, motion
+from conftest import GPU_BACKENDS
 from dpc_knn_steps import check_dpc_knn, rounds_tokens
 from torch import Tensor
 
@@ -654,3 +655,17 @@ def test_noise_of_float64_orders_tokens_of_float64(denser: list[int]) -> None:
     noise = torch.full((1, 4), 0.5, dtype=torch.float64)
     noise[0, denser] += 1e-10  # less than float32 tells apart
     assert dpc_knn(x, 2, 2, noise=noise, ordered=True).index.tolist() == [denser]
+
+
+@pytest.mark.parametrize("N", [40, 600])
+@pytest.mark.parametrize("spread", [1e-2, 1e-4])
+def test_tight_groups_far_apart(N: int, spread: float, backend: str) -> None:
+    """What cancels in a product is summed from differences: choices are those of float64."""
+    if backend in GPU_BACKENDS:
+        pytest.skip("a GPU rounds tokens to 11 bits")
+    x = torch.randn(3, N, 8) * spread
+    x[:, N // 2 :] += 10
+    out = dpc_knn(x, N // 4, 5, ordered=True, backend=backend)
+    check_dpc_knn({"x": x, "num_clusters": N // 4, "ordered": True}, out)
+    assert (out.delta > 0).all()
+    assert torch.equal(out.index, dpc_knn(x.double(), N // 4, 5, ordered=True).index)

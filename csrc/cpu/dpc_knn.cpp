@@ -1,7 +1,8 @@
 // DPC-kNN of one sample in one pass over its distances, without an N x N matrix.
 //
 // Tokens are centred and packed into panels; only tiles on and above the diagonal are multiplied, and each squared
-// distance d2 = (|x_i|^2 + |x_j|^2) - 2 <x_i, x_j> serves tokens i and j: the same number for both.
+// distance d2 = (|x_i|^2 + |x_j|^2) - 2 <x_i, x_j> serves tokens i and j: the same number for both. The few that
+// cancellation leaves without bits are summed from differences.
 //
 // In the order of dpc_knn_fwd, below:
 //   dpc_knn_sample.h   scratch; which tokens are valid; centring and packing
@@ -83,12 +84,12 @@ void select(const DpcKnn& p, int64_t b, Sample& s) {
 
 int64_t dpc_knn_scratch(const DpcKnn& p, int32_t threads) {
   int64_t bytes = 0;
-  Sample(p, threads, nullptr, &bytes);
+  Sample(p, 0, threads, nullptr, &bytes);
   return bytes;
 }
 
 void dpc_knn_fwd(const DpcKnn& p, int64_t b, void* scratch, const Runner& runner) {
-  Sample s(p, runner.threads, scratch);
+  Sample s(p, b, runner.threads, scratch);
   find_valid(p, b, s);
   const bool dense = s.n <= kDense;
   if (dense) {

@@ -46,7 +46,10 @@ void tile_distances(const Sample& s, Part& part, int64_t i_begin, int64_t i_end,
   for (int64_t i = i_begin; i < i_end; ++i) {
     float* row = part.tile + (i - i_begin) * kBlock - j_begin;
     for (int64_t j = std::max(j_begin, i / W * W); j < j_end; j += W) {
-      const vf d = squared_distance(s.norm[i], load(s.norm + j), load(row + j));
+      uint32_t cancelled;
+      vf d = squared_distance(s.norm[i], load(s.norm + j), load(row + j), cancelled);
+      if (j < i) cancelled &= ~uint32_t{0} << (i - j);  // what is before the diagonal is not used
+      if (cancelled) d = without_cancellation(s, d, cancelled, i, [&](int l) { return j + l; });
       far = vmax(far, d < splat(kInf) ? d : vf{});
       store(row + j, d);
     }
@@ -178,8 +181,8 @@ void gather_panels(const DpcKnn& p, Sample& s, const Runner& runner, const int32
 // For every pending token: the nearest of the gathered ones before `stop` of it, which is the larger, the later the
 // token is pending. accept(token, squared distance, place among the gathered) is called once per pending token.
 template <class Stop, class Accept>
-void second_search(const DpcKnn& p, Sample& s, const Runner& runner, const int32_t* pending, int64_t count,
-                   const Stop& stop, const Accept& accept) {
+void second_search(const DpcKnn& p, Sample& s, const Runner& runner, const int32_t* gathered, const int32_t* pending,
+                   int64_t count, const Stop& stop, const Accept& accept) {
   s.each_part(runner, [&](int64_t q) {
     Part& part = s.part[q];
     for (int64_t first = q * P; first < count; first += s.parts * P) {
@@ -197,7 +200,12 @@ void second_search(const DpcKnn& p, Sample& s, const Runner& runner, const int32
           const vi here = splat(static_cast<int32_t>(i));
           for (int v = 0; v < 3; ++v) {
             const vf dots = load(part.tile + (i - i0) * P + v * W);
-            vf d = squared_distance(s.gathered_norm[i], load(part.panel_norm + v * W), dots);
+            uint32_t cancelled;
+            vf d = squared_distance(s.gathered_norm[i], load(part.panel_norm + v * W), dots, cancelled);
+            if (cancelled) {
+              const int32_t* tokens = pending + first + v * W;
+              d = without_cancellation(s, d, cancelled, gathered[i], [&](int l) { return tokens[l]; });
+            }
             d = here < load(stops + v * W) ? d : splat(kInf);
             where[v] = d < best[v] ? here : where[v];
             best[v] = vmin(best[v], d);
@@ -235,7 +243,7 @@ void list_delta(const DpcKnn& p, Sample& s, const Runner& runner) {
     for (int64_t e = 0; e < count; ++e) s.nearest[e] = s.order[begin + e].token;
     gather_panels(p, s, runner, s.nearest, count);
     second_search(
-        p, s, runner, first, last - first, [&](int32_t i) { return std::min<int64_t>(count, s.rank[i] - begin); },
+        p, s, runner, s.nearest, first, last - first, [&](int32_t i) { return std::min<int64_t>(count, s.rank[i] - begin); },
         [&](int32_t i, float d, int32_t) { s.delta2[i] = std::min(s.delta2[i], d); });
   }
 }
@@ -258,7 +266,7 @@ void list_assign(const DpcKnn& p, Sample& s, const Runner& runner) {
   if (pending == 0) return;
   gather_panels(p, s, runner, s.kept, s.kept_count);
   second_search(
-      p, s, runner, s.pending, pending, [&](int32_t) { return s.kept_count; },
+      p, s, runner, s.kept, s.pending, pending, [&](int32_t) { return s.kept_count; },
       [&](int32_t i, float, int32_t m) { s.nearest[i] = m; });
 }
 

@@ -50,6 +50,8 @@ struct Part {
 
 // Scratch of one sample. Tokens are numbered 0 .. n-1 among the valid ones. Np: N rounded up to whole panels.
 struct Sample {
+  const DpcKnn* call;
+  int64_t b;  // which sample of the call
   int64_t n, list, kept_count;
   int32_t* position;       // [N] where in the sample a token stands
   float* pivot;            // [C]
@@ -73,7 +75,8 @@ struct Sample {
   int64_t parts;
   Part* part;
 
-  Sample(const DpcKnn& p, int64_t parts, void* scratch, int64_t* bytes = nullptr) : parts(parts) {
+  Sample(const DpcKnn& p, int64_t b, int64_t parts, void* scratch, int64_t* bytes = nullptr)
+      : call(&p), b(b), parts(parts) {
     Arena a{reinterpret_cast<uintptr_t>(scratch)};
     const int64_t np = round_up(p.N, P);
     const bool large = p.N > kDense;
@@ -203,8 +206,53 @@ void pack(const DpcKnn& p, int64_t b, Sample& s, int64_t begin, int64_t end, con
   });
 }
 
-inline vf squared_distance(float norm_i, vf norm_j, vf dot) {
-  return vmax((splat(norm_i) + norm_j) - 2.0f * dot, vf{});
+// |x_i - x_j|^2 from the differences of two tokens as they were given; the same number for (j, i).
+float distance_by_differences(const Sample& s, int64_t i, int64_t j) {
+  const DpcKnn& p = *s.call;
+  float total = 0;
+  with_element(p.dtype, [&](auto element) {
+    using E = decltype(element);
+    if constexpr (std::is_same_v<typename E::Compute, float>) {
+      const auto* x = static_cast<const typename E::Stored*>(p.x) + s.b * p.x_stride_b;
+      const auto *xi = x + s.position[i] * p.x_stride_n, *xj = x + s.position[j] * p.x_stride_n;
+      int64_t c = 0;
+      if (p.x_stride_c == 1) {
+        vf even{}, odd{};
+        for (; c + 2 * W <= p.C; c += 2 * W) {
+          const vf d = load_as<E>(xi + c) - load_as<E>(xj + c), e = load_as<E>(xi + c + W) - load_as<E>(xj + c + W);
+          even += d * d, odd += e * e;
+        }
+        even += odd;
+        for (int l = 0; l < W; ++l) total += even[l];
+      }
+      for (; c < p.C; ++c) {
+        const float d = E::get(xi[c * p.x_stride_c]) - E::get(xj[c * p.x_stride_c]);
+        total += d * d;
+      }
+    }
+  });
+  return total;
+}
+
+// Where two tokens are this much nearer to each other than to the pivot, cancellation leaves products too few bits.
+constexpr float kCancelled = 1.0f / 256;
+
+// The squared distances from a token of norm_i to W others by products; those of the lanes in `cancelled` are no good.
+inline vf squared_distance(float norm_i, vf norm_j, vf dot, uint32_t& cancelled) {
+  const vf norms = splat(norm_i) + norm_j, d = vmax(norms - 2.0f * dot, vf{});
+  cancelled = less_bits(d, kCancelled * norms);
+  return d;
+}
+
+// What replaces those: token(l) is the other one of lane l.
+template <class Token>
+__attribute__((noinline)) vf without_cancellation(const Sample& s, vf d, uint32_t cancelled, int64_t i,
+                                                  const Token& token) {
+  for (; cancelled; cancelled &= cancelled - 1) {
+    const int l = __builtin_ctz(cancelled);
+    d[l] = token(l) == i ? 0.0f : distance_by_differences(s, i, token(l));
+  }
+  return d;
 }
 
 }  // namespace

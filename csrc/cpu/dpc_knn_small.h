@@ -13,7 +13,11 @@ void mirror_distances(Sample& s, int64_t j0, int64_t j1) {
       vf block[W];
 #pragma GCC unroll 16
       for (int l = 0; l < W; ++l) {
-        block[l] = squared_distance(s.norm[i0 + l], load(s.norm + j), load(s.dense + (i0 + l) * side + j));
+        uint32_t cancelled;
+        block[l] = squared_distance(s.norm[i0 + l], load(s.norm + j), load(s.dense + (i0 + l) * side + j), cancelled);
+        if (cancelled && i0 + l < s.n) {
+          block[l] = without_cancellation(s, block[l], cancelled, i0 + l, [&](int lane) { return j + lane; });
+        }
         store(s.dense + (i0 + l) * side + j, block[l]);
       }
       if (j == i0) {  // the rest of this block on the diagonal is its own mirror image
