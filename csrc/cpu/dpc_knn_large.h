@@ -243,7 +243,8 @@ void list_delta(const DpcKnn& p, Sample& s, const Runner& runner) {
     for (int64_t e = 0; e < count; ++e) s.nearest[e] = s.order[begin + e].token;
     gather_panels(p, s, runner, s.nearest, count);
     second_search(
-        p, s, runner, s.nearest, first, last - first, [&](int32_t i) { return std::min<int64_t>(count, s.rank[i] - begin); },
+        p, s, runner, s.nearest, first, last - first,
+        [&](int32_t i) { return std::min<int64_t>(count, s.rank[i] - begin); },
         [&](int32_t i, float d, int32_t) { s.delta2[i] = std::min(s.delta2[i], d); });
   }
 }
