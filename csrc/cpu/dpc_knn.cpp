@@ -15,30 +15,12 @@
 namespace hotkernels::HK_ISA {
 namespace {
 
-inline uint32_t mix32(uint32_t h) {  // finaliser of MurmurHash3: every input bit reaches every output bit
-  h = (h ^ (h >> 16)) * 0x85ebca6bu;
-  h = (h ^ (h >> 13)) * 0xc2b2ae35u;
-  return h ^ (h >> 16);
-}
-
-inline uint32_t ascending_bits(float x) {  // unsigned integers in the order of the floats
-  const uint32_t u = bits_as<uint32_t>(x + 0.0f);
-  return u >> 31 ? ~u : u | 0x80000000u;
-}
-
-inline uint64_t descending_bits(double x) {  // the larger, the smaller
-  const uint64_t u = bits_as<uint64_t>(x + 0.0);
-  return u >> 63 ? u : ~(u | uint64_t{1} << 63);
-}
-
 void rank_by_density(const DpcKnn& p, int64_t b, Sample& s) {
-  const uint32_t seed = mix32(static_cast<uint32_t>(p.seed) ^ mix32(static_cast<uint32_t>(p.seed >> 32)));
   for (int64_t i = 0; i < s.n; ++i) {
     s.density[i] = std::exp(-static_cast<double>(s.r[i]));
-    const uint64_t r = ascending_bits(s.r[i]);
-    const uint64_t hash = mix32(static_cast<uint32_t>(s.position[i]) + seed);
     if (p.noise) s.density[i] += static_cast<double>(p.noise[b * p.N + s.position[i]]);
-    s.order[i] = {p.noise ? descending_bits(s.density[i]) : r, r << 32 | hash, static_cast<int32_t>(i)};
+    const auto [key, tie] = dpc::density_key(s.r[i], s.density[i], p.noise != nullptr, p.seed, s.position[i]);
+    s.order[i] = {key, tie, static_cast<int32_t>(i)};
   }
   std::sort(s.order, s.order + s.n);
   for (int64_t i = 0; i < s.n; ++i) s.rank[s.order[i].token] = static_cast<int32_t>(i);
@@ -59,13 +41,9 @@ void select(const DpcKnn& p, int64_t b, Sample& s) {
   int64_t candidates = 0;
   for (int64_t i = 0; i < s.n; ++i) {
     if (s.slot[i] >= 0) continue;
-    const double log_density = !p.noise             ? -static_cast<double>(s.r[i])
-                               : s.density[i] > 0 ? std::log(s.density[i])
-                                                  : -HUGE_VAL;
-    const double log_delta = 0.5 * std::log(static_cast<double>(s.delta2[i]) / static_cast<double>(p.C));
-    // Infinite noise on a token at distance 0 makes NaN, which a sort must not see.
-    const double log_score = log_density + log_delta;
-    s.candidates[candidates++] = {log_score < HUGE_VAL ? log_score : HUGE_VAL, static_cast<int32_t>(i)};
+    const auto density = [&] { return s.density[i]; };
+    const uint64_t key = dpc::score_key(s.r[i], p.noise != nullptr, density, s.delta2[i], p.C);
+    s.candidates[candidates++] = {key, static_cast<int32_t>(i)};
   }
   const int64_t best = std::min(p.M - p.num_keep, candidates);
   std::nth_element(s.candidates, s.candidates + best, s.candidates + candidates);

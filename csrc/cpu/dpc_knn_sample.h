@@ -5,6 +5,7 @@
 
 #include "element.h"
 #include "hotkernels/dpc_knn.h"
+#include "hotkernels/shared/dpc_knn_order.h"
 #include "scratch.h"
 #include "tile_dots.h"
 
@@ -12,29 +13,25 @@ namespace hotkernels::HK_ISA {
 namespace {
 
 constexpr int64_t kDense = 384;          // 384^2 floats are 0.6 MB: they fit the second-level cache
-constexpr int64_t kDenseChannels = 256;  // packed at a time for those: 384 x 256 floats, 0.4 MB, beside them there
+constexpr int64_t kDenseChannels = 256;  // packed at a time up to kDense: 384 x 256 floats, 0.4 MB, fit there too
 constexpr int64_t kBlock = 192;          // tokens per side of a tile of distances beyond kDense
-constexpr int64_t kListMin = 16;         // neighbours kept per token there: fewer leave more to the second search
+constexpr int64_t kListMin = 16;         // kept per token beyond kDense: fewer leave more to the second search
 constexpr float kInf = __builtin_inff();
 static_assert(kBlock % P == 0 && kDense % P == 0 && W % R == 0);
 
-// Of a type of this file, so that what the compiler makes of std's algorithms stays in it, a copy per instruction set.
+// A lambda has a type of its own in every object file, and so have std's algorithms on it: a copy per instruction set.
 constexpr auto kAscending = [](auto a, auto b) { return a < b; };
 
-struct Rank {  // densest first: by key, then tie, then token
-  uint64_t key, tie;
+struct Rank {  // densest first
+  uint64_t key, tie;  // of dpc::density_key
   int32_t token;
-  bool operator<(const Rank& o) const {
-    return key != o.key ? key < o.key : tie != o.tie ? tie < o.tie : token < o.token;
-  }
+  bool operator<(const Rank& o) const { return key != o.key ? key < o.key : tie < o.tie; }
 };
 
 struct Candidate {  // best first
-  double log_score;
+  uint64_t key;  // of dpc::score_key
   int32_t token;
-  bool operator<(const Candidate& o) const {
-    return log_score != o.log_score ? log_score > o.log_score : token < o.token;
-  }
+  bool operator<(const Candidate& o) const { return key != o.key ? key < o.key : token < o.token; }
 };
 
 // What one thread needs for itself.
@@ -61,12 +58,12 @@ struct Sample {
   float* r;                // [Np] mean of the k smallest squared distances
   int32_t* rank;           // [Np] 0 = densest
   float* delta2;           // [Np] squared distance to the nearest denser token
-  double* density;         // [N] exp(-r) + noise; float32 would round noise of 1e-6 to a few steps
+  double* density;         // [N] exp(-r) + noise
   Rank* order;             // [N]
   Candidate* candidates;   // [N]
   int32_t* kept;           // [M] chosen tokens, in the order of index
   int32_t* slot;           // [Np] place of a token in index, or -1
-  int32_t* nearest;        // [N] place in index of the nearest kept token; before, tokens to gather
+  int32_t* nearest;        // [N] place in index of the nearest kept token; before that, tokens to gather
   int32_t* pending;        // [N] tokens that need a second search
   int64_t gathered_max;    // tokens that fit in:
   float* gathered;         // [gathered_max / P, C, P] what a second search looks through
@@ -136,11 +133,8 @@ float median(float a, float b, float c) {
   return c < low ? low : c > high ? high : c;
 }
 
-// Finds the valid tokens and the pivot. A token counts if the mask has it, its noise is a number, and its squared norm
-// is at most kNormLimit.
-// The pivot is what is subtracted from all: of each channel, the median of three tokens. A mean would do as well, were
-// it not for outliers: one of n that is A away moves the mean by A / n, and squared distances between all others would
-// be rounded as if they were that long. Not the first and the last token, which often are special.
+// Finds the valid tokens and the pivot (dpc_knn_order.h). A token is valid if the mask has it, its noise is a number,
+// and its squared norm is at most kNormLimit.
 void find_valid(const DpcKnn& p, int64_t b, Sample& s) {
   s.n = 0;
   for (int64_t i = 0; i < p.N; ++i) {
@@ -154,9 +148,9 @@ void find_valid(const DpcKnn& p, int64_t b, Sample& s) {
   }
   if (s.n == 0) return;
   float* const rows[] = {s.pivot, s.row, s.third};
-  for (int64_t t = 0; t < 3; ++t) {
-    const int64_t token = s.n / 6 + t * (s.n / 3);
-    load_row(p.x, p.dtype, b * p.x_stride_b + s.position[token] * p.x_stride_n, p.x_stride_c, p.C, rows[t]);
+  for (int t = 0; t < 3; ++t) {
+    const int64_t token = s.position[dpc::pivot_token(static_cast<int>(s.n), t)];
+    load_row(p.x, p.dtype, b * p.x_stride_b + token * p.x_stride_n, p.x_stride_c, p.C, rows[t]);
   }
   for (int64_t c = 0; c < p.C; ++c) s.pivot[c] = median(s.pivot[c], s.row[c], s.third[c]);
 }

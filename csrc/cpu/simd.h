@@ -102,14 +102,6 @@ inline float reduce_max(vf v) {
   return m;
 }
 
-template <class To, class From>
-inline To bits_as(From x) {
-  static_assert(sizeof(To) == sizeof(From));
-  To y;
-  memcpy(&y, &x, sizeof y);
-  return y;
-}
-
 inline float from_bf16(uint16_t h) { return bits_as<float>(static_cast<uint32_t>(h) << 16); }
 
 // Round to nearest even, as PyTorch does; NaN stays NaN.

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "dpc_knn_order.h"
+#include "dpc_knn_common.h"
 #include "dpc_knn_large_tiles.h"
 #include "launch.h"
 

@@ -7,7 +7,7 @@
 #pragma once
 #include <cstdint>
 
-#include "dpc_knn_order.h"
+#include "dpc_knn_common.h"
 #include "ptx.h"
 
 namespace hotkernels::dpc::large {

@@ -1,7 +1,7 @@
 // The tokens of a sample that count, and the dot products of all pairs of up to 352 of them: the first part of
 // dpc_knn_small.h, which says how blocks share it.
 #pragma once
-#include "dpc_knn_order.h"
+#include "dpc_knn_common.h"
 
 namespace hotkernels::dpc::small {
 

@@ -1,4 +1,4 @@
-// What CUDA C++ has no words for: asynchronous copies, tensor cores, thread-block clusters. The tests replace this by
+// What CUDA C++ has no syntax for: asynchronous copies, tensor cores, thread-block clusters. The tests replace this by
 // what does the same on the host (tests/emulation/emulated_ptx.h), for which all shared memory must be dynamic.
 #pragma once
 #ifdef HK_EMULATION
@@ -7,7 +7,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <cstring>
+
+#include "hotkernels/common.h"
 
 namespace hotkernels::ptx {
 
@@ -18,14 +19,6 @@ __device__ inline unsigned char* shared_memory() {
 }
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-template <class Bits, class T>
-__device__ inline Bits bits_of(T value) {
-  static_assert(sizeof(Bits) == sizeof(T));
-  Bits bits;
-  memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
 
 // Two floats rounded to float16, `low` in the lower half.
 __device__ inline uint32_t pack_half(float low, float high) {
@@ -69,7 +62,7 @@ __device__ inline void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Has the second-level cache read the line of this address.
+// Prefetches the line of this address into L2.
 __device__ inline void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // Thread-block clusters: sm_90 and later. Elsewhere a kernel must not come here.
@@ -95,8 +88,8 @@ __device__ inline void cluster_sync() {
 #endif
 }
 
-// The same in two halves, for barriers that are initialised before `cluster_arrive` and used after `cluster_wait`;
-// other writes before it may not be seen.
+// cluster_sync in two halves, for barriers that are initialised before `cluster_arrive` and used after `cluster_wait`:
+// of other writes before, none need be seen after.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   __syncwarp();
@@ -128,8 +121,8 @@ __device__ inline T* in_block(T* shared, uint32_t rank) {
 }
 
 // A barrier in shared memory. A phase of it ends when `count` threads have arrived and as many bytes as they said they
-// expect have been stored by store_async; then the next begins. A thread sees what those that arrived, of its block,
-// wrote before, and what was stored.
+// expect have been stored by store_async; then the next begins. A thread that waited sees what the threads of its block
+// wrote before they arrived, and what was stored.
 __device__ inline void barrier_init(uint64_t* barrier, uint32_t count) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;" ::
@@ -181,10 +174,10 @@ __device__ inline void store_async(T* shared, T value, uint64_t* barrier, uint32
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(barrier)), "r"(rank));
   if constexpr (sizeof(T) == 4) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::
-                 "r"(to), "r"(bits_of<uint32_t>(value)), "r"(at) : "memory");
+                 "r"(to), "r"(bits_as<uint32_t>(value)), "r"(at) : "memory");
   } else {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::
-                 "r"(to), "l"(bits_of<uint64_t>(value)), "r"(at) : "memory");
+                 "r"(to), "l"(bits_as<uint64_t>(value)), "r"(at) : "memory");
   }
 #else
   __trap();

@@ -1,8 +1,26 @@
-// Types shared by every native contract: element types, strided views, a range runner, instruction sets.
+// What native contracts and kernels share: element types, a range runner, instruction sets, functions for CPU and GPU.
 #pragma once
 #include <cstdint>
+#include <cstring>
+
+// Marks functions that CPU and CUDA kernels share. They must have internal linkage (static, or an unnamed namespace):
+// csrc/cpu compiles them once per instruction set, and of copies with external linkage the linker would keep only one,
+// perhaps that for AVX-512, which an older processor cannot run.
+#ifdef __CUDACC__
+#define HK_HOST_DEVICE __host__ __device__
+#else
+#define HK_HOST_DEVICE
+#endif
 
 namespace hotkernels {
+
+template <class To, class From>
+HK_HOST_DEVICE static inline To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
 
 enum class DType : int32_t { f32, f16, bf16, f64 };
 
@@ -17,7 +35,7 @@ inline void run_serially(int64_t count, void (*task)(void*, int64_t, int64_t), v
 constexpr Runner kSerial{run_serially, 1};
 
 // Every CPU kernel is compiled once per instruction set, each into a namespace of its own.
-// avx512_bf16 runs those of avx512, where attention then multiplies bfloat16 in pairs.
+// avx512_bf16 runs those of avx512, and attention in them then multiplies bfloat16 in pairs.
 enum class Isa : int32_t { base, avx2, avx512, avx512_bf16 };
 
 #if defined(__x86_64__)
@@ -35,8 +53,8 @@ enum class Isa : int32_t { base, avx2, avx512, avx512_bf16 };
 #define HK_CPU_DISPATCH(isa, kernel) (::hotkernels::base::kernel)
 #endif
 
-// Whether kernels for AVX-512 can multiply bfloat16 in pairs. They name the instructions (AVX512-BF16) themselves,
-// since only the running library knows whether the processor has them; Clang refuses names that its flags do not allow.
+// Whether the AVX-512 kernels can multiply bfloat16 in pairs. They do so in inline assembly (AVX512-BF16), because only
+// at run time is it known whether the processor can; Clang refuses instructions that its flags do not allow.
 #if defined(__x86_64__) && !defined(__clang__)
 #define HK_BF16_PAIRS 1
 #else
