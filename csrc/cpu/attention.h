@@ -523,9 +523,11 @@ struct Core {
         continue;
       }
       fill(out_rows, Dp, T{0});
-      for (int64_t e = absent ? 0 : start[n]; !absent && e < start[n + 1]; ++e) {
-        const T* row = rows + place[slots[e]] * Dp;
-        for (int64_t d = 0; d < Dp; d += lanes) store(out_rows + d, load(out_rows + d) + load(row + d));
+      if (!absent) {
+        for (int64_t e = start[n]; e < start[n + 1]; ++e) {
+          const T* row = rows + place[slots[e]] * Dp;
+          for (int64_t d = 0; d < Dp; d += lanes) store(out_rows + d, load(out_rows + d) + load(row + d));
+        }
       }
       write_row(out + n * to.stride_n, out_rows, factor);
     }
