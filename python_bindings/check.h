@@ -13,7 +13,7 @@
 
 #include "hotkernels/common.h"
 
-// PyTorch's, from 2.13 on.
+// PyTorch's, from 2.13 on; null before.
 extern "C" __attribute__((weak, visibility("default"))) const char* torch_exception_get_what_without_backtrace();
 
 namespace hotkernels {
@@ -30,7 +30,7 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return sizes;
 }
 
-// In errors: shapes, where -1 is any size, dtypes by Python's names, devices.
+// For error messages: shapes, where -1 is any size; dtypes by Python's names; devices.
 inline std::string shape_of(const std::vector<int64_t>& sizes) {
   std::string text;
   for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + (size < 0 ? "any" : std::to_string(size));
@@ -76,10 +76,10 @@ inline DType dtype_of(const Tensor& t, const char* op, const char* arg) {
   return DType::f32;
 }
 
-// What sums over such elements are kept in.
+// The type in which sums over such elements are kept.
 inline ScalarType compute_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
-// Checks that a tensor is contiguous, of this type and these sizes (-1: any), and where `beside` is.
+// Checks that a tensor is contiguous, of this type and these sizes (-1: any), and on the device of `beside`.
 inline void check_tensor(const Tensor& t, const Tensor& beside, const char* op, const char* arg, ScalarType type,
                          const std::vector<int64_t>& sizes) {
   bool fits = t.is_contiguous() && t.scalar_type() == type && t.device() == beside.device();
@@ -91,7 +91,7 @@ inline void check_tensor(const Tensor& t, const Tensor& beside, const char* op, 
                << name_of(t.scalar_type()) << " tensor " << shape_of(t) << " on " << device_of(t));
 }
 
-// An uninitialised tensor. Where there is no memory for it, the error is in PyTorch's words, if it tells them.
+// An uninitialised tensor. On failure, rethrows with PyTorch's message where available (2.13+).
 template <class... Type>
 Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, Type... type) {
   try {

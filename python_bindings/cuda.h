@@ -18,12 +18,12 @@ inline CudaStream current_stream(int32_t device) {
   return static_cast<CudaStream>(stream);
 }
 
-// What kernels count in 32 bits: sizes within one sample. Samples, and all addresses, are counted in 64.
+// Kernels count in 32 bits within one sample; samples and addresses in 64.
 inline void check_32_bits(int64_t size, const char* op, const char* arg, const char* what) {
   HK_CHECK(size < 1 << 30, op, arg, "of fewer than 2^30 " << what << " on a GPU", size);
 }
 
-// Python sees a RuntimeError: the caller's arguments were right, the GPU refused. Nobody after us sees the error again.
+// Python sees a RuntimeError: the caller's arguments were right, the GPU refused. Clears the error for later calls.
 inline void check_launch(CudaError error, const char* op) {
   if (error == cudaSuccess) return;
   cudaGetLastError();

@@ -12,7 +12,7 @@ constexpr const char* kDpcKnn = "dpc_knn";
 // index, assignment, density, delta, score.
 using Peaks = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// A checked call: its results, allocated, and the native contract. Values of `keep` are not looked at.
+// A checked call: its results, allocated, and the native contract. Values of `keep` are not checked.
 struct DpcKnnCall {
   Tensor index, assignment, density, delta, score;
   DpcKnn p{};

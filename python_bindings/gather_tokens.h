@@ -7,7 +7,7 @@ namespace hotkernels {
 
 constexpr const char* kGatherTokens = "gather_tokens";
 
-// A token's trailing dims seen as R rows of C contiguous elements; copied only where they cannot be.
+// A token's trailing dims seen as R rows of C contiguous elements; copied only where strides do not allow it.
 struct Rows {
   Tensor tensor;
   int64_t R = 1, C = 1, stride_r = 0;
@@ -20,7 +20,7 @@ struct Rows {
   }
 
  private:
-  // Whether the strides allow it. That of a dim of size 1 means nothing.
+  // Whether the strides allow it; the stride of a dim of size 1 means nothing.
   bool fold() {
     const int64_t last = tensor.dim() - 1;
     R = 1, C = stride_r = tensor.size(last);
@@ -47,7 +47,7 @@ inline int64_t item_size(const Tensor& t) {
   return 0;
 }
 
-// A checked forward call: its result, allocated, and the native contract. Index values are not looked at.
+// A checked forward call: its result, allocated, and the native contract. Index values are not checked.
 struct GatherTokensCall {
   Rows rows;
   Tensor out;

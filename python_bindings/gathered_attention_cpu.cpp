@@ -16,7 +16,7 @@ Tensor with_contiguous_last(const Tensor& t) { return contiguous_last(t) ? t : t
 // The stride of a dim, 0 where its size is 1.
 int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
 
-// start and slots list each token's slots, all of them and in ascending order.
+// Checks that start and slots list all slots of each token, in ascending order.
 void check_inverse(const Tensor& index, const Tensor& start, const Tensor& slots, int64_t Nk, int64_t entries,
                    const char* op) {
   const int64_t *tokens = index.const_data_ptr<int64_t>(), *of = slots.const_data_ptr<int64_t>();
@@ -132,7 +132,7 @@ struct Problem {
              name_of(one.scalar_type()) << " and " << name_of(other.scalar_type()));
   }
 
-  // What invert_index made of the index, whose range is known to be good.
+  // Takes what invert_index made of the index, whose range the constructor has checked.
   void take_inverse(const Tensor& index, const std::optional<Tensor>& start, const std::optional<Tensor>& slots,
                     const char* op) {
     const bool set = !p.index_per_query;
@@ -331,7 +331,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {g.query, g.key, g.value, g.bias, g.key_bias};
 }
 
-// The gradient of a [B, N, (J,) 3, H, D] projection whose views query, key and value are, in one piece.
+// The gradient, in one piece, of the [B, N, (J,) 3, H, D] projection that query, key and value are views of.
 Tensor packed_backward(const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
                        const Tensor& out, const Tensor& lse, double scale) {
   const AttentionArgs args{kOp, query, key, value, std::nullopt, std::nullopt, std::nullopt, scale};

@@ -9,10 +9,10 @@ namespace hotkernels {
 
 constexpr const char* kInvertIndex = "invert_index";
 
-// index [..., L] -> start [..., num_tokens + 1], slots [..., L]. On the CPU in the one library, on GPUs in the other.
+// index [..., L] -> start [..., num_tokens + 1], slots [..., L]. _C_cpu defines it for the CPU, _C_cuda for GPUs.
 std::tuple<Tensor, Tensor> invert_index(const Tensor& index, int64_t num_tokens);
 
-// Gives a contract the inverse of its index. The answer owns it.
+// Points a contract at the inverse of its index, which the returned tensors own.
 template <class Contract>
 [[nodiscard]] std::tuple<Tensor, Tensor> take_inverse(Contract& p, const Tensor& index, int64_t num_tokens) {
   std::tuple<Tensor, Tensor> inverse = invert_index(index, num_tokens);
@@ -21,7 +21,7 @@ template <class Contract>
   return inverse;
 }
 
-// A checked call: its results, allocated, and the native contract. Index values are not looked at.
+// A checked call: its results, allocated, and the native contract. Index values are not checked.
 struct InvertIndexCall {
   Tensor start, slots;
   InvertIndex p{};

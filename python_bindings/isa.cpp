@@ -1,5 +1,5 @@
-// Chooses the instruction set of the CPU kernels, once; _isa(force) tells it, or changes it for tests and benchmarks.
-// _is_intel() says whose the processor is: MKL, with which PyTorch multiplies, looks at that.
+// Chooses the instruction set of the CPU kernels, once; _isa(force) returns it, or changes it for tests and benchmarks.
+// _is_intel() says whether the processor is Intel's: MKL, with which PyTorch multiplies, chooses its kernels by that.
 #include <atomic>
 #include <cstdlib>
 #if defined(__x86_64__)
@@ -14,7 +14,7 @@ namespace {
 constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512_bf16"};
 
 #if defined(__x86_64__)
-bool has_f16c() {  // a name that Clang learned late
+bool has_f16c() {  // not by __builtin_cpu_supports: older Clang does not know the name
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
@@ -32,7 +32,7 @@ Isa widest() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-#if HK_BF16_PAIRS  // where it is not, the compiler may not know the name
+#if HK_BF16_PAIRS  // without it, the compiler may not know the name
     if (__builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
 #endif
     return Isa::avx512;
@@ -42,7 +42,7 @@ Isa widest() {
   return Isa::base;
 }
 
-// Pairs of bfloat16 were measured on AMD's processors; on Intel's they are taken where somebody asks for them.
+// Pairs of bfloat16 were measured on AMD's processors only; on Intel's they are used only if asked for.
 Isa chosen_unasked() { return widest() == Isa::avx512_bf16 && is_intel() ? Isa::avx512 : widest(); }
 
 Isa named(const std::string& name, const char* arg) {

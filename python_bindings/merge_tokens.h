@@ -7,7 +7,7 @@ namespace hotkernels {
 
 constexpr const char* kMergeTokens = "merge_tokens";
 
-// Checked inputs of both directions. Assignment values are not looked at.
+// Checked inputs of both directions. Assignment values are not checked.
 struct MergeTokensInputs {
   Tensor x;
   MergeTokens p{};
@@ -51,7 +51,7 @@ struct MergeTokensCall : MergeTokensInputs {
 struct MergeTokensGradCall : MergeTokensInputs {
   Tensor grad_out, grad_x, grad_weight;
 
-  // mean is read, and need be in the type of sums, only for the weight's gradient.
+  // Only the weight's gradient reads mean, and needs it in the type of sums.
   MergeTokensGradCall(const Tensor& grad, const Tensor& mean, const Tensor& total, const Tensor& given,
                       const Tensor& assignment, const std::optional<Tensor>& weight, bool need_weight)
       : MergeTokensInputs(given, assignment, clusters_of(mean), weight), grad_out(torch::stable::contiguous(grad)) {

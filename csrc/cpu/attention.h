@@ -20,8 +20,8 @@ namespace hotkernels::HK_ISA {
 namespace {
 
 constexpr int64_t kKeys = 512;  // keys per block of logits: 512 x 48 floats are 96 KB
-constexpr double kRoundedLse = 16;  // beyond, the rounding of lse is more than that of a probability
-constexpr int64_t kShortSum = 32;  // terms added up one by one; a longer sum is one of such sums, for their rounding
+constexpr double kRoundedLse = 16;  // above this |lse|, rounding lse costs more than rounding a probability
+constexpr int64_t kShortSum = 32;  // terms added up one by one; longer sums are sums of such sums, which round less
 template <class E>
 constexpr int64_t kQueries = 3 * kLanes<E>;
 
@@ -50,8 +50,8 @@ inline void fill(T* p, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) p[i] = value;
 }
 
-// Asks for the D elements of a row to be brought in, to be written to if `writing`. Inlined for sure, as is what calls
-// it: GCC takes a function that only prefetches for one without effects, and drops calls of it.
+// Prefetches a row of D elements, for writing if `writing`. Always inlined, as are its callers: GCC takes a function
+// that only prefetches for one without effects and drops its calls.
 template <bool writing, class S>
 [[gnu::always_inline]] inline void prefetch_row(const S* row, int64_t D) {
   for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d, writing, 3);
@@ -115,7 +115,7 @@ struct Core {
   const O *k = nullptr, *v = nullptr;          // this head's keys, along, and values
   const O* k_across = nullptr;                 // the keys across, for backward
 
-  // So many elements, or rows across, in operands.
+  // How many operands hold so many elements along, or rows across.
   static constexpr int64_t operands(int64_t elements) { return (elements + deep - 1) / deep; }
 
   Core(const Attention& p, void* scratch, bool backward, int64_t* bytes = nullptr) : p(p), for_backward(backward) {
@@ -171,7 +171,7 @@ struct Core {
     return any;
   }
 
-  // Makes k and v the rows of this head's keys: in place where one block of queries reads them, else packed.
+  // Points k and v at the rows of this head's keys: in place where one block of queries reads them, else packed.
   void take_keys(int64_t b, int64_t j, int64_t h) {
     const S *key = at(p.key, b, j, h), *value = at(p.value, b, j, h);
     const int64_t* index = index_of(b, j, h);
@@ -255,9 +255,9 @@ struct Core {
     }
   }
 
-  // Asks for a query block's share of the next item's rows while this one's are at work: a head's rows lie a whole
-  // token apart, where the prefetchers of the Xeon that was measured did not follow. With the rows to be written,
-  // forward at 17 and 81 tokens takes 0.7 of the time there.
+  // Prefetches a query block's share of the next item's rows: a head's rows lie a whole token apart, which the hardware
+  // prefetchers of the Xeon that was measured did not follow. With prefetch_written, forward at 17 and 81 tokens takes
+  // 0.7 of the time there.
   [[gnu::always_inline]] inline void prefetch_share(const Item& next, int64_t block, bool backward) const {
     const auto [b, j, h] = next;
     const S *key = at(p.key, b, j, h), *value = at(p.value, b, j, h), *query = at(p.query, b, j, h);
@@ -275,7 +275,7 @@ struct Core {
     }
   }
 
-  // Asks for rows [first, last) of one head of `to`, about to be written.
+  // Prefetches rows [first, last) of one head of `to`, which are about to be written.
   [[gnu::always_inline]] inline void prefetch_written(const HeadsView& to, const Item& item, int64_t first,
                                                       int64_t last) const {
     if (!to.data) return;
@@ -313,7 +313,7 @@ struct Core {
     }
   }
 
-  // The logits' place, where operands across take theirs: two rows of logits make one row of pairs.
+  // Weights, packed across, overwrite the logits they are made from: two rows of logits make one row of pairs.
   O* weights() const { return reinterpret_cast<O*>(logits); }
 
   // One step of online softmax: logits become exp(logit - maximum), as operands across; sum and out_rows are rescaled
@@ -326,7 +326,7 @@ struct Core {
     }
   }
 
-  // V vectors of queries side by side: as many chains of maxima and sums, which would otherwise wait for themselves.
+  // V vectors of queries side by side: V independent chains of maxima and sums, which hide each other's latency.
   template <int V>
   void softmax_vectors(int64_t count_keys, int64_t count, bool rescale) {
     vec most[V], minus[V], factor[V], total[V];
@@ -421,7 +421,7 @@ struct Core {
     if (p.grad_value.data) write_grad_rows(p.grad_value, grad_value_rows, T{1}, b, j, h);
   }
 
-  // sum = sum of exp(logit - lse) over all keys: 1 but for the rounding of lse, and not looked at where that is small.
+  // sum = sum of exp(logit - lse) over all keys. Ideally 1; computed only if some |lse| > kRoundedLse.
   void sum_probabilities(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, const O* columns) {
     fill(sum, Q, T{1});
     bool large = false;
@@ -455,7 +455,7 @@ struct Core {
         store(s + key * Q, weight);
         if (whole) dot += weight * load(g + key * Q), total += weight;
       }
-      // The total is 1 but for the rounding of lse, which is no small part of gradients where one key takes all.
+      // Ideally 1: the rounding of lse is no small part of gradients where one key takes all.
       const vec inverse = empty ? vec{} : splat(T{1}) / (whole ? total : load(sum + e * lanes));
       shift += dot * inverse;
       for (int64_t key = 0; key < count_keys; key += deep) {
@@ -539,7 +539,7 @@ void forward_items(const Attention& p, int64_t begin, int64_t end, void* scratch
   Core<E, O> core(p, scratch, false);
   const int64_t sequences = p.B * p.J;
   const auto item = [&](int64_t t) {
-    // Heads inside: a token's heads lie side by side. With one query for all sequences, they go inside instead.
+    // The inner loop is over heads, since a token's lie side by side; with one query for all, over sequences.
     const int64_t s = core.shared_query ? t % sequences : t / p.H, h = core.shared_query ? t / sequences : t % p.H;
     return Item{s / p.J, s % p.J, h};
   };

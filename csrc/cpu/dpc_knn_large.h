@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t kGroup = 64;  // distances compared with the end of a list at once
 static_assert(kBlock % kGroup == 0 && kListMin % W == 0);
 
-// One vector of an ascending list takes in (d, id) and hands on, in their place, what falls off its end.
-inline void take_in(vf& distance, vi& neighbour, vf& d, vi& id) {
+// Inserts (d, id) into one vector of an ascending list; (d, id) becomes what falls off its end.
+inline void vector_insert(vf& distance, vi& neighbour, vf& d, vi& id) {
   const vf here = distance, before = shift_in(here, d);
   const vi id_here = neighbour, id_before = shift_in(id_here, id);
   const vf last = splat(here[W - 1]);
@@ -35,7 +35,7 @@ void list_insert(float* distance, int32_t* neighbour, int64_t list, vf d, vi id)
   }
   vf here = load(distance);
   vi id_here = load(neighbour);
-  take_in(here, id_here, d, id);
+  vector_insert(here, id_here, d, id);
   store(distance, here);
   store(neighbour, id_here);
 }
@@ -76,8 +76,8 @@ void transpose_tile(float* tile) {
   }
 }
 
-// Offers the tokens [j_begin, j_end) of a tile of distances, if they come after token i, to the list of each i; with
-// kBackward, if they come before it. The nearest in the order of tokens are offered first: they often are near.
+// Offers tokens [j_begin, j_end) of a tile of distances to the list of each token i: those after i or, with kBackward,
+// those before it. Those nearest in the order of tokens come first: they often are near.
 template <bool kBackward>
 void offer_rows(const Sample& s, Part& part, int64_t i_begin, int64_t i_end, int64_t j_begin, int64_t j_end) {
   constexpr int V = kListMin / W;  // the head of the list is kept in registers
@@ -105,7 +105,7 @@ void offer_rows(const Sample& s, Part& part, int64_t i_begin, int64_t i_end, int
         nearer &= (kBackward ? uint64_t{1} << l : nearer) - 1;
         vf d = splat(row[j + l]);
         vi token = splat(static_cast<int32_t>(j + l));
-        for (int v = 0; v < V; ++v) take_in(head[v], id[v], d, token);
+        for (int v = 0; v < V; ++v) vector_insert(head[v], id[v], d, token);
         if (s.list > kListMin) list_insert(distance + kListMin, neighbour + kListMin, s.list - kListMin, d, token);
       }
       worst = s.list > kListMin ? distance[s.list - 1] : head[V - 1][W - 1];
@@ -133,7 +133,7 @@ void find_neighbours(const DpcKnn& p, Sample& s, const Runner& runner) {
       }
     }
   });
-  // The lists of part 0 take in those of the others; then r.
+  // Merges the lists of the other parts into those of part 0; then r.
   const int64_t k = std::min(p.k, s.n);
   const float denominator = static_cast<float>(k) * static_cast<float>(p.C);
   s.each_part(runner, [&](int64_t q) {
@@ -178,8 +178,8 @@ void gather_panels(const DpcKnn& p, Sample& s, const Runner& runner, const int32
   });
 }
 
-// For every pending token: the nearest of the gathered ones before `stop` of it, which is the larger, the later the
-// token is pending. accept(token, squared distance, place among the gathered) is called once per pending token.
+// For each pending token, finds the nearest among the first stop(token) gathered ones; stop must not decrease along
+// `pending`. accept(token, squared distance, place among the gathered) is called once per pending token.
 template <class Stop, class Accept>
 void second_search(const DpcKnn& p, Sample& s, const Runner& runner, const int32_t* gathered, const int32_t* pending,
                    int64_t count, const Stop& stop, const Accept& accept) {
@@ -217,7 +217,7 @@ void second_search(const DpcKnn& p, Sample& s, const Runner& runner, const int32
   });
 }
 
-// The tokens without an answer are few and dense: a search through the tokens by rank soon comes to an end.
+// The tokens without an answer are few and dense, so few ranks come before theirs: the search ends early.
 void list_delta(const DpcKnn& p, Sample& s, const Runner& runner) {
   int64_t pending = 0;
   for (int64_t rank = 0; rank < s.n; ++rank) {
@@ -233,7 +233,7 @@ void list_delta(const DpcKnn& p, Sample& s, const Runner& runner) {
       if (rank > 0) s.pending[pending++] = i;
     }
   }
-  // As many ranks at a time as fit; those that are pending are in the order of rank.
+  // As many ranks at a time as `gathered` holds; pending tokens are in order of rank.
   const int32_t* first = s.pending;
   const int32_t* const last = s.pending + pending;
   for (int64_t begin = 0; first < last; begin += s.gathered_max) {

@@ -5,7 +5,7 @@
 namespace hotkernels::HK_ISA {
 namespace {
 
-// Dot products of columns [j0, j1) become squared distances, written as their mirror image too.
+// Dot products of columns [j0, j1) become squared distances, in both triangles of the matrix.
 void mirror_distances(Sample& s, int64_t j0, int64_t j1) {
   const int64_t side = round_up(s.n, P);
   for (int64_t j = j0; j < j1; j += W) {
@@ -31,7 +31,7 @@ void mirror_distances(Sample& s, int64_t j0, int64_t j1) {
   }
 }
 
-// Tiles on and above the diagonal, some channels at a time and for each a panel of columns at a time.
+// Tiles on and above the diagonal: kDenseChannels at a time, and within these a panel of columns at a time.
 void dense_distances(const DpcKnn& p, int64_t b, Sample& s, const Runner& runner) {
   const int64_t side = round_up(s.n, P);
   for (int64_t begin = 0; begin < p.C; begin += kDenseChannels) {
@@ -95,7 +95,7 @@ void dense_densities(const DpcKnn& p, Sample& s, const Runner& runner) {
     for (int64_t i = j; i < std::min(j + W, s.n); ++i) {
       std::copy(s.dense + i * side, s.dense + i * side + s.n, row);
       std::partial_sort(row, row + k, row + s.n, kAscending);
-      double sum = 0;  // of as many terms as there are tokens
+      double sum = 0;  // of up to as many terms as there are tokens
       for (int64_t e = 0; e < k; ++e) sum += row[e];
       s.r[i] = static_cast<float>(sum) / denominator;
     }

@@ -43,7 +43,7 @@ void gather_tokens_fwd(const GatherTokens& p, int64_t begin, int64_t end) {
 
 namespace {
 
-// A sum over the rows that [slot, end) name, K registers of it.
+// K registers of the sum over the rows that slots [slot, end) name; there is at least one.
 template <class E, int K, class T>
 inline void sum_rows(T* to, const T* rows, int64_t stride, const int64_t* slot, const int64_t* end) {
   constexpr int lanes = kLanes<E>;

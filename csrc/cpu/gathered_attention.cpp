@@ -1,9 +1,9 @@
 // gathered_attention: the core of attention.h for dense keys and sets, and here keys chosen per query.
 //
-// Per query, nothing can be shared between queries, so one query's keys are read where they lie, for all its heads: a
-// token's heads are neighbours in memory. Dot products of a register full of keys are summed across lanes together.
+// Queries with keys of their own share nothing, so each reads its keys where they lie, for all heads in turn: a token's
+// heads are neighbours in memory. The dot products of a register's worth of keys are summed across lanes together.
 // Backward walks the queries first (probabilities and grad_logits of their slots, grad_query), then the keys: each key
-// sums what its own queries ask of it, found through the inverted index, in ascending order.
+// sums over the slots that name it, which the inverted index lists in ascending order.
 #include "hotkernels/gathered_attention.h"
 
 #include "attention.h"
@@ -165,7 +165,7 @@ struct PerQuery {
     }
   }
 
-  // logits[key] becomes exp(logits[key] - shift); a query without keys has none.
+  // logits[key] becomes exp(logits[key] - shift), and 0 past the last key.
   void exponentials(T shift) {
     for (int64_t s = keys; s < round_up(keys, lanes); ++s) logits[s] = static_cast<T>(-INFINITY);
     for (int64_t s = 0; s < keys; s += lanes) store(logits + s, vexp(load(logits + s) - shift));
@@ -198,7 +198,7 @@ struct PerQuery {
       if (log_sum == static_cast<T>(-INFINITY)) fill(logits, keys, T{0}); else exponentials(log_sum);
       pack_row<E>(at(p.grad_out, b, j, h, i), p.D, T{1}, row2);
       dots(p.value, b, j, h, row2, other);
-      // They sum to 1 but for the rounding of lse, which is no small part of gradients where one key takes all.
+      // Ideally 1: the rounding of lse is no small part of gradients where one key takes all.
       const T total = sum_of(keys, [&](int64_t key) { return logits[key]; });
       const T inverse = total == 0 ? T{0} : T{1} / total;
       for (int64_t key = 0; key < keys; ++key) logits[key] *= inverse;

@@ -33,7 +33,7 @@ namespace {
 
 struct Scratch {
   int64_t* left;  // [M] tokens of each cluster still to come
-  bool* begun;    // [M] whether its sums hold any
+  bool* begun;    // [M] whether a token was added to the cluster's sums
   float* sums;    // [M, channels], of half types
 
   Scratch(const MergeTokens& p, int64_t channels, void* scratch, int64_t* bytes = nullptr) {
@@ -89,7 +89,7 @@ void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t 
       };
       constexpr std::true_type yes;
       constexpr std::false_type no;
-      if constexpr (in_place) {  // no passes over the result before and after: its first token sets, its last divides
+      if constexpr (in_place) {  // no passes before and after: a cluster's first token sets, its last divides
         const bool first = !s.begun[m], last = --s.left[m] == 0;
         s.begun[m] = true;
         if (first) last ? add(yes, yes) : add(yes, no); else last ? add(no, yes) : add(no, no);

@@ -1,7 +1,8 @@
 // How attention packs its matrices as operands of products (register_tile.h): as numbers, or as pairs of bfloat16.
 //
-// A product over a matrix's columns takes its rows packed "along": a row's operands lie one after the other. One over
-// its rows takes them "across": an operand holds the values of `deep` rows in one column. For numbers both are alike.
+// Where a product sums over a matrix's columns, its rows are packed "along": a row's operands lie one after the other.
+// Where it sums over the rows, they are packed "across": an operand holds the values of `deep` rows in one column. For
+// numbers both are alike.
 #pragma once
 #include "element.h"
 #include "register_tile.h"
@@ -22,7 +23,7 @@ struct Packing {
   using vec = Vec<E>;
   static constexpr int64_t deep = 1;  // elements in an operand
 
-  // A register of operands along a row of which `left` elements are left; zeros after them. And such a one to memory.
+  // Loads a register of operands from a row with `left` elements left, zeros after them; put stores one.
   static vec take(const S* x, int64_t left) { return load_up_to<E>(x, left); }
   static void put(O* to, vec operands, T scale) { store(to, operands * scale); }
 
@@ -39,7 +40,7 @@ struct Packing {
 
 #if HK_BF16_PAIRS && defined(__AVX512F__)
 template <>
-struct Packing<BF16, Pair> {  // unscaled: the product of unrounded factors is what can be scaled exactly
+struct Packing<BF16, Pair> {  // ignores `scale`, which would round the operands again: the product is scaled
   static constexpr int64_t deep = 2;
 
   static vf take(const uint16_t* x, int64_t left) {

@@ -1,7 +1,8 @@
 // The matrix product that fits in registers: R rows times V vectors of columns, accumulated over the depth.
 //
-// Its operands are numbers or, where the processor has AVX512-BF16, pairs of bfloat16, neighbours along the depth:
-// one instruction adds both products to a float, without rounding between them, twice as many per second (on a Zen 5).
+// Its operands are numbers or, where the processor has AVX512-BF16, pairs of bfloat16, neighbours along the depth: one
+// instruction adds both products to a float, rounding after each and flushing denormals to 0; twice as many products
+// per second (on a Zen 5).
 #pragma once
 #include "simd.h"
 
@@ -9,7 +10,7 @@ namespace hotkernels::HK_ISA {
 namespace {
 
 constexpr int kMaxVectors = W == 16 ? 4 : 3;  // of columns; AVX-512 has 32 registers, the others 16
-constexpr int64_t kMaxDepth = 128;  // of products added up one by one; more are sums of such sums, for their rounding
+constexpr int64_t kMaxDepth = 128;  // products added up one by one; longer sums are sums of such sums, which round less
 
 // Rows per register tile of V vectors: R * V accumulators + V columns + 1 broadcast fit the register file.
 constexpr int tile_rows(int vectors) { return W == 16 ? (vectors == 4 ? 6 : 8) : 4; }

@@ -1,4 +1,4 @@
-// Dot products between packed tokens, one register tile at a time: the part of clustering that costs.
+// Dot products between packed tokens, one register tile at a time: where clustering spends its time.
 //
 // Tokens are packed into panels of P tokens, channel-major: panel[c * P + lane]. Both operands of a product come from
 // such panels and every pair is summed over the channels in the same order, so <x_i, x_j> and <x_j, x_i> are the same

@@ -72,7 +72,7 @@ __device__ void sort_in_block(int L, int buckets, int* shared, const BucketOf& b
   }
   __syncthreads();
 
-  // Counts become where each warp's entries begin within their bucket, and sizes of buckets where those begin.
+  // Prefix sums: counts become where each warp's entries begin within their bucket, start where the buckets begin.
   const int share = (buckets + threads - 1) / threads;
   const int first = min(thread * share, buckets), last = min(first + share, buckets);
   int total = 0;
@@ -104,7 +104,7 @@ __device__ void sort_in_block(int L, int buckets, int* shared, const BucketOf& b
       const int c = bucket[i];
       const unsigned same = __match_any_sync(kAllLanes, c);
       const int at = c < 0 ? 0 : count[c] + __popc(same & ((1u << lane) - 1));
-      __syncwarp();  // all have read where their bucket goes on
+      __syncwarp();  // all lanes have read count[c]
       if (c >= 0 && same >> lane == 1) count[c] = at + 1;  // the last of them
       __syncwarp();
       if (c >= 0) place(start[c] + at, base + i * kWarp + lane, c);

@@ -1,16 +1,17 @@
-// DPC-kNN of samples with many tokens: up to three passes of tensor-core tiles, and no N x N anywhere.
+// DPC-kNN of samples with many tokens: up to three passes of tensor-core tiles, and no N x N matrix anywhere.
 //
 // The valid tokens of a sample are numbered 0 .. n-1. In the first pass a block of 128 tokens meets all others, and
 // each token keeps a sorted list of its nearest. As csrc/cpu/dpc_knn_large.h explains, the list answers density, delta
-// and assignment exactly for most tokens; the others are gathered and meet all tokens (delta) or the kept (assignment).
+// and assignment exactly for most tokens; the others are gathered and meet all tokens (for delta, in the second pass)
+// or the kept ones (for assignment, in the third).
 //
-// Threads race where lists are filled and where tokens are gathered. Neither race decides anything: a list ends up with
-// the same distances whoever came first; of several equally far tokens at its end either may stay, because no answer
-// relies on them; and a gathered token's answer is a minimum, whoever its neighbours in the block are.
+// Threads race where lists are filled and where tokens are gathered. Neither race changes a result: a list ends up with
+// the same distances whoever came first; of several equally far tokens at its end any may stay, because no answer
+// relies on them; and a gathered token's answer is a minimum, whichever tokens share its block.
 //
 // In the order of `run`, below:
-//   dpc_knn_large_plan.h        what the host decides, and where kernels find everything
-//   dpc_knn_large_prepare.h     which tokens count, the pivot, the copy that tiles are multiplied from
+//   dpc_knn_large_plan.h        what the host decides, and where the arrays are
+//   dpc_knn_large_prepare.h     which tokens are valid, the pivot, the copy that tiles are multiplied from
 //   dpc_knn_large_tiles.h       squared distances, a tile at a time: the loop of all passes
 //   dpc_knn_large_neighbours.h  the first pass
 //   dpc_knn_large_search.h      density, delta and assignment: from the lists, then the other passes
@@ -29,7 +30,7 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, int threads, int shared,
                    Arguments... arguments) {
   if (shared > 48 << 10) {
-    // All that there is: what this launch needs might be taken back by another thread's call just before it.
+    // The most that there is: less could be lowered by another thread's call before this launch.
     const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kLeastShared);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);

@@ -29,7 +29,7 @@ constexpr int kByteValues = 256;
 struct ChooseShared {
   int sums[kWarp];          // of scan_block
   int counts[kByteValues];  // candidates with each value of a byte of their score
-  int value, taken, have;   // that of the last of the best, how many with it are among the best, how many there are
+  int value, taken, have;   // the byte of the last of the best; how many with it are among the best, and in all
 };
 
 __device__ inline Scan scan_all(int value, ChooseShared& shared) {
@@ -43,7 +43,7 @@ __device__ inline int kept_token(const Plan& s, int64_t b, int64_t e) {
   return position < 0 ? -1 : s.token_at[b * s.p.N + position];
 }
 
-// Notes for each token of `keep` the first entry that names it. The others are candidates.
+// Records for each token of `keep` the first entry that names it. All other tokens are candidates.
 __device__ inline void mark_kept(const Plan& s, int64_t b) {
   for (int64_t e = threadIdx.x; e < s.p.num_keep; e += kSortThreads) {
     const int token = kept_token(s, b, e);
@@ -51,8 +51,8 @@ __device__ inline void mark_kept(const Plan& s, int64_t b) {
   }
 }
 
-// Which candidates are the `ties` best, by radix selection: all before the score that this returns and, of those that
-// have it, the first `ties`, as this leaves it.
+// Finds the `ties` best candidates by radix selection: all before the score that it returns and, of those with that
+// score, the first `ties`, which it updates.
 __device__ inline uint64_t last_of_best(const Plan& s, int64_t b, int& ties, ChooseShared& shared) {
   const int n = s.count[b], thread = static_cast<int>(threadIdx.x);
   const int32_t* kept_by = s.kept_by + b * s.T;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kSortThreads, 1) choose_kernel(const Plan s) {
   for (int i = begin; i < end; ++i) mine += kept_by[i] == INT_MAX;
   const int candidates = scan_all(mine, shared).total;
   const int best = static_cast<int>(min(p.M - p.num_keep, int64_t{candidates}));
-  uint64_t last = best == 0 ? 0 : kNotACandidate;  // takes all scores before it and `ties` tokens that have it
+  uint64_t last = best == 0 ? 0 : kNotACandidate;  // all scores before it are chosen, and `ties` tokens that have it
   int ties = 0;
   if (0 < best && best < candidates) ties = best, last = last_of_best(s, b, ties, shared);
 
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kSortThreads, 1) choose_kernel(const Plan s) {
   if (thread == 0) s.chosen_count[2 * b] = best, s.chosen_count[2 * b + 1] = best + kept;
 }
 
-// Places in `index`: by score or, if ordered, by position, found by counting who comes before. A lane per chosen token;
-// the warps share those it is compared with.
+// Places in `index`: by score or, if ordered, by position, found by counting the tokens before. A lane per chosen
+// token; the warps share the tokens that it is compared with.
 __global__ void __launch_bounds__(256) place_kernel(const Plan s, int slices) {
   constexpr int kWarps = 256 / kWarp;
   int* partial = reinterpret_cast<int*>(ptx::shared_memory());  // [kWarps, kPlaceRows]

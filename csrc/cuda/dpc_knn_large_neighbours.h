@@ -4,7 +4,7 @@
 
 namespace hotkernels::dpc::large {
 
-constexpr uint64_t kNobody = uint64_t{0x7f800000} << 32 | 0xffffffff;  // an empty place in a list: infinitely far
+constexpr uint64_t kNoNeighbour = uint64_t{0x7f800000} << 32 | 0xffffffff;  // an empty place in a list: infinitely far
 
 __device__ inline uint64_t entry(float d, int id) {  // ascending by distance, then id
   return uint64_t{__float_as_uint(fmaxf(d, 0.0f))} << 32 | static_cast<unsigned>(id);
@@ -32,8 +32,8 @@ struct Lists {  // in shared memory behind for_each_tile's, one column per token
   uint64_t* list;   // [length, kTile]
   uint64_t* queue;  // [kQueue, kTile]
   float* worst;     // [kTile] the end of each list
-  int* waiting;     // [kTile] candidates in each queue, or more: those found no room
-  int* full;        // [2] whether any found no room, by turns
+  int* waiting;     // [kTile] candidates of each token: beyond kQueue they found no room in its queue
+  int* full;        // [2] whether any found no room, in even and odd turns
 
   __device__ explicit Lists(int length)
       : list(reinterpret_cast<uint64_t*>(ptx::shared_memory() + kTileBytes)), queue(list + length * kTile),
@@ -41,10 +41,10 @@ struct Lists {  // in shared memory behind for_each_tile's, one column per token
         full(waiting + kTile) {}
 };
 
-// Takes the waiting candidates of this thread's token into its list: one of kLength entries in registers, or, if that
-// is 0, one of any length where it lies. For whole warps.
+// Inserts the queued candidates of this thread's token into its list: in registers if it has kLength entries, or, if
+// that is 0, in place and of any length. For whole warps.
 template <int kLength>
-__device__ inline void take_in(const Lists& lists, int length) {
+__device__ inline void drain_queue(const Lists& lists, int length) {
   const int row = static_cast<int>(threadIdx.x), waiting = min(lists.waiting[row], kQueue);
   const int most = __reduce_max_sync(kAllLanes, waiting);
   if (most == 0) return;
@@ -54,7 +54,7 @@ __device__ inline void take_in(const Lists& lists, int length) {
 #pragma unroll
     for (int e = 0; e < kLength; ++e) held[e] = list[e * kTile];
     for (int q = 0; q < most; ++q) {
-      const uint64_t candidate = q < waiting ? lists.queue[q * kTile + row] : kNobody;
+      const uint64_t candidate = q < waiting ? lists.queue[q * kTile + row] : kNoNeighbour;
 #pragma unroll
       for (int e = kLength - 1; e > 0; --e) held[e] = candidate < held[e - 1] ? held[e - 1] : min(candidate, held[e]);
       held[0] = min(candidate, held[0]);
@@ -78,8 +78,8 @@ __device__ inline void take_in(const Lists& lists, int length) {
   lists.worst[row] = distance_of(list[(length - 1) * kTile]);
 }
 
-// Offers a tile's distances to the lists of its rows, in as many turns as their queues need. For all threads of the
-// block; lists are up to date after the next barrier.
+// Offers a tile's distances to the lists of its rows, in as many turns as the queues take to hold them all. For all
+// threads of the block; lists are up to date after the next barrier.
 template <int kLength>
 __device__ inline void offer_tile(const Lists& lists, int length, int tile, Accumulators& d, int& turn) {
   for (bool again = true; again; ++turn) {
@@ -107,7 +107,7 @@ __device__ inline void offer_tile(const Lists& lists, int length, int tile, Accu
             if (!(value < worst)) continue;
             if (place < kQueue) {
               lists.queue[place * kTile + to] = entry(value, tile * kTile + column_of(j, e));
-              value = no_number();
+              value = quiet_nan();
             } else {
               left_over = true;
             }
@@ -119,13 +119,13 @@ __device__ inline void offer_tile(const Lists& lists, int length, int tile, Accu
     if (left_over) lists.full[turn % 2] = 1;
     __syncthreads();  // all candidates wait in their queues
     again = lists.full[turn % 2];
-    take_in<kLength>(lists, length);
+    drain_queue<kLength>(lists, length);
     if (again) __syncthreads();  // all lists are up to date
   }
 }
 
-// A block of 128 tokens against a share of all: its own block first, since tokens are often ordered in time or space
-// and lists that begin with near ones take in little later, then all blocks of tokens in the same order.
+// A block of 128 tokens against one split of all tokens: first its own block, if that is in the split, since tokens are
+// often ordered in time or space, and lists that begin with near ones accept little later; then the others in order.
 template <int kLength>
 __global__ void __launch_bounds__(kThreads, 2) neighbours_kernel(const Plan s) {
   const int64_t b = blockIdx.x / s.blocks;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 2) neighbours_kernel(const Plan s) {
   const int blocks = (s.count[b] + kTile - 1) / kTile, row = static_cast<int>(threadIdx.x);
   if (block >= blocks) return;
   const Lists lists(kLength > 0 ? kLength : s.list);
-  for (int e = 0; e < s.list; ++e) lists.list[e * kTile + row] = kNobody;
+  for (int e = 0; e < s.list; ++e) lists.list[e * kTile + row] = kNoNeighbour;
   lists.worst[row] = kInf, lists.waiting[row] = 0;
   if (row < 2) lists.full[row] = 0;
 
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 2) neighbours_kernel(const Plan s) {
   int turn = 0;
   for_each_tile<false, false>(s.tokens(b), {}, block, {}, end - begin, tile_at, [&](int tile, Accumulators& d) {
     if (tile == block) {
-      each_distance(d, [](int row, int column, float& value) { value = row == column ? no_number() : value; });
+      each_distance(d, [](int row, int column, float& value) { value = row == column ? quiet_nan() : value; });
     }
     each_distance(d, [&](int, int, float value) { farthest = fmaxf(farthest, value); });
     offer_tile<kLength>(lists, s.list, tile, d, turn);  // for_each_tile has a barrier before the next tile
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 2) neighbours_kernel(const Plan s) {
   farthest = warp_max_of_nonnegative(farthest);
   if (lane_id() == 0) atomicMax(&s.farthest[b], __float_as_uint(farthest));
   uint64_t* to = s.lists + ((b * s.splits + split) * s.blocks + block) * s.list * kTile + row;
-  for (int e = 0; e < s.list; ++e) to[e * kTile] = lists.list[e * kTile + row];  // its own token's: no barrier
+  for (int e = 0; e < s.list; ++e) to[e * kTile] = lists.list[e * kTile + row];  // no barrier: this thread wrote it
 }
 
 // r where the list is shorter than k: finds the k-th smallest distance of each token four bits at a time, then adds up

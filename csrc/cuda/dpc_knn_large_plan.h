@@ -1,4 +1,4 @@
-// What dpc_knn of many tokens (dpc_knn_large.h) decides on the host, and where its kernels find everything.
+// What dpc_knn of many tokens (dpc_knn_large.h) decides on the host, and where its arrays are.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -10,13 +10,13 @@
 
 namespace hotkernels::dpc::large {
 
-constexpr int kUsualList = 16;          // neighbours of a list that is filled in registers
-constexpr int kQueue = 15;              // candidates of a token that may wait for a place in its list
-constexpr int kMaxSplits = 16;          // shares of the columns that are listed by themselves
+constexpr int kUsualList = 16;          // neighbours in a list that is kept in registers while it is filled
+constexpr int kQueue = 15;              // candidates of a token that can wait to be inserted into its list
+constexpr int kMaxSplits = 16;          // splits of the columns, each with lists of its own
 constexpr int kListTiles = 1;           // what filling a list costs, in tiles (an estimate)
 constexpr double kWorthSplits = 0.97;   // further splits must bring the time below this share of the best so far
 constexpr int kLeastShared = 99 << 10;  // bytes that a block can have on every chip from sm_80 on
-constexpr int kSortThreads = 1024;      // of the blocks that look after all tokens of a sample
+constexpr int kSortThreads = 1024;      // of blocks that work on a whole sample
 
 // Shared memory of a block that fills lists (Lists).
 constexpr int lists_bytes(int list) { return kTileBytes + (list + kQueue) * kTile * 8 + kTile * 8 + 16; }
@@ -25,7 +25,7 @@ static_assert(lists_bytes(kUsualList) <= kLeastShared, "chips with 99 KB fill th
 struct Tuning {
   int list_min = kUsualList;  // neighbours kept per token: fewer leave more tokens to the other passes
   int list_max = 64;          // if k asks for more, the k-th distance is found bit by bit instead
-  int blocks = 0;             // that should be at work at once; 0: as many as fit the GPU
+  int blocks = 0;             // assumed to run at once; 0: as many as fit the GPU
 };
 #ifdef HK_EMULATION
 inline Tuning tuning;  // tests reach with few tokens what otherwise takes many
@@ -37,12 +37,12 @@ extern "C" __attribute__((visibility("default"), used)) inline void hk_dpc_knn_t
 constexpr Tuning tuning;
 #endif
 
-// All that the kernels are told. Arrays are per sample; T is N rounded up to whole tiles.
+// What the kernels get. Shapes are per sample; T is N rounded up to whole tiles.
 struct Plan {
   DpcKnn p;
   int64_t T;
   int blocks, chunks;            // T / kTile, C / kChunk rounded up
-  int list, splits;              // neighbours per list, lists per token while they are made
+  int list, splits;              // neighbours per list; splits of the columns, merged into one list by density_kernel
   int workers;                   // blocks of the second and third pass
   bool listed;                   // the list holds k neighbours
   bool packed;                   // x can be read 16 bytes at a time
@@ -64,9 +64,9 @@ struct Plan {
   unsigned* delta2;              // [T] squared distance to the nearest denser token, as bits
   uint64_t* score;               // [T]
   int32_t* kept_by;              // [T] which entry of `keep` keeps a token, or INT_MAX
-  uint64_t* chosen_score;        // [M] the best by position, then those of `keep`
-  int32_t* chosen;               // [M]
-  int32_t* chosen_count;         // [2] the best, all
+  uint64_t* chosen_score;        // [M] of the best, in the order of `chosen`
+  int32_t* chosen;               // [M] the best by position, then those of `keep`
+  int32_t* chosen_count;         // [2] how many are the best, how many in all
   int32_t* kept;                 // [M] the chosen, in the order of `index`
   int32_t* slot;                 // [T] place in `index`, or -1
   unsigned long long* nearest;   // [T] squared distance to the nearest kept token, and its place
@@ -74,8 +74,8 @@ struct Plan {
   __device__ Tokens tokens(int64_t b) const { return {value + b * blocks * chunks * kPanel, norm + b * T, chunks}; }
 };
 
-// The power of two that brings a sample's largest coordinate to [2^14, 2^15), so that float16 loses nothing but bits 12
-// and on; `inverse` takes it back.
+// The power of two that brings a sample's largest centred coordinate to [2^14, 2^15), so that float16 costs nothing but
+// the bits after the 11th; and its inverse.
 struct Scale {
   float scale, inverse;
 };
@@ -85,7 +85,8 @@ __device__ inline Scale scale_of(const Plan& s, int64_t b) {
           __uint_as_float(static_cast<unsigned>(127 - exponent) << 23)};
 }
 
-// Where a kernel with a thread per token is: block x of its grid is block x % blocks of sample x / blocks.
+// The token of a thread, in kernels with a thread per token: block x of the grid is block x % blocks of sample
+// x / blocks.
 struct Token {
   int64_t b;
   int block, row;
@@ -100,7 +101,7 @@ __device__ inline Token this_token(const Plan& s) {
   return t;
 }
 
-// Decides how to go about it and lays the arrays out from an address on; from address 0 it only counts their bytes.
+// Chooses lists and splits, and lays the arrays out from an address on; from address 0 it only counts their bytes.
 inline Plan make_plan(const DpcKnn& p, void* scratch, int64_t* bytes) {
   const int64_t B = p.B;
   Plan s{};

@@ -1,11 +1,11 @@
-// dpc_knn of many tokens (dpc_knn_large.h): which tokens count, the pivot, the copy that the tiles read.
+// dpc_knn of many tokens (dpc_knn_large.h): which tokens are valid, the pivot, the copy that the tiles read.
 #pragma once
 #include "block_sort.h"
 #include "dpc_knn_large_plan.h"
 
 namespace hotkernels::dpc::large {
 
-// A warp per token; what an invalid one answers is known at once.
+// Finds the valid tokens, a warp per token, and writes the results of the others.
 template <class T>
 __global__ void __launch_bounds__(256) valid_kernel(const Plan s) {
   const DpcKnn& p = s.p;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kSortThreads) number_kernel(const Plan s) {
   s.pending_count[2 * b] = s.pending_count[2 * b + 1] = 0;
 }
 
-// The pivot and how far 128 tokens are from it, a thread per channel.
+// The pivot, and the largest distance from it along a channel among a block of tokens: a thread per channel.
 template <class T>
 __global__ void __launch_bounds__(kThreads) pivot_kernel(const Plan s, int slices) {
   const DpcKnn& p = s.p;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) centre_kernel(const Plan s) {
         rounded = make_uint4(ptx::pack_half(v[0], v[1]), ptx::pack_half(v[2], v[3]), ptx::pack_half(v[4], v[5]),
                              ptx::pack_half(v[6], v[7]));
       }
-      const int offset = offset_of(row + 8 * half, part);
+      const int offset = swizzled_offset(row + 8 * half, part);
       *reinterpret_cast<uint4*>(shared + offset) = rounded;
       *reinterpret_cast<uint4*>(value + offset / 2) = rounded;
     }
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(kThreads) centre_kernel(const Plan s) {
   }
   if (row / 2 != part) return;  // the diagonal
   float* norms = s.norm + b * s.T + first + row;
-  norms[0] = token[0] ? row % 2 ? norm[0][1] : norm[0][0] : no_number();
-  norms[8] = token[1] ? row % 2 ? norm[1][3] : norm[1][2] : no_number();
+  norms[0] = token[0] ? row % 2 ? norm[0][1] : norm[0][0] : quiet_nan();
+  norms[8] = token[1] ? row % 2 ? norm[1][3] : norm[1][2] : quiet_nan();
 }
 
 }  // namespace hotkernels::dpc::large

@@ -1,5 +1,5 @@
-// dpc_knn of many tokens (dpc_knn_large.h): density, delta and assignment, as far as the lists answer; the second and
-// third pass, which answer the rest.
+// dpc_knn of many tokens (dpc_knn_large.h): density, delta and assignment where the lists answer; the second and third
+// pass, which answer the rest.
 #pragma once
 #include <climits>
 
@@ -15,7 +15,7 @@ __device__ inline uint64_t* merged_list(const Plan& s, const Token& t) {
   return s.merged + (t.b * s.blocks + t.block) * s.list * kTile + t.row;
 }
 
-// One list of those that the splits made; r; the token's place in the order of densities.
+// Merges the lists of the splits into one; then r, and the token's key in the order of densities.
 __global__ void __launch_bounds__(kTile) density_kernel(const Plan s) {
   uint8_t* taken = ptx::shared_memory() + threadIdx.x;  // [splits, kTile] how much of each list is merged
   const DpcKnn& p = s.p;
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kTile) density_kernel(const Plan s) {
     uint64_t nearest = merged[e * kTile];
     if (s.splits > 1) {
       int from = 0;
-      nearest = kNobody;
+      nearest = kNoNeighbour;
       for (int split = 0; split < s.splits; ++split) {
         const int next = taken[split * kTile];
         const uint64_t* list = s.lists + ((t.b * s.splits + split) * s.blocks + t.block) * s.list * kTile + t.row;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kTile) density_kernel(const Plan s) {
   s.slot[t.at] = -1;
 }
 
-// Adds a token to those of the second (which = 0) or third pass.
+// Adds a token to those of the second (which = 0) or third pass (which = 1).
 __device__ inline void leave_pending(const Plan& s, const Token& t, int which) {
   s.pending[t.b * s.T + atomicAdd(&s.pending_count[2 * t.b + which], 1)] = t.block * kTile + t.row;
 }
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kTile) list_delta_kernel(const Plan s) {
   s.delta2[t.at] = __float_as_uint(kInf);
   for (int e = 0; e < s.list; ++e) {
     const uint64_t next = list[e * kTile];
-    if (next == kNobody) return;  // it has met all: it is the densest
+    if (next == kNoNeighbour) return;  // the list holds all tokens, and none is denser: it is the densest
     if (denser(s.order[t.b * s.T + token_of(next)], own)) {
       s.delta2[t.at] = __float_as_uint(distance_of(next));
       return;
@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kTile) list_assign_kernel(const Plan s) {
     return;
   }
   const uint64_t* list = merged_list(s, t);
-  const float end = distance_of(list[(s.list - 1) * kTile]);  // only nearer ones: equally far ones may be missing
+  // Only tokens strictly nearer than the end of the list: it may lack others that are as far.
+  const float end = distance_of(list[(s.list - 1) * kTile]);
   float distance = end;
   int nearest = INT_MAX;
   for (int e = 0; e < s.list; ++e) {
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kTile) list_assign_kernel(const Plan s) {
   if (nearest < INT_MAX) {
     assignment = nearest;
   } else {
-    s.nearest[t.at] = kNobody;
+    s.nearest[t.at] = kNoNeighbour;
     leave_pending(s, t, 1);
   }
 }
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kTile) write_assignment_kernel(const Plan s) {
 
 // ---- the second and third pass ------------------------------------------------------------------------------------
 
-// The pending tokens of one sample in blocks of 128, against groups of tiles: kAssign ? of the kept tokens : of all.
+// The pending tokens of a sample in blocks of 128, against groups of tiles: of the kept tokens if kAssign, else of all.
 constexpr int kSearchBytes = kTileBytes + kTile * 8 + kThreads * 8;
 
 // How many tokens the pending ones of a sample meet, and in how many groups of tiles.
@@ -181,11 +182,11 @@ __device__ void search(const Plan& s, int64_t b, int block, int group) {
   }
 }
 
-// Pieces of work (sample, block of pending tokens, group of tiles) are dealt out in turn: how many there are is known
-// here only.
+// Pieces of work (sample, block of pending tokens, group of tiles) are dealt to the blocks in turn, since the host does
+// not know how many there are.
 template <bool kAssign>
 __global__ void __launch_bounds__(kThreads, 2) search_kernel(const Plan s) {
-  // [kThreads] of as many samples: 64 bits, for they grow with N^2.
+  // [kThreads] the pieces of as many samples, in 64 bits since they grow with N^2.
   auto* pieces = reinterpret_cast<int64_t*>(ptx::shared_memory() + kTileBytes + kTile * 8);
   const int workers = static_cast<int>(gridDim.x);
   int64_t turn = blockIdx.x;  // the next piece of this block, counted from the sample's first

@@ -22,7 +22,7 @@ constexpr int kPanelBytes = kPanel * 2;
 constexpr int kStages = 4;              // steps in shared memory: one in use, three on their way
 constexpr int kCopies = kPanelBytes / 16 / kThreads;  // 16-byte copies per thread, step and side
 constexpr int kTileBytes = kStages * (2 * kPanelBytes + kTile * 4) + kTile * 4;  // shared memory of for_each_tile
-static_assert(kTile == kThreads);  // a thread looks after one token of the block, too
+static_assert(kTile == kThreads);  // each thread also has one token of the block
 
 // Squared distances of a warp, in the layout of the tensor core: see row_of and column_of.
 using Accumulators = float[kWarpTile / 16][kWarpTile / 8][4];
@@ -31,32 +31,34 @@ using Accumulators = float[kWarpTile / 16][kWarpTile / 8][4];
 __device__ inline int row_of(int i, int half) { return warp_id() / 2 * kWarpTile + i * 16 + half * 8 + lane_id() / 4; }
 __device__ inline int column_of(int j, int e) { return warp_id() % 2 * kWarpTile + j * 8 + lane_id() % 4 * 2 + e; }
 
-// NaN, the norm of a token that is not there: its distances are neither smaller nor larger than any.
-__device__ inline float no_number() { return __uint_as_float(0x7fffffffu); }
+// The norm of a token that is not there: its distances are NaN too, neither smaller nor larger than any.
+__device__ inline float quiet_nan() { return __uint_as_float(0x7fffffffu); }
 
-// The tokens of one sample. Those beyond the last are 0 and their norm is NaN.
+// The tokens of one sample. After the last one, tokens are 0 and their norms NaN.
 struct Tokens {
-  const uint16_t* value;  // [blocks, chunks, kTile, kChunk], the parts of a token where offset_of says
+  const uint16_t* value;  // [blocks, chunks, kTile, kChunk], the parts of a token where swizzled_offset says
   const float* norm;      // [blocks * kTile]
   int chunks;
 };
 
-// One side of the tiles: block `block` of the tokens, or of the tokens that `ids` names.
+// One side of the tiles: all tokens, or those that `ids` names.
 struct Side {
-  const int32_t* ids;  // null: the tokens themselves
+  const int32_t* ids;  // null: all tokens, and `count` is not read
   int count;           // how many there are
 };
 
-// Where part `part` of token `token` lies in its panel: turned, so that one part of eight tokens meets no bank twice.
-__device__ inline int offset_of(int token, int part) { return token * kTokenBytes + (part ^ (token / 2 % 4)) * 16; }
+// Where part `part` of token `token` lies in its panel: swizzled, so that one part of eight tokens meets no bank twice.
+__device__ inline int swizzled_offset(int token, int part) {
+  return token * kTokenBytes + (part ^ (token / 2 % 4)) * 16;
+}
 
 // The tensor core's left operand: 16 tokens from `tokens` (bytes of a panel, a multiple of 8 tokens), 16 channels.
 __device__ inline void read_rows(uint32_t (&a)[4], const unsigned char* tokens, int step) {
-  ptx::load_matrices(a, tokens + offset_of(lane_id() % 16, 2 * step + lane_id() / 16));
+  ptx::load_matrices(a, tokens + swizzled_offset(lane_id() % 16, 2 * step + lane_id() / 16));
 }
 // The right operand for these tokens and for the eight after them: b[0], b[1] and b[2], b[3].
 __device__ inline void read_columns(uint32_t (&b)[4], const unsigned char* tokens, int step) {
-  ptx::load_matrices(b, tokens + offset_of(lane_id() % 8 + lane_id() / 16 * 8, 2 * step + lane_id() / 8 % 2));
+  ptx::load_matrices(b, tokens + swizzled_offset(lane_id() % 8 + lane_id() / 16 * 8, 2 * step + lane_id() / 8 % 2));
 }
 
 // d += the products of 32 channels of the block's rows with those of its columns.
@@ -105,14 +107,14 @@ __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side co
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t stride = int64_t{s.chunks} * kPanel;  // from one block of tokens to the next
 
-  // What this thread copies: 16 bytes of token thread / 4 + 32 i of a panel, i = 0 .. kCopies-1. Tokens that are
-  // gathered change place, and so do their parts.
+  // What this thread copies: 16 bytes of token thread / 4 + 32 i of a panel, i = 0 .. kCopies-1. A gathered token has
+  // another place in its panel than in memory, so its parts are swizzled anew.
   const auto id_of = [](const Side& side, int row) { return row < side.count ? side.ids[row] : -1; };
   const auto find = [&](const Side& side, int block, const uint16_t* (&from)[kCopies]) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int row = thread / 4 + 32 * i, id = id_of(side, block * kTile + row), part = thread % 4 ^ (row / 2 % 4);
-      from[i] = id < 0 ? nullptr : s.value + id / kTile * stride + offset_of(id % kTile, part) / 2;
+      from[i] = id < 0 ? nullptr : s.value + id / kTile * stride + swizzled_offset(id % kTile, part) / 2;
     }
   };
   const auto copy = [&](unsigned char* to, const uint16_t* block, int chunk) {
@@ -135,7 +137,7 @@ __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side co
   if constexpr (kGatherRows) {
     find(rows, row_block, row_from);
     const int id = id_of(rows, row_block * kTile + thread);
-    row_norms[thread] = id < 0 ? no_number() : s.norm[id];
+    row_norms[thread] = id < 0 ? quiet_nan() : s.norm[id];
   } else {
     row_norms[thread] = s.norm[row_block * kTile + thread];
   }
@@ -155,7 +157,7 @@ __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side co
         if (next_chunk == 0) {
           find(columns, tile, column_from);
           const int id = id_of(columns, tile * kTile + thread);
-          norms[thread] = id < 0 ? no_number() : s.norm[id];
+          norms[thread] = id < 0 ? quiet_nan() : s.norm[id];
         }
         copy_found(to + kPanelBytes, column_from, next_chunk);
       } else {

@@ -1,23 +1,23 @@
-// DPC-kNN of up to 352 tokens: a team of eight blocks per sample, whose distances never leave the chip.
+// DPC-kNN of up to 352 tokens: a team of eight blocks per sample; in a cluster, distances never leave the chip.
 //
 // On sm_90 and later the team is a thread-block cluster and all of it is one launch; blocks write to each other's
 // shared memory. Elsewhere the same device functions run in three launches, with global memory between them.
 //
 //   products   Tiles of 32 x 32 dot products, on and above the diagonal only, stay in registers. Two groups of blocks
-//              share the tiles, the four blocks of a group the channels, in chunks that hold every token. Subtract the
-//              pivot (dpc_knn_order.h), scale by a power of two, round to float16, which has the 11 bits of TF32 at
-//              half the bytes and twice the rate, multiply. In a cluster the two blocks of the same channels each do
-//              this for half of the tokens, and hand them to each other.
+//              share the tiles, the four blocks of a group the channels (split-K), in chunks that hold every token.
+//              Tokens are centred (the pivot of dpc_knn_order.h is subtracted), scaled by a power of two, rounded to
+//              float16, which has the 11 bits of TF32 at half the bytes and twice the rate, and multiplied. In a
+//              cluster the two blocks of the same channels each centre half of the tokens for both.
 //   distances  The four partial sums of a tile are added in order and sent to the blocks that own its rows, and its
 //              columns. Norms are the diagonal: d2 = (n_i + n_j) - 2 <i, j> is exactly 0 for copies, exactly symmetric.
 //   rows       A warp per token: density, then delta, then its place by counting, then its nearest kept token. Between
-//              these steps each token's number goes to every block.
+//              these steps each token's result goes to every block.
 //
-// Which tokens count (no NaN, no norm over 1e14) and how large their coordinates are would take a pass over x. So the
-// cluster first takes all tokens of the mask, and the scale from the three tokens that the pivot is taken from: if then
-// the pivot and all norms are small, every token counts and nothing overflowed, and if most norms are not too small, no
-// bits were lost. If not, it looks, and starts again. Tokens that do not count are left out from the start: nothing
-// depends on where they stood.
+// Which tokens are valid (no NaN, no norm over 1e14) and how large their coordinates are would take a pass over x. So
+// the cluster first takes all tokens of the mask for valid, and the scale from the three tokens that make the pivot. If
+// then the pivot and all norms are small, all are valid and nothing overflowed; if most norms are not too small, no
+// bits were lost. Otherwise it makes that pass, and starts again with the valid tokens only: nothing depends on where
+// the others stood.
 #pragma once
 #include <atomic>
 #include <climits>
@@ -30,9 +30,9 @@ namespace hotkernels::dpc::small {
 constexpr int kTeam = kGroups * kSplits;
 constexpr int64_t kStagedSamples = 64;  // per round of launches, which bounds the scratch
 constexpr int kNever = INT_MAX;
-enum Step { kDistancesTold, kScoresTold, kSlotsTold, kSteps };  // when every block knows something of every token
+enum Step { kDistancesPosted, kScoresPosted, kSlotsPosted, kSteps };  // what is posted of every token to every block
 
-// Floats from one row of distances to the next: 8 banks further.
+// Floats from one row of distances to the next, which starts 8 banks further.
 __host__ __device__ constexpr int row_stride(int across) { return across * kTile + 8; }
 __host__ __device__ inline int across_of(const DpcKnn& p) { return ceil_div(static_cast<int>(p.N), kTile); }
 
@@ -48,8 +48,8 @@ struct Shared : Tokens {
   int slot[kMaxTokens];          // place of the token, best first, or -1
   int kept[kMaxTokens];          // token of each place
   int place[kMaxTokens];         // place of each token, or -1
-  uint64_t told[kSteps];         // barriers of Cluster
-  float bound[kMaxTokens];       // twice the largest coordinate of a token that counts, -1 of others
+  uint64_t posted[kSteps];       // barriers of Cluster
+  float bound[kMaxTokens];       // bound_of each token
 };
 
 constexpr int64_t shared_bytes(int across) {  // of a block of a cluster
@@ -72,27 +72,27 @@ struct Cluster {
   static constexpr int kSize = kTeam;
   int rank;
   float *rows, *partial;
-  uint64_t* told;
+  uint64_t* posted;
 
   __device__ void sync() const { ptx::cluster_sync(); }
   template <class E>
   __device__ E* in(int block, E* shared) const { return ptx::in_block(shared, static_cast<uint32_t>(block)); }
   __device__ const float* partial_of(int block) const { return in(block, partial); }
 
-  // Tells a block something of a token, without waiting; `hear` waits for what is told of all n, an E each, and for
-  // nothing else.
+  // Stores a token's value in a block's shared memory, without waiting; `wait_for` waits for the values, an E each, of
+  // all n tokens, and for nothing else.
   template <class E>
-  __device__ void tell(Step step, int block, E* shared, E value) const {
-    ptx::store_async(shared, value, told + step, static_cast<uint32_t>(block));
+  __device__ void post(Step step, int block, E* shared, E value) const {
+    ptx::store_async(shared, value, posted + step, static_cast<uint32_t>(block));
   }
   template <class E>
-  __device__ void hear(Step step, const E*, int n) const {
-    if (threadIdx.x == 0) ptx::barrier_arrive(told + step, n * static_cast<int>(sizeof(E)));
-    ptx::barrier_wait(told + step, 0);
+  __device__ void wait_for(Step step, const E*, int n) const {
+    if (threadIdx.x == 0) ptx::barrier_arrive(posted + step, n * static_cast<int>(sizeof(E)));
+    ptx::barrier_wait(posted + step, 0);
   }
 };
 
-// One block that has them all, in global memory.
+// One block with all rows and partial products, in global memory.
 struct Alone {
   static constexpr int kSize = 1, rank = 0;
   float *rows, *partial;
@@ -103,9 +103,9 @@ struct Alone {
   __device__ E* in(int, E* shared) const { return shared; }
   __device__ const float* partial_of(int block) const { return partial + int64_t{block} * partial_floats; }
   template <class E>
-  __device__ void tell(Step, int, E* shared, E value) const { *shared = value; }
+  __device__ void post(Step, int, E* shared, E value) const { *shared = value; }
   template <class E>
-  __device__ void hear(Step, const E*, int) const { __syncthreads(); }
+  __device__ void wait_for(Step, const E*, int) const { __syncthreads(); }
 };
 
 // Which rows a block owns: [first, last).
@@ -118,7 +118,7 @@ struct Rows {
   __device__ int owner(int row) const { return row * inverse >> 20; }  // row / count: exact up to kMaxTokens
 };
 
-// Brings the products of token i with tokens j and j + 1 to the rows of all three; at(row, column) says where that is.
+// Writes the products of token i with tokens j and j + 1 to the rows of all three; at(row, column) says where that is.
 template <class Team, class At>
 __device__ inline void place_pair(const Team& team, Shared& s, int n, int i, int j, const float (&value)[2],
                                   const At& at) {
@@ -137,9 +137,9 @@ __device__ inline void place_pair(const Team& team, Shared& s, int n, int i, int
   }
 }
 
-// Adds the partial products up and brings each to the owners of its row and of its column; norms go to all.
+// Adds up the partial products and sends each sum to the owners of its row and of its column; norms go to all.
 template <class Team>
-__device__ void collect(const Team& team, Shared& s, int n) {
+__device__ void reduce_scatter(const Team& team, Shared& s, int n) {
   const int warp = warp_id(), lane = lane_id();
   const int across = ceil_div(n, kTile), tiles = tiles_of(across), stride = row_stride(across);
   const Rows<Team> mine(team, n);
@@ -172,7 +172,7 @@ __device__ void collect(const Team& team, Shared& s, int n) {
   }
 }
 
-// The squared norms of the pivot and of the least token that underflow spares, over all channels.
+// The squared norms, over all channels, of the pivot and of the smallest token that loses no bits to underflow.
 struct Limits {
   float pivot2 = 0, floor2 = 0;
 
@@ -183,10 +183,10 @@ struct Limits {
   }
 };
 
-// Whether every token certainly counts, since |x| <= |pivot| + |x - pivot|, nothing overflowed, which would have left
-// inf or NaN, and few lost bits to underflow: a few near the pivot lose no more than rounding takes from the others.
+// Whether certainly all tokens are valid, since |x| <= |pivot| + |x - pivot|; nothing overflowed, which would have left
+// inf or NaN; and few lost bits to underflow: a few near the pivot lose no more than rounding takes from the others.
 // The same answer in every warp of the cluster.
-__device__ inline bool all_count(const Shared& s, const Limits& limits, int n) {
+__device__ inline bool all_valid(const Shared& s, const Limits& limits, int n) {
   bool sure = limits.pivot2 <= kNormLimit / 8;
   int below = 0;
   for (int i = lane_id(); i < n; i += kWarp) {
@@ -231,29 +231,29 @@ struct Choice {
 
   __device__ const float* noise_of(int position) const { return p.noise ? p.noise + b * p.N + position : nullptr; }
   __device__ float* row(int i) const { return team.rows + (i - mine.first) * stride; }
-  // In each step a lane meets every 32nd token, and itself where there is none: what it reads then decides nothing, and
-  // the reads need not wait for a branch.
+  // In each step a lane takes every 32nd token, and past the end token i itself: what it reads of that decides nothing,
+  // and no read waits for a branch.
   __device__ bool is_token(int e) const { return e * kWarp + lane < n; }
   __device__ int token_or(int e, int i) const { return is_token(e) ? e * kWarp + lane : i; }
 
   __device__ void choose() const {
     mean_distances();
-    team.hear(kDistancesTold, s.r_far, n);
+    team.wait_for(kDistancesPosted, s.r_far, n);
     order();
     __syncthreads();
     deltas();
     __syncthreads();
     scores();
-    team.hear(kScoresTold, s.score, n);
+    team.wait_for(kScoresPosted, s.score, n);
     slots();
-    team.hear(kSlotsTold, s.slot, n);
+    team.wait_for(kSlotsPosted, s.slot, n);
     const int kept = places();
     __syncthreads();
     write(kept);
     if (p.assign) assign(kept);
   }
 
-  // r, from distances that take the place of the products.
+  // r; distances overwrite the products.
   __device__ void mean_distances() const {
     const int k = static_cast<int>(min(p.k, int64_t{n}));
     const float denominator = static_cast<float>(k) * static_cast<float>(p.C);
@@ -270,11 +270,11 @@ struct Choice {
       }
       const float r = sum_of_smallest(d2, k - 1) / denominator;  // the token itself adds 0
       far = warp_max_of_nonnegative(far);
-      if (lane < Team::kSize) team.tell(kDistancesTold, lane, s.r_far + i, make_float2(r, far));
+      if (lane < Team::kSize) team.post(kDistancesPosted, lane, s.r_far + i, make_float2(r, far));
     }
   }
 
-  // The order, and which tokens `keep` names, in every block.
+  // The keys of the order, and which tokens `keep` names, in every block.
   __device__ void order() const {
     if (thread < n) {
       const float r = s.r_far[thread].x;
@@ -311,7 +311,7 @@ struct Choice {
     }
   }
 
-  // A thread for each row and block that needs its score: logarithms in float64 are slow, so all at once.
+  // A thread for each row and block to post to: float64 logarithms are slow, so all rows are done at once.
   __device__ void scores() const {
     static_assert(ceil_div(kMaxTokens, Team::kSize) * Team::kSize <= kThreads);
     const int i = mine.first + thread / Team::kSize;
@@ -319,7 +319,7 @@ struct Choice {
     const bool candidate = s.keep[i] == kNever;
     const float* noise = noise_of(s.position[i]);
     const uint64_t score = candidate ? score_key(s.r_far[i].x, noise, s.delta2[i], p.C) : kNotACandidate;
-    team.tell(kScoresTold, thread % Team::kSize, s.score + i, score);
+    team.post(kScoresPosted, thread % Team::kSize, s.score + i, score);
   }
 
   // A token's place is the number of better ones; tokens of `keep` come after the best.
@@ -343,7 +343,7 @@ struct Choice {
       }
       before = __reduce_add_sync(kAllLanes, before);
       const int slot = keep != kNever ? best + before : before < best ? before : -1;
-      if (lane < Team::kSize) team.tell(kSlotsTold, lane, s.slot + i, slot);
+      if (lane < Team::kSize) team.post(kSlotsPosted, lane, s.slot + i, slot);
     }
   }
 
@@ -364,7 +364,7 @@ struct Choice {
     return kept;
   }
 
-  // Results: the first writes to global memory, for which no barrier has to wait.
+  // Results. Written last, so that no barrier has to wait for global memory.
   __device__ void write(int kept) const {
     if (thread < mine.last - mine.first) {
       const int i = mine.first + thread;
@@ -415,20 +415,20 @@ __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, in
   const int64_t b = first_sample + blockIdx.x / kTeam;
   const int rank = static_cast<int>(ptx::cluster_rank()), group = rank / kSplits, split = rank % kSplits;
   const int partial_floats = tiles_of_group(across_of(p)) * kTileFloats;
-  const Cluster team{rank, partial + partial_floats, partial, s.told};
+  const Cluster team{rank, partial + partial_floats, partial, s.posted};
   Pair pair{s, group * Pair::kTokens, static_cast<uint32_t>(rank ^ kSplits)};
   if (threadIdx.x < Pair::kSlots) ptx::barrier_init(s.arrived + threadIdx.x, kWarps);
-  if (threadIdx.x < kSteps) ptx::barrier_init(s.told + threadIdx.x, 1);
+  if (threadIdx.x < kSteps) ptx::barrier_init(s.posted + threadIdx.x, 1);
   ptx::cluster_arrive();
   int n = number_tokens(s, threadIdx.x < p.N && in_mask(p, b * p.N + threadIdx.x));
   ptx::cluster_wait();
   for (float bound = -1;;) {
     products<T, kWide>(p, b, s, n, bound, group, split, pair, memory, partial);
     team.sync();
-    const Limits limits(team, s);  // not after the next barrier, where a block without a row may end
-    collect(team, s, n);
+    const Limits limits(team, s);  // not after the next barrier: a block without rows may have ended then
+    reduce_scatter(team, s, n);
     team.sync();
-    if (bound >= 0 || all_count(s, limits, n)) break;
+    if (bound >= 0 || all_valid(s, limits, n)) break;
     for (int i = rank * kWarps + warp_id(); i < n; i += kTeam * kWarps) {
       const float own = bound_of<T>(p, b, s.position[i]);
       if (lane_id() < kTeam) team.in(lane_id(), s.bound)[i] = own;
@@ -493,7 +493,7 @@ dpc_knn_choose_kernel(DpcKnn p, int64_t first_sample, const float* bound, float*
   const Alone team{rows + sample * row_floats, partial + sample * kTeam * partial_floats,
                    static_cast<int>(partial_floats)};
   const int n = number_tokens(s, threadIdx.x < p.N && bound[sample * p.N + threadIdx.x] >= 0);
-  collect(team, s, n);
+  reduce_scatter(team, s, n);
   team.sync();
   Choice<Alone>{p, first_sample + sample, team, s, n}.choose();
 }

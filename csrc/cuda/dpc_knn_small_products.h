@@ -1,4 +1,4 @@
-// The tokens of a sample that count, and the dot products of all pairs of up to 352 of them: the first part of
+// The valid tokens of a sample, up to 352, and the dot products of all pairs of them: the first part of
 // dpc_knn_small.h, which says how blocks share it.
 #pragma once
 #include "dpc_knn_common.h"
@@ -7,34 +7,34 @@ namespace hotkernels::dpc::small {
 
 constexpr int kTile = 32, kMaxAcross = 11, kMaxTokens = kTile * kMaxAcross;
 constexpr int kThreads = 384, kWarps = kThreads / kWarp;
-constexpr int kGroups = 2, kSplits = 4;  // of blocks, which share the tiles; of channels, one for each block of a group
+constexpr int kGroups = 2, kSplits = 4;  // groups of blocks share the tiles, the blocks of a group the channels
 constexpr int kTilesPerWarp = 3;         // 96 accumulators per thread
 constexpr int kTileFloats = kTile * kTile;
-constexpr int kPivots = 1024;  // channels whose pivot is known at a time
+constexpr int kPivots = 1024;  // channels whose pivot is in shared memory at a time
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int tiles_of(int across) { return across * (across + 1) / 2; }
 __host__ __device__ constexpr int tiles_of_group(int across) { return ceil_div(tiles_of(across), kGroups); }
 static_assert(tiles_of_group(kMaxAcross) <= kWarps * kTilesPerWarp && kMaxAcross < kWarps && kGroups == 2);
 
-// The tokens that count, numbered 0 .. n-1 in ascending position, and what `products` needs.
+// The valid tokens, numbered 0 .. n-1 in ascending position, and what `products` needs.
 struct alignas(16) Tokens {
-  int position[kMaxTokens];  // from n on: of one that counts
-  int token[kMaxTokens];     // of a position, -1 if it does not count
+  int position[kMaxTokens];  // from n on: of a valid token
+  int token[kMaxTokens];     // of a position, -1 if it is not valid
   unsigned words[kWarps];
-  float pivot_part[kWarps], peak[kWarps];  // what each warp saw of pivot2, and how far tokens are from the pivot
+  float pivot_part[kWarps], peak[kWarps];  // of each warp's channels: pivot2; how far the pivot's tokens are apart
   float pivot2;  // squared norm of the pivot, of this block's channels
   float floor2;  // squared norm in them below which a token's coordinates may have lost bits to underflow
   uint64_t arrived[4];      // barriers of Pair
-  uint64_t unread[kWarps];  // what idle warps of the other block write
+  uint64_t unread[kWarps];  // where idle warps of the other block store, only to arrive
 };
 
-// ---- tokens that count --------------------------------------------------------------------------------------------
+// ---- valid tokens -------------------------------------------------------------------------------------------------
 
-// Numbers the positions whose thread says so; returns how many. Called by all threads, thread = position.
-__device__ inline int number_tokens(Tokens& s, bool counts) {
+// Numbers the valid positions; returns how many there are. Called by all threads, thread = position.
+__device__ inline int number_tokens(Tokens& s, bool valid) {
   const int warp = warp_id(), lane = lane_id();
-  const unsigned word = __ballot_sync(kAllLanes, counts);
+  const unsigned word = __ballot_sync(kAllLanes, valid);
   if (lane == 0) s.words[warp] = word;
   __syncthreads();
   int before = 0, n = 0, last = 0;
@@ -46,16 +46,16 @@ __device__ inline int number_tokens(Tokens& s, bool counts) {
   const int some = n == 0 ? 0 : last * kWarp + __ffs(static_cast<int>(s.words[last])) - 1;
   before += __popc(word & ((1u << lane) - 1));
   if (threadIdx.x < kMaxTokens) {
-    s.token[threadIdx.x] = counts ? before : -1;
+    s.token[threadIdx.x] = valid ? before : -1;
     if (static_cast<int>(threadIdx.x) >= n) s.position[threadIdx.x] = some;
   }
-  if (counts) s.position[before] = static_cast<int>(threadIdx.x);
+  if (valid) s.position[before] = static_cast<int>(threadIdx.x);
   __syncthreads();
   return n;
 }
 
-// Twice the largest coordinate of a token, which no centred one exceeds, or -1 if its squared norm is beyond the limit;
-// the same answer in all lanes of the warp that asks.
+// Twice the largest coordinate of a token, or -1 if its squared norm is beyond the limit. No centred coordinate exceeds
+// the largest of these. The same answer in all lanes of the warp that asks.
 template <class T>
 __device__ float bound_of(const DpcKnn& p, int64_t b, int64_t position) {
   const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b + position * p.x_stride_n;
@@ -77,26 +77,26 @@ __device__ inline float largest_bound(const float* bound, int n) {
 
 // ---- who centres which tokens --------------------------------------------------------------------------------------
 
-// Which tokens a block centres, and how warps know that a chunk is there: an Exchange. Warp t centres kTokens of tile
-// t, from `first` on, kChunk channels at a time, in one of kSlots places in turn.
+// An Exchange says which tokens a block centres, and how warps know that a chunk is ready. Warp t centres kTokens of
+// tile t, from `first` on, kChunk channels at a time, into each of kSlots places in turn.
 
 // A block centres all tokens itself.
 struct Single {
   static constexpr int kChunk = 16, kSlots = 2, kTokens = kTile, first = 0;
   __device__ unsigned slot(unsigned chunk) const { return chunk % kSlots; }
-  // The chunk before is centred, and nobody reads the one before that any more.
+  // The chunk before is centred, and no warp reads the one before that any more.
   __device__ void begin() const { __syncthreads(); }
   __device__ void put(unsigned char* to, uint2 four, int) const { *reinterpret_cast<uint2*>(to) = four; }
-  __device__ void end(int, int) const {}
+  __device__ void commit(int, int) const {}
   __device__ void wait(int) const {}
-  __device__ void done(int) const {}
+  __device__ void advance(int) const {}
 };
 
-// Two blocks of a cluster each centre half of the tokens, for both. No warp asks whether a place is free: before it
-// puts chunk i it has waited for chunk i - 2, of which every warp of both blocks put a share, after it had multiplied
-// chunk i - 4, the last in this place. Hence four places, and hence warps without tokens put something, too. That a
-// warp's loads of one chunk come before its asynchronous stores of a later one, PTX does not say; the machine code
-// does, in which products that need what was loaded are issued first.
+// Two blocks of a cluster each centre half of the tokens, for both. No warp asks whether a place is free. Before it
+// puts chunk i, it has waited for chunk i - 2. Every warp of both blocks put a share of that one, and did so after it
+// had multiplied chunk i - 4, the last in the same place. Hence four places, and hence warps without tokens store
+// something, too. PTX does not promise that a warp's loads of one chunk come before its asynchronous stores of a later
+// one; in the machine code they do, since the products that need what was loaded are issued first.
 struct Pair {
   static constexpr int kChunk = 32, kSlots = 4, kTokens = kTile / 2;
   Tokens& s;
@@ -111,7 +111,7 @@ struct Pair {
     *reinterpret_cast<uint2*>(to) = four;
     ptx::store_async(reinterpret_cast<uint2*>(to), four, arrived(chunk), other);
   }
-  __device__ void end(int chunk, int across) const {
+  __device__ void commit(int chunk, int across) const {
     const int warp = warp_id();
     __syncwarp();
     if (lane_id() != 0) return;
@@ -123,7 +123,7 @@ struct Pair {
     }
   }
   __device__ void wait(int chunk) const { ptx::barrier_wait(arrived(chunk), (before + chunk) / kSlots % 2); }
-  __device__ void done(int chunks) { before += chunks; }
+  __device__ void advance(int chunks) { before += chunks; }
 };
 static_assert(sizeof(Tokens::arrived) == Pair::kSlots * sizeof(uint64_t));
 
@@ -164,17 +164,16 @@ struct TileAt {
   }
 };
 
-// Where part `part`, eight channels, of a token lies in a centred chunk: turned, so that one part of eight tokens meets
-// no bank twice. Bits of the part are bits of the place, or their opposite: offset_of(token, part ^ 2) is
-// offset_of(token, part) ^ 32.
+// Where part `part`, eight channels, of a token lies in a centred chunk: swizzled, so that one part of eight tokens
+// meets no bank twice. The swizzle is an xor: swizzled_offset(token, part ^ 2) is swizzled_offset(token, part) ^ 32.
 template <int kChunk>
-__device__ inline int offset_of(int token, int part) {
-  constexpr int kParts = kChunk / 8, kTurn = 8 / kParts;
-  return (token * kParts + (part ^ (token / kTurn % kParts))) * 16;
+__device__ inline int swizzled_offset(int token, int part) {
+  constexpr int kParts = kChunk / 8, kTokensPerTurn = 8 / kParts;
+  return (token * kParts + (part ^ (token / kTokensPerTurn % kParts))) * 16;
 }
 
-// acc += the products of two times 32 tokens of 16 channels; `columns` points at what this lane reads of them, `step`
-// bytes are between eight tokens.
+// acc += the products of 32 tokens with 32 tokens over 16 channels. `columns` points at what this lane reads of the
+// latter; from eight tokens to the next eight are `step` bytes.
 __device__ inline void multiply(float (&acc)[8][4], const uint32_t (&rows)[2][4], const unsigned char* columns,
                                 int step) {
 #pragma unroll
@@ -197,8 +196,8 @@ __device__ inline float power_of_two(int exponent) {
   return __uint_as_float(static_cast<unsigned>(127 + exponent) << 23);
 }
 
-// Which of the tiles of `group` a warp multiplies. Warps w, w + 4, .. share a scheduler: they get neighbouring shares,
-// so that all schedulers have as much to do.
+// Which tiles of `group` a warp multiplies. Warps w, w + 4, .. share a scheduler: they get neighbouring shares, so that
+// all schedulers have as much to do.
 struct Share {
   int first, count;  // of the group's tiles
   int row[kTilesPerWarp] = {}, column[kTilesPerWarp] = {};  // where a tile's tokens start in a centred chunk
@@ -232,9 +231,9 @@ __device__ inline void store_products(const float (&acc)[kTilesPerWarp][8][4], c
 }
 
 // The dot products of the tiles of `group`, summed over the channels of `split`, in the order of the registers:
-// `partial` is [tile of the group, 8, lane, 4]. It may lie where `memory` does, centred_bytes. No coordinate exceeds
-// `bound`; if that is negative, the three tokens of the pivot tell how large they are. Others may be 1000 times as
-// large before they overflow, or 2^19 times smaller before they lose a bit.
+// `partial` is [tile of the group, 8, lane, 4] and may overlap `memory`, centred_bytes. No centred coordinate exceeds
+// `bound`. If that is negative, the scale follows from how far the three tokens of the pivot are apart: coordinates may
+// be 1000 times as large before they overflow, or 2^19 times smaller before they lose a bit.
 template <class T, bool kWide, class Exchange>
 __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bound, int group, int split,
                          Exchange& exchange, unsigned char* memory, float* partial) {
@@ -258,13 +257,13 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
     return reinterpret_cast<const T*>(bytes + uint64_t{position} * row_bytes);
   };
 
-  // A thread reads and centres the same four channels of the same tokens, a chunk ahead. What completes the last tile
-  // is another token once more: it ends in products that nobody looks at.
+  // A thread reads and centres the same four channels of the same tokens, a chunk ahead. The last tile is filled up
+  // with repeats of a token, whose products are not used.
   const bool centres = warp < across;
   const int quad = lane % kQuads, token0 = (centres ? warp * kTile : 0) + exchange.first + lane / kQuads;
   Quad<T> raw[kPasses];
   const T* next = x + quad * 4 * stride;
-  // Further ahead, the second-level cache reads it: a line of each token, where tokens are in lines.
+  // Further ahead, lines are prefetched into L2: one of each token, where a token's channels are contiguous.
   constexpr int kLine = 128 / (kChunk * static_cast<int>(sizeof(T))), kAhead = 4 * kLine;  // in chunks
   const auto prefetch = [&](int chunk) {
     if (kWide && centres && lane < Exchange::kTokens && chunk < chunks) {
@@ -312,23 +311,23 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
       const float4 pivot = *reinterpret_cast<const float4*>(pivots + chunk * kChunk % kPivots + quad * 4);
       const float4 shift = pivot * -scale;
       unsigned char* const to = ready(chunk);
-      const int at = offset_of<kChunk>(token0, quad / 2) + quad % 2 * 8;
+      const int at = swizzled_offset<kChunk>(token0, quad / 2) + quad % 2 * 8;
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const T(&v)[4] = raw[pass].value;
         const uint2 four = make_uint2(
             ptx::pack_half(fmaf(get(v[0]), scale, shift.x), fmaf(get(v[1]), scale, shift.y)),
             ptx::pack_half(fmaf(get(v[2]), scale, shift.z), fmaf(get(v[3]), scale, shift.w)));
-        exchange.put(to + (at ^ offset_of<kChunk>(pass * kAtOnce, 0)), four, chunk);
+        exchange.put(to + (at ^ swizzled_offset<kChunk>(pass * kAtOnce, 0)), four, chunk);
       }
     }
-    exchange.end(chunk, across);
+    exchange.commit(chunk, across);
   };
 
   const Share mine(group, across, kBytes);
   float acc[kTilesPerWarp][8][4] = {};
-  const int row_lane = offset_of<kChunk>(lane % 16, lane / 16);
-  const int column_lane = offset_of<kChunk>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  const int row_lane = swizzled_offset<kChunk>(lane % 16, lane / 16);
+  const int column_lane = swizzled_offset<kChunk>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
   for (int chunk = kLine; chunk < kAhead; chunk += kLine) prefetch(chunk);
   read(0);
@@ -336,7 +335,7 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
     exchange.begin();
     if (chunk < chunks) {
       if (chunk % (kPivots / kChunk) == 0) {
-        __syncthreads();  // nobody needs those before any more
+        __syncthreads();  // no warp needs the pivots before these any more
         find_pivots(chunk);
         if (chunk == 0) {
           peak = warp_max_of_nonnegative(peak);
@@ -383,7 +382,7 @@ __device__ void products(const DpcKnn& p, int64_t b, Tokens& s, int n, float bou
     // Underflow moves a coordinate by up to 2^-25, rounding by 2^-12 of it.
     s.floor2 = static_cast<float>(channels) * 0x1p-26f * inverse2;
   }
-  exchange.done(chunks);
+  exchange.advance(chunks);
 }
 
 }  // namespace hotkernels::dpc::small

@@ -9,7 +9,7 @@ namespace hotkernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxPieces = 65535;  // what a grid's y may be
+constexpr int64_t kMaxPieces = 65535;  // the largest gridDim.y
 
 // blockDim = (threads per token, tokens per block); blockIdx.y: which piece of a token of more than blockDim.x packs.
 // R rows of `packs` packs of V elements; pos may be null.

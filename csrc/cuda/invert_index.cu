@@ -16,7 +16,7 @@ static_assert(sizeof(int) * sort_in_block_ints(kThreads, kMaxRange + 1) <= 48 <<
 
 // ---- short rows ----------------------------------------------------------------------------------------------------
 
-// A block per row and range of tokens. It looks at the whole row, and counts what goes before its range as well.
+// A block per row and range of tokens. It reads the whole row, and also counts the entries that go before its range.
 __global__ void __launch_bounds__(kThreads)
     invert_short_rows_kernel(InvertIndex p, int64_t first_row, int range, unsigned ranges) {
   int* shared = reinterpret_cast<int*>(ptx::shared_memory());

@@ -18,7 +18,7 @@ inline unsigned lanes_for(int64_t count, unsigned most) {
   return lanes;
 }
 
-// A property of the current device; `least` if the runtime does not answer: the launch that follows then says why.
+// A property of the current device, but at least `least`: if the runtime does not answer, the next launch says why.
 inline int device_attribute(cudaDeviceAttr attribute, int least) {
   int device = 0, value = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -37,8 +37,8 @@ cudaError_t launch_kernel(void (*kernel)(P...), dim3 grid, dim3 block, int64_t s
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// Calls launch(first, count) for runs of samples that together are no more work than a grid has blocks: kernels count
-// the blocks, and whatever else one launch covers, in 32 bits. per_sample must be less than 2^31.
+// Calls launch(first, count) for runs of samples with count * per_sample < 2^31, the most blocks of a grid: kernels
+// count what one launch covers in 32 bits. per_sample must be less than 2^31.
 template <class Launch>
 inline cudaError_t launch_in_runs(int64_t samples, int64_t per_sample, const Launch& launch) {
   const int64_t run = per_sample > 0 ? INT_MAX / per_sample : INT_MAX;

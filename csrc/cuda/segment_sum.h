@@ -1,4 +1,4 @@
-// Sums of tokens per segment, in ascending order of the tokens: what merging forward and gathering backward both are.
+// Sums of tokens per segment, in ascending order of the tokens: the forward of merging, and the backward of gathering.
 // Each block finds the tokens of its own segments by a sort in shared memory, so that all of it is one launch; where
 // rows are too long for that, it follows an inverted index.
 #pragma once

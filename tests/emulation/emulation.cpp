@@ -23,7 +23,7 @@ Index threadIdx, blockIdx, blockDim, gridDim;
 namespace {
 
 constexpr int64_t kStack = 128 << 10, kGuard = 256, kAlignment = 128;
-constexpr unsigned char kGarbage[] = {0xcd, 0x00}, kGuardByte = 0xa5;  // what happens to be there may look like numbers
+constexpr unsigned char kGarbage[] = {0xcd, 0x00}, kGuardByte = 0xa5;  // the second looks like valid numbers
 
 enum class State { runs, at_warp, at_barrier, at_block, at_cluster, done };
 
@@ -109,7 +109,7 @@ void do_copy(const Copy& c) {
 
 Fiber& fiber_of(unsigned block, unsigned thread) { return *fibers[block * threads_per_block + thread]; }
 
-// Whether nothing keeps a block's shared memory any longer.
+// Whether all threads of a block are done, and its shared memory with them.
 bool ended(const Block& block) {
   for (unsigned t = 0; t < threads_per_block; ++t) {
     if (fiber_of(block.rank, t).state != State::done) return false;
@@ -357,7 +357,7 @@ std::vector<std::pair<const void*, int>> raised_shared_memory;
 std::vector<const void*> any_cluster_size;
 }  // namespace
 
-// What the tests turn: who runs first (-1: another order at every launch), and which GPU this is (90: capability 9.0;
+// What tests set: who runs first (-1: another order at every launch), and which GPU this is (90: capability 9.0;
 // 0: one whose driver is too old for us).
 extern "C" __attribute__((visibility("default"))) void hk_emulation_set(int order, int compute_capability) {
   hk_emulation::changing = order < 0;

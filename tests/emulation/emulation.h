@@ -2,7 +2,7 @@
 //
 // A warp runs as far as it can before the next one moves, a block before the next block, a lane before the next lane,
 // and whoever comes first goes on as soon as others let it: the most unequal progress that the model allows, so that a
-// missing barrier changes the answer. `order` turns round who comes first. Shared memory starts as garbage, is followed
+// missing barrier changes the answer. `order` reverses who comes first. Shared memory starts as garbage, is followed
 // by a guard that must stay whole, and is out of other blocks' reach once its block has ended.
 #pragma once
 #include <cstdint>

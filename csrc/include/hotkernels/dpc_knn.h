@@ -6,8 +6,8 @@
 
 namespace hotkernels {
 
-// A token counts only if its squared norm is at most this: then no sum of squared distances, of as many tokens as an
-// int32 can number, overflows. NaN and inf fail it too.
+// A token is valid only if its squared norm is at most this: then no sum of squared distances over up to 2^31 tokens
+// overflows. NaN and inf fail it too.
 constexpr float kNormLimit = 0x1p93f;
 
 struct DpcKnn {
@@ -37,9 +37,10 @@ HK_CPU_KERNEL(void dpc_knn_fwd(const DpcKnn& p, int64_t b, void* scratch, const 
 // the few hundred tokens that are clustered in one go. 256-byte aligned.
 int64_t dpc_knn_scratch_cuda(const DpcKnn& p);
 
-// Clusters all samples on `stream`. Distances are those of the tokens as counted from a pivot among them (the median of
-// three, channel by channel), rounded to 11 bits: float16 after scaling by a power of two. Below 2^-27 of a sample's
-// largest coordinate there are fewer, for such are rounded to 2^-38 of it. A `keep` outside [-1, N) counts as -1.
+// Clusters all samples on `stream`. Before distances are taken, a pivot (per channel, the median of three tokens) is
+// subtracted from the tokens, and the rest is rounded to 11 bits: float16 after scaling by a power of two. Coordinates
+// below 2^-27 of a sample's largest keep fewer bits: they are rounded to 2^-38 of it. A `keep` outside [-1, N) counts
+// as -1.
 CudaError dpc_knn_fwd_cuda(const DpcKnn& p, void* scratch, CudaStream stream);
 
 }  // namespace hotkernels

@@ -19,7 +19,7 @@ struct GatherTokens {
 
 // Gathers tokens [begin, end) of the B * M output tokens.
 HK_CPU_KERNEL(void gather_tokens_fwd(const GatherTokens& p, int64_t begin, int64_t end))
-// Gathers all of them on `stream`. An index outside [0, N) counts as absent: nobody looked at the values before.
+// Gathers all of them on `stream`. An index outside [0, N) counts as absent: no caller has checked the values.
 CudaError gather_tokens_fwd_cuda(const GatherTokens& p, CudaStream stream);
 
 // grad_x[b, n] = sum of grad_out[b, m] over the m with index[b, m] = n, in ascending m.

@@ -14,10 +14,10 @@ struct Attention {
   int64_t B, J, H, Nq, Nk, D;
   int64_t S;                // slots of a query: Nk without an index, else the index's last dim
   DType dtype;              // of query, key, value, out and their gradients; "compute" is float32, float64 for f64
-  bool bf16_pairs;          // whether the processor has AVX512-BF16, and it shall be used (not for keys per query)
+  bool bf16_pairs;          // multiply bfloat16 with AVX512-BF16, which the processor has; not for keys per query
   HeadsView query, key, value, out;
   const int64_t* index;     // null = dense; values in [-1, Nk); slots contiguous
-  bool index_per_query;     // else one set per (b, j, h)
+  bool index_per_query;     // else one set of keys per b: index_stride_j and _h are 0
   int64_t index_stride_b, index_stride_j, index_stride_h, index_stride_q;
   const void* bias;         // [B, J, H, Nq, S] compute, any strides; or null
   int64_t bias_stride_b, bias_stride_j, bias_stride_h, bias_stride_q, bias_stride_s;
@@ -26,25 +26,25 @@ struct Attention {
   double scale;
   void* lse;                // [B, J, H, Nq] compute, contiguous: log sum exp of the logits, -inf for an empty query
 
-  // Backward only. Null gradients are not wanted.
+  // Backward only. Gradients that are null are not computed.
   HeadsView grad_out, grad_key, grad_value;
   HeadsView grad_query;
   const void* grad_lse;     // [B, J, H, Nq] compute, contiguous; or null
   void* grad_bias;          // [B, J, H, Nq, S] compute, contiguous; or null
   void* grad_key_bias;      // [B, J, H, Nk] compute, contiguous, still to be summed over H; or null
-  // What has no batch gets its gradient summed over it, in an order that does not depend on threads: the B * J
-  // sequences are cut in `parts` runs, each with sums of its own. 0 = nothing to sum.
+  // The gradient of a query or bias without batch dims is summed over the batch, in an order that does not depend on
+  // threads: the B * J sequences are cut into `parts` runs, each with sums of its own. 0 = nothing to sum.
   int64_t parts;
   void* grad_query_parts;   // [parts, H, Nq, D] compute, zeroed, instead of grad_query; or null
   void* grad_bias_parts;    // [parts, H, Nq, S] compute, zeroed, instead of grad_bias; or null
-  const int64_t* start;     // index only: the inverted index of invert_index.h over each (b, j, h)'s index entries,
+  const int64_t* start;     // with an index: its inverse (invert_index.h) over the entries of each set or (b, j, h),
   const int64_t* slots;     // [.., Nk + 1] and [.., Nq * S or S], with the strides below
   int64_t start_stride_b, start_stride_j, start_stride_h, slots_stride_b, slots_stride_j, slots_stride_h;
   void* probabilities;      // index_per_query only: scratch [B, J, H, Nq, S] compute
   void* grad_logits;        // index_per_query only: scratch [B, J, H, Nq, S] compute
 };
 
-// Dense or one set of keys per (b, j, h). Work items are the B * J * H pairs of sequence and head; backward with
+// Dense, or one set of keys per b. Work items are the B * J * H pairs of sequence and head; backward with
 // `parts` counts parts * H items instead. Scratch here and below is 64-byte aligned.
 HK_CPU_KERNEL(int64_t attention_scratch(const Attention& p, bool backward))
 HK_CPU_KERNEL(void attention_fwd(const Attention& p, int64_t begin, int64_t end, void* scratch))

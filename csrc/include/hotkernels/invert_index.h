@@ -15,7 +15,7 @@ struct InvertIndex {
 
 // Inverts rows [begin, end).
 HK_CPU_KERNEL(void invert_index(const InvertIndex& p, int64_t begin, int64_t end))
-// Inverts all of them on `stream`. A value outside [0, N) refers to nothing: nobody looked at the values before.
+// Inverts all of them on `stream`. A value outside [0, N) refers to nothing: no caller has checked them.
 CudaError invert_index_cuda(const InvertIndex& p, void* scratch, CudaStream stream);
 
 // Rows of at most so many entries are sorted within thread blocks: by a kernel of their own, or by the one that sums.

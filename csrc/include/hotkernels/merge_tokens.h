@@ -14,12 +14,12 @@ struct MergeTokens {
   double eps;
   DType dtype;
   void* out;                  // [B, M, C] contiguous, of x's type
-  void* mean;                 // the same before rounding, float32 or float64; null if not wanted, or if x is that
+  void* mean;                 // out before rounding, in total's type; forward: null if not wanted or if x has that type
   void* total;                // [B, M] sum_i w_i + eps: float64 if x is, else float32; infinite where that has no
                               // reciprocal, so that mean and gradients are 0
 
   // Backward only.
-  const void* grad_out;       // [B, M, C] contiguous; mean is read, total too
+  const void* grad_out;       // [B, M, C] contiguous; mean (for grad_weight) and total are read, too
   void* grad_x;               // [B, N, C] contiguous
   void* grad_weight;          // [B, N] contiguous, or null
 
@@ -30,15 +30,15 @@ struct MergeTokens {
 
 // Sums the weights of samples [begin, end) into total.
 HK_CPU_KERNEL(void merge_tokens_total(const MergeTokens& p, int64_t begin, int64_t end))
-// Bytes of scratch for as many channels at a time, 64-byte aligned.
+// Bytes of scratch that merge_tokens_fwd needs for so many channels, 64-byte aligned.
 HK_CPU_KERNEL(int64_t merge_tokens_scratch(const MergeTokens& p, int64_t channels))
 // Averages channels [c_begin, c_end) of sample b, tokens in ascending order.
 HK_CPU_KERNEL(void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t c_end, void* scratch))
 // Gradients of tokens [begin, end) of the B * N tokens.
 HK_CPU_KERNEL(void merge_tokens_bwd(const MergeTokens& p, int64_t begin, int64_t end))
 
-// The same for all of it on `stream`, total included. An assignment outside [0, M) counts as none: nobody looked at the
-// values before.
+// The same for all of it on `stream`, total included. An assignment outside [0, M) counts as none: no caller has
+// checked the values.
 CudaError merge_tokens_fwd_cuda(const MergeTokens& p, CudaStream stream);
 CudaError merge_tokens_bwd_cuda(const MergeTokens& p, CudaStream stream);
 
