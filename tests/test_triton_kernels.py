@@ -79,6 +79,26 @@ def test_what_kernels_count_in_32_bits_is_less_than_they_hold(arg: str) -> None:
             triton_resources.forward.gathered_attention_fwd(query, key, key, index, None, None, 1.0)
 
 
+@pytest.mark.parametrize(("Nq", "Nk", "K"), [(2**30 - 1024, 5, 1), (5, 2**30 - 1024, 1), (2**30 - 1024, 5, 2)])
+def test_an_index_per_query_is_counted_in_64_bits_before_a_block_passes_32(Nq: int, Nk: int, K: int) -> None:
+    """2**31 - 2048 queries or keys of two samples, or slots of one: their last block may end beyond 2**31."""
+    B = 2 // K
+    counted = {}
+    for less in (0, 1):
+        query, key = (torch.empty(B, 1, n - less, 16, device="meta") for n in (Nq, Nk))
+        lse = torch.empty(B, 1, Nq - less, device="meta")
+        index, slots, start = (
+            torch.empty(B, *shape, dtype=torch.int64, device="meta")
+            for shape in ((Nq - less, K), ((Nq - less) * K,), (Nk - less + 1,))
+        )
+        with triton_resources.recorded(triton_resources.GENERATIONS["sm_90"]) as launches:
+            triton_resources.backward.gathered_attention_bwd(
+                query, None, query, key, key, query, lse, index, start, slots, None, None, 1.0, False, False
+            )
+        counted[less] = [launch.job.constants[-1] for launch in launches]
+    assert counted == {0: [triton.language.int64] * 2, 1: [triton.language.int32] * 2}
+
+
 def test_one_tf32_product_takes_rounded_operands() -> None:
     """What is multiplied is rounded to TF32 by an instruction: tensor cores cut it off."""
     target = triton_resources.GENERATIONS["sm_90"]
