@@ -1,11 +1,13 @@
-"""Compiles Triton kernels for the arguments they get, once, and launches them with little time on the host.
+"""Compiles each Triton kernel once per kind of arguments, and launches it with little work on the host.
 
-Triton's own launcher looks at every argument of every call, and compiles anew when a length becomes divisible by 16.
-Here a kernel says in its signature what its arguments are, and only what it needs to know is a constant:
+Triton's own launcher inspects every argument of every call, and compiles again when a length becomes divisible by 16.
+Here the annotations of a kernel's parameters say what they are, and no value of a number specialises it:
 
-- a parameter without annotation is a tensor; None makes it a constant;
-- `tl.int32`, `tl.int64` and `tl.float32` are numbers, whatever their values;
-- `tl.constexpr` parameters come last and are the constants.
+- `*_ptr` without annotation is a tensor, or None, which is a constant;
+- `tl.int32`, `tl.int64` and `tl.float32` are numbers, passed at run time;
+- `tl.constexpr` parameters come last; each combination of values is compiled by itself.
+
+Tensors of other dtypes are compiled for by themselves, too, and so are rows that cannot be read 16 bytes at once.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,7 +31,8 @@ from .backends import TRITON_DEVICE
 
 INTERPRETED = TRITON_DEVICE == "cpu"
 VECTOR_BYTES = 16  # the widest load of a thread
-ROWS = {f"{name}_ptr" for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")}  # of channels
+# Tensors of which kernels read or write whole rows of channels; their strides are the parameters stride_*.
+ROWS = {f"{name}_ptr" for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")}
 MAX_PROGRAMS = 2**31 - 1
 
 _POINTERS = {
@@ -50,10 +53,10 @@ class Variant(NamedTuple):
     constants: tuple[Any, ...]
     num_warps: int
     num_stages: int
-    aligned: bool  # tensors in ROWS and strides named stride_* allow 16 bytes of the first tensor's dtype at once
+    aligned: bool  # addresses of tensors in ROWS, and stride_* in the first one's dtype, are multiples of 16 bytes
 
     def source(self) -> tuple[ASTSource, dict[str, int]]:
-        """What triton.compile takes."""
+        """The source and the options that triton.compile takes."""
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
         attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -85,13 +88,13 @@ def _compiled(variant: Variant, device: int) -> Any:
     source, options = variant.source()
     with torch.cuda.device(device):
         kernel = triton.compile(source, options=options)
-        kernel._init_handles()  # one that did not load looks as if it had: it must not be remembered
+        kernel._init_handles()  # load now: a launch would notice a failed load with the kernel already in this cache
     return kernel
 
 
 @dataclass(eq=False, slots=True)
 class Launch:
-    """A kernel and all that it is given after its tensors, which have the same dtypes and strides in every launch."""
+    """A kernel and all its arguments but the tensors, which have the same dtypes and strides in every launch."""
 
     kernel: Any
     programs: int
@@ -99,27 +102,52 @@ class Launch:
     constants: tuple[Any, ...]
     num_warps: int
     num_stages: int
-    aligned: bool  # what Variant.aligned says of its strides
-    compiled: dict[tuple[int, bool], Any] = field(default_factory=dict)  # for which device, and whether aligned
-    rows: tuple[int, ...] = field(init=False)  # which of its tensors are in ROWS
+    aligned: bool  # what Variant.aligned says of strides
+    compiled: dict[tuple[int, bool], Any] = field(default_factory=dict)  # (device, aligned) -> compiled kernel
+    rows: tuple[int, ...] = field(init=False)  # positions of the tensors in ROWS
 
     def __post_init__(self) -> None:
         self.rows = tuple(i for i, name in enumerate(self.kernel.arg_names) if name in ROWS)
 
     def aligned_on(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether the addresses of rows and the launch's strides allow 16 bytes at once.
+        """Variant.aligned: whether rows in these tensors can be read 16 bytes at once.
 
-        What else is given (index, bias, lse) is read one by one: where it starts must not change how rows are read, and
-        with it the order of sums.
+        Addresses of index, bias and lse, which are read element by element, are left out: they must not change how rows
+        are read, and with that the order of sums.
         """
         addresses = [t.data_ptr() for i in self.rows if (t := tensors[i]) is not None]
         return self.aligned and math.gcd(VECTOR_BYTES, *addresses) == VECTOR_BYTES
 
     def variant(self, tensors: Sequence[Tensor | None]) -> Variant:
-        """What is compiled for it."""
+        """What is compiled for a launch on these tensors."""
         dtypes = tuple([None if t is None else t.dtype for t in tensors])
         aligned = self.aligned_on(tensors)
         return Variant(self.kernel, dtypes, self.constants, self.num_warps, self.num_stages, aligned)
+
+
+def prepare(
+    kernel: Any,
+    programs: int,
+    numbers: Mapping[str, int | float],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    num_stages: int,
+    dtype: torch.dtype,  # of its first tensor
+) -> Launch:
+    """A launch of a kernel with those of the numbers and constants that its parameters name."""
+    names = [name for name in kernel.arg_names if not name.endswith("_ptr")]
+    taken = {name: numbers[name] for name in names if name not in constants}
+    elements = VECTOR_BYTES // dtype.itemsize
+    strides = [int(n) for name, n in taken.items() if name.startswith("stride_")]
+    return Launch(
+        kernel,
+        programs,
+        tuple(taken.values()),
+        tuple([constants[name] for name in names if name in constants]),
+        num_warps,
+        num_stages,
+        aligned=math.gcd(elements, *strides) == elements,
+    )
 
 
 def launch(job: Launch, *tensors: Tensor | None) -> None:
@@ -170,16 +198,10 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def is_aligned(strides: Sequence[int], dtype: torch.dtype) -> bool:
-    """What Variant.aligned says of the strides named stride_*; dtype is that of the first tensor."""
-    elements = VECTOR_BYTES // dtype.itemsize
-    return math.gcd(elements, *strides) == elements
-
-
 def _interpret(job: Launch, tensors: Sequence[Tensor | None]) -> None:
-    """Triton's interpreter takes a bfloat16 for the integer of its bits: it gets float32 copies of the same strides.
+    """Triton's interpreter computes with the bits of a bfloat16 as an integer: it gets float32 copies of equal strides.
 
-    What kernels round to a half type on the way is therefore rounded in tests with float16 only.
+    Rounding to a half type inside a kernel is therefore tested in float16 only.
     """
     given = [None if t is None else _in_float32(t) if t.dtype == torch.bfloat16 else t for t in tensors]
     job.kernel[(job.programs,)](*given, *job.numbers, *job.constants)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import math
@@ -97,6 +98,29 @@ def test_an_index_per_query_is_counted_in_64_bits_before_a_block_passes_32(Nq: i
             )
         counted[less] = [launch.job.constants[-1] for launch in launches]
     assert counted == {0: [triton.language.int64] * 2, 1: [triton.language.int32] * 2}
+
+
+def test_kernels_use_what_they_take() -> None:
+    """Strides that a kernel does not use would decide how it reads rows, too."""
+    jobs = triton_resources.jobs_on(triton_resources.GENERATIONS["sm_90"]).values()
+    kernels = {recorded.job.kernel for recorded in jobs}
+    assert len(kernels) == 9
+    for kernel in kernels:
+        (function,) = ast.parse(kernel.src).body
+        assert isinstance(function, ast.FunctionDef)
+        used = {node.id for statement in function.body for node in ast.walk(statement) if isinstance(node, ast.Name)}
+        assert set(kernel.arg_names) <= used, kernel.__name__
+
+
+def test_only_strides_that_a_kernel_takes_decide_how_it_reads_rows() -> None:
+    """Of the two kernels of a long float32 backward pass, the one for keys does not read out."""
+    query, key, value, grad_out = torch.empty(4, 2, 2, 243, 64, device="meta")
+    out, lse = torch.empty(2, 2, 243, 65, device="meta")[..., :64], torch.empty(2, 2, 243, device="meta")
+    with triton_resources.recorded(triton_resources.GENERATIONS["sm_90"]) as launches:
+        triton_resources.backward.gathered_attention_bwd(
+            grad_out, None, query, key, value, out, lse, None, None, None, None, None, 1.0, False, False
+        )
+    assert [launch.job.aligned for launch in launches] == [False, True]
 
 
 def test_one_tf32_product_takes_rounded_operands() -> None:

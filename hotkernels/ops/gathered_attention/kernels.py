@@ -1,10 +1,10 @@
 """Attention over gathered keys in Triton, forward: softmax(scale * q k^T + bias) v over each query's slots.
 
-Tensors are [B, J, H, N, D] behind any strides, J being 1 where there is one batch dim; rows are gathered as they are
-loaded. Logits are kept in powers of two: those of the definition times log2(e). Three kernels:
+Tensors are [B, J, H, N, D] of any strides, J = 1 where there is one batch dim; rows are gathered as they are loaded.
+Logits are in base 2, log2(e) times the definition's, so that p is an exp2. Three kernels:
 - long: an online softmax over blocks of slots;
-- short: a few pairs of sequence and head per program, of at most 32 queries and slots each;
-- per_query: for slots of each query's own, without matrix products, which would have a single row.
+- short: several pairs of sequence and head per program, each of at most 32 queries and 32 slots;
+- per_query: each query has slots of its own, so matrix products would have a single row: it sums over channels instead.
 """
 
 import math
@@ -23,26 +23,26 @@ INTERPRETED: tl.constexpr = tl.constexpr(launcher.INTERPRETED)
 
 @triton.jit
 def sequence_of(sequence, J):
-    """The batch positions (b, j) of a sequence, in int64: they are about to be multiplied by strides."""
+    """The batch indices (b, j) of a sequence, in int64 because they are multiplied by strides."""
     b = sequence // J
     return b.to(tl.int64), (sequence - b * J).to(tl.int64)
 
 
 @triton.jit
 def within(x, N):
-    """Whether the int64 x is in [0, N): below 0 it counts as huge, so that one comparison does."""
+    """Whether 0 <= x < N, in one comparison: a negative int64 is huge as a uint64."""
     return x.to(tl.uint64) < N.to(tl.uint64)
 
 
 @triton.jit
-def steps(row, stride):
-    """row * stride in int64, for rows in [0, 2^31): two instructions where one says that it has no sign, else five."""
+def offsets(row, stride):
+    """row * stride in int64 for 0 <= row < 2^31: two instructions where row is unsigned, five where it is signed."""
     return row.to(tl.uint32).to(tl.int64) * stride
 
 
 @triton.jit
 def rows_of_slots(index_at, slot, valid, Nk):
-    """The row that each slot names, and whether it names one; out of [0, Nk) is absent.
+    """(row, valid): the row of key that each slot names, and whether it is in [0, Nk); if not, the slot is absent.
 
     index_at points at the slots' entries, or is None where slot n is row n. Any shape.
     """
@@ -55,27 +55,27 @@ def rows_of_slots(index_at, slot, valid, Nk):
 
 
 @triton.jit
-def added_to_logits(key_bias_ptr, row, valid, key_bias_stride_n):
-    """What is added to the logits of each slot, -inf where it is absent; and where it is not, nor masked by -inf.
+def logit_addend(key_bias_ptr, row, valid, key_bias_stride_n):
+    """(addend, valid): key_bias of each slot in base 2, -inf where the slot is absent; valid if not absent or masked.
 
-    Rows of absent slots count as zeros, so that adding is all the masking that logits need. Any shape.
+    Other keys are loaded as zeros, so adding the addend is all the masking that logits need. Any shape.
     """
     if key_bias_ptr is None:
-        added = tl.where(valid, 0.0, float("-inf"))
+        addend = tl.where(valid, 0.0, float("-inf"))
     else:
-        added = tl.load(key_bias_ptr + steps(row, key_bias_stride_n), mask=valid, other=float("-inf")) * LOG2E
-        valid = valid & (added != float("-inf"))
-    return added, valid
+        addend = tl.load(key_bias_ptr + offsets(row, key_bias_stride_n), mask=valid, other=float("-inf")) * LOG2E
+        valid = valid & (addend != float("-inf"))
+    return addend, valid
 
 
 @triton.jit
 def load_rows(ptr, row, valid, stride_n, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[..., BLOCK_D]: the valid rows, zeros elsewhere and beyond HEAD_DIM."""
+    """[..., BLOCK_D]: the valid rows; zeros for others and beyond HEAD_DIM."""
     d = tl.arange(0, BLOCK_D)
     mask = tl.expand_dims(valid, -1)
     if HEAD_DIM != BLOCK_D:
         mask = mask & (d < HEAD_DIM)
-    return tl.load(ptr + tl.expand_dims(steps(row, stride_n), -1) + d, mask=mask, other=0.0)
+    return tl.load(ptr + tl.expand_dims(offsets(row, stride_n), -1) + d, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -85,22 +85,22 @@ def store_rows(ptr, row, valid, stride_n, values, HEAD_DIM: tl.constexpr, BLOCK_
     mask = tl.expand_dims(valid, -1)
     if HEAD_DIM != BLOCK_D:
         mask = mask & (d < HEAD_DIM)
-    at = ptr + tl.expand_dims(steps(row, stride_n), -1) + d
+    at = ptr + tl.expand_dims(offsets(row, stride_n), -1) + d
     tl.store(at, values.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_bias(bias_ptr, m, slot, valid, bias_stride_q, bias_stride_s):
-    """The bias of queries m and slots in powers of two, zeros where not valid; m and slot broadcast."""
-    at = bias_ptr + steps(m, bias_stride_q) + steps(slot, bias_stride_s)
+    """bias[m, slot] in base 2, 0 where not valid; m and slot broadcast."""
+    at = bias_ptr + offsets(m, bias_stride_q) + offsets(slot, bias_stride_s)
     return tl.load(at, mask=valid, other=0.0) * LOG2E
 
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """a b + acc, which may be None.
+    """a b + acc; acc may be None.
 
-    One TF32 product takes operands that are rounded to TF32: tensor cores would cut them off, at four times the error.
+    A single TF32 product rounds its operands first: tensor cores would truncate them, with four times the error.
     """
     if PRECISION == "tf32" and not INTERPRETED:
         a = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [a], dtype=tl.float32, is_pure=True, pack=1)
@@ -109,21 +109,21 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def softmax_shift(top):
-    """What to subtract from logits whose maximum is top; without any, exp2(-inf - 0) = 0 and not NaN."""
-    return tl.where(top == float("-inf"), 0.0, top)
+def softmax_shift(row_max):
+    """What to subtract from logits: row_max, or 0 where all are -inf, for exp2(-inf - 0) = 0 and not NaN."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
 
 
 @triton.jit
-def reciprocal(total):
-    """What sums of weighted rows are multiplied by, once per row; without any weight they are zeros and stay so."""
-    return 1.0 / tl.where(total == 0.0, 1.0, total)
+def reciprocal(row_sum):
+    """1 / row_sum, or 1 where row_sum is 0: what it multiplies is zero already."""
+    return 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)
 
 
 @triton.jit
-def log_sum_exp(top, total):
-    """In the definition's units: log(total * 2^top), -inf where total is 0."""
-    return tl.where(total == 0.0, float("-inf"), (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN2)
+def log_sum_exp(row_max, row_sum):
+    """The natural log(row_sum * 2^row_max), -inf where row_sum is 0."""
+    return tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))) * LN2)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -139,12 +139,12 @@ def gathered_attention_long_fwd_kernel(
     index_stride_b: tl.int64,
     bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
-    sequences: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
-    scale: tl.float32,  # times log2(e)
+    J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
+    logit_scale: tl.float32,  # scale times log2(e)
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per (sequence, block of queries, head); heads, which are neighbours in memory, fastest."""
+    """One program per (sequence, block of queries, head); heads, which are neighbours in memory, vary fastest."""
     program = tl.program_id(0)
     h = (program % H).to(tl.int64)
     rest = program // H
@@ -161,31 +161,31 @@ def gathered_attention_long_fwd_kernel(
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
     q = load_rows(q_base, q_row, q_valid, stride_qn, HEAD_DIM, BLOCK_D)
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, S, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         row, valid = rows_of_slots(None if index_ptr is None else index_base + slot, slot, slot < S, Nk)
-        added, valid = added_to_logits(key_bias_base, row, valid, key_bias_stride_n)
+        addend, valid = logit_addend(key_bias_base, row, valid, key_bias_stride_n)
         k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
-        logits = product(q, tl.trans(k), None, PRECISION) * scale + added[None, :]
+        logits = product(q, tl.trans(k), None, PRECISION) * logit_scale + addend[None, :]
         if bias_ptr is not None:
             both = q_valid[:, None] & valid[None, :]
             logits += load_bias(bias_base, m[:, None], slot[None, :], both, bias_stride_q, bias_stride_s)
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        shift = softmax_shift(new_top)
+        new_max = tl.maximum(row_max, tl.max(logits, 1))
+        shift = softmax_shift(new_max)
         p = tl.exp2(logits - shift[:, None])
-        rescale = tl.exp2(top - shift)
-        total = total * rescale + tl.sum(p, 1)
+        rescale = tl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
         v = load_rows(v_base, row, valid, stride_vn, HEAD_DIM, BLOCK_D)
         acc = product(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
-        top = new_top
+        row_max = new_max
 
-    out = acc * reciprocal(total)[:, None]
+    out = acc * reciprocal(row_sum)[:, None]
     out_base = out_ptr + b * stride_ob + j * stride_oj + h * stride_oh
     store_rows(out_base, q_row, q_valid, stride_on, out, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m, log_sum_exp(top, total), mask=q_valid)
+    tl.store(lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m, log_sum_exp(row_max, row_sum), mask=q_valid)
 
 
 @triton.jit
@@ -199,11 +199,11 @@ def gathered_attention_short_fwd_kernel(
     bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
     sequences: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
-    scale: tl.float32,  # times log2(e)
+    logit_scale: tl.float32,  # scale times log2(e)
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One program per PAIRS pairs of sequence and head, heads first: a token's heads are one run of memory."""
+    """One program per PAIRS pairs of sequence and head; heads, which are neighbours in memory, vary fastest."""
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     sequence = pair // H
     live = sequence < sequences
@@ -218,28 +218,28 @@ def gathered_attention_short_fwd_kernel(
     key_bias_base = None
     if key_bias_ptr is not None:
         key_bias_base = key_bias_ptr + (b * key_bias_stride_b + j * key_bias_stride_j)[:, None]
-    added, valid = added_to_logits(key_bias_base, row, valid, key_bias_stride_n)
+    addend, valid = logit_addend(key_bias_base, row, valid, key_bias_stride_n)
     q_base = q_ptr + (b * stride_qb + j * stride_qj + h * stride_qh)[:, None, None]
     k_base = k_ptr + (b * stride_kb + j * stride_kj + h * stride_kh)[:, None, None]
     v_base = v_ptr + (b * stride_vb + j * stride_vj + h * stride_vh)[:, None, None]
     q = load_rows(q_base, q_row, q_valid, stride_qn, HEAD_DIM, BLOCK_D)
     k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, row, valid, stride_vn, HEAD_DIM, BLOCK_D)
-    logits = product(q, tl.permute(k, 0, 2, 1), None, PRECISION) * scale + added[:, None, :]
+    logits = product(q, tl.permute(k, 0, 2, 1), None, PRECISION) * logit_scale + addend[:, None, :]
     if bias_ptr is not None:
         bias_base = bias_ptr + (b * bias_stride_b + j * bias_stride_j + h * bias_stride_h)[:, None, None]
         both = q_valid[:, :, None] & valid[:, None, :]
         logits += load_bias(bias_base, m[:, :, None], slot[:, None, :], both, bias_stride_q, bias_stride_s)
 
-    top = tl.max(logits, 2)
-    p = tl.exp2(logits - softmax_shift(top)[:, :, None])
-    total = tl.sum(p, 2)
+    row_max = tl.max(logits, 2)
+    p = tl.exp2(logits - softmax_shift(row_max)[:, :, None])
+    row_sum = tl.sum(p, 2)
     acc = product(p.to(v.dtype), v, None, PRECISION)
-    out = acc * reciprocal(total)[:, :, None]
+    out = acc * reciprocal(row_sum)[:, :, None]
     out_base = out_ptr + (b * stride_ob + j * stride_oj + h * stride_oh)[:, None, None]
     store_rows(out_base, q_row, q_valid, stride_on, out, HEAD_DIM, BLOCK_D)
     lse_at = lse_ptr + (sequence.to(tl.int64) * H + h)[:, None] * Nq + m
-    tl.store(lse_at, log_sum_exp(top, total), mask=q_valid)
+    tl.store(lse_at, log_sum_exp(row_max, row_sum), mask=q_valid)
 
 
 @triton.jit
@@ -253,12 +253,12 @@ def gathered_attention_per_query_fwd_kernel(
     bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
     J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
-    scale: tl.float32,  # times log2(e)
+    logit_scale: tl.float32,  # scale times log2(e)
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program per query and block of heads; with slots of a head's own, a block is one head.
+    """One program per (query, block of heads); a block is one head where heads have slots of their own.
 
-    A tile of rows is [BLOCK_S, BLOCK_H * BLOCK_D], as wide as the run of memory that a token's heads are.
+    A tile is [BLOCK_S, BLOCK_H * BLOCK_D], since the heads of a token are neighbours in memory.
     """
     program = tl.program_id(0)
     head_blocks = (H + BLOCK_H - 1) // BLOCK_H
@@ -282,30 +282,30 @@ def gathered_attention_per_query_fwd_kernel(
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
     q = tl.load(q_at, mask=column_valid, other=0.0).to(tl.float32)
 
-    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
+    row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     for start in range(0, S, BLOCK_S):
         slot = start + tl.arange(0, BLOCK_S)
         row, valid = rows_of_slots(index_base + slot, slot, slot < S, Nk)
-        added, valid = added_to_logits(key_bias_base, row, valid, key_bias_stride_n)
+        addend, valid = logit_addend(key_bias_base, row, valid, key_bias_stride_n)
         mask = valid[:, None] & column_valid[None, :]
-        k = tl.load(k_at[None, :] + steps(row, stride_kn)[:, None], mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_at[None, :] + steps(row, stride_vn)[:, None], mask=mask, other=0.0).to(tl.float32)
+        k = tl.load(k_at[None, :] + offsets(row, stride_kn)[:, None], mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_at[None, :] + offsets(row, stride_vn)[:, None], mask=mask, other=0.0).to(tl.float32)
         products = tl.reshape(q[None, :] * k, [BLOCK_S, BLOCK_H, BLOCK_D])
-        logits = tl.sum(products, 2) * scale + added[:, None]
+        logits = tl.sum(products, 2) * logit_scale + addend[:, None]
         if bias_ptr is not None:
             bias_base = bias_ptr + b * bias_stride_b + j * bias_stride_j + (h * bias_stride_h)[None, :]
             both = valid[:, None] & live[None, :]
             logits += load_bias(bias_base, m, slot[:, None], both, bias_stride_q, bias_stride_s)
-        new_top = tl.maximum(top, tl.max(logits, 0))
-        shift = softmax_shift(new_top)
+        new_max = tl.maximum(row_max, tl.max(logits, 0))
+        shift = softmax_shift(new_max)
         p = tl.exp2(logits - shift[None, :])
-        rescale = tl.exp2(top - shift)
-        total = total * rescale + tl.sum(p, 0)
+        rescale = tl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(p, 0)
         acc = acc * rescale[:, None] + tl.sum(p[:, :, None] * tl.reshape(v, [BLOCK_S, BLOCK_H, BLOCK_D]), 0)
-        top = new_top
+        row_max = new_max
 
-    out = acc * reciprocal(total)[:, None]
+    out = acc * reciprocal(row_sum)[:, None]
     store_rows(out_ptr + b * stride_ob + j * stride_oj + m * stride_on, h, live, stride_oh, out, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m, log_sum_exp(top, total), mask=live)
+    tl.store(lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m, log_sum_exp(row_max, row_sum), mask=live)

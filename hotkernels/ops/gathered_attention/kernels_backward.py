@@ -1,11 +1,12 @@
-"""Gradients of attention in Triton: probabilities are recomputed from lse, and every sum has one fixed order.
+"""Gradients of attention in Triton: probabilities are recomputed from lse, and every sum has a fixed order.
 
 With p = exp(scale * q k^T + bias + key_bias - lse) and delta = rowsum(grad_out * out) - grad_lse:
 grad_logits = p * (grad_out v^T - delta), grad_value = p^T grad_out, grad_query = scale * grad_logits k and
 grad_key = scale * grad_logits^T q. No program adds to what another one wrote.
 
-Under a set index, columns are the entries of the inverted index, and the first entry of a token stands for all of them:
-their logits differ by the bias only, so p is summed over them before anything else is done with it.
+Under a set index, columns are the entries of the inverted index, sorted by token, and a token's first entry stands for
+all of them: their logits differ by the bias only, so p is summed over them first. In the kernels logits and lse are in
+base 2, as in the forward pass.
 """
 
 import triton
@@ -14,23 +15,24 @@ import triton.language as tl
 from .kernels import LOG2E, load_rows, product, rows_of_slots, sequence_of, store_rows, within
 
 # ---- what the kernels share ------------------------------------------------------------------------------------------
-# Rows and columns are [N], or [G, N] in a program of G sequences; a row's D channels are one dim more.
+# Vectors over rows or columns are [N], or [G, N] in a program of G sequences; tiles have one dim more.
 
 
 @triton.jit
-def _down(x):
-    """Of each row of a tile of logits [.., rows, columns]."""
+def _per_row(x):
+    """x[.., :, None]: broadcast a vector over rows along a tile's columns."""
     return tl.expand_dims(x, -1)
 
 
 @triton.jit
-def _across(x):
-    """Of each column of a tile of logits [.., rows, columns]."""
+def _per_column(x):
+    """x[.., None, :]: broadcast a vector over columns along a tile's rows."""
     return tl.expand_dims(x, -2)
 
 
 @triton.jit
 def _transposed(x):
+    """A tile, or each of G tiles, with rows and columns swapped."""
     if len(x.shape) == 2:
         return tl.trans(x)
     else:
@@ -39,13 +41,13 @@ def _transposed(x):
 
 @triton.jit
 def _rows_of(base, G: tl.constexpr):
-    """The base of a tensor's rows as load_rows and store_rows take it: one per sequence of the program."""
+    """The base pointers [G, 1] of a program's sequences as [G, 1, 1], for tiles of offsets; a single one as it is."""
     return base if G == 1 else tl.expand_dims(base, -1)
 
 
 @triton.jit
-def _of_batch(valid, sequence, sequences, G: tl.constexpr):
-    """Without the sequences that a program of G has beyond the last one."""
+def _in_batch(valid, sequence, sequences, G: tl.constexpr):
+    """valid, but not for sequences beyond the last one, which a program of G may have."""
     return valid if G == 1 else valid & (sequence < sequences)
 
 
@@ -53,17 +55,17 @@ def _of_batch(valid, sequence, sequences, G: tl.constexpr):
 def _load_queries(
     base, i, sequence, sequences, Nq, stride_n, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
-    """Rows i of the queries. The last one stands in for those beyond it, whose lse is inf: their probabilities are 0.
+    """Rows i of the queries; those beyond the last one repeat it, and lse = inf makes their probabilities 0.
 
-    Zeros would make NaN of them where a key is infinite; a mask on every probability would be 10 % more instructions.
+    Zeros instead would give NaN where a key is infinite, and masking all probabilities 10 % more instructions.
     """
-    there = _of_batch(tl.full(i.shape, True, tl.int1), sequence, sequences, G)
-    return load_rows(_rows_of(base, G), tl.minimum(i, Nq - 1), there, stride_n, HEAD_DIM, BLOCK_D)
+    exists = _in_batch(tl.full(i.shape, True, tl.int1), sequence, sequences, G)
+    return load_rows(_rows_of(base, G), tl.minimum(i, Nq - 1), exists, stride_n, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _load_lse(lse_ptr, stat, valid):
-    """In powers of two, and inf for a row that attends to nothing: its probabilities are 0."""
+    """lse in base 2, and inf for a row that attends to nothing, which makes its probabilities 0."""
     lse = tl.load(lse_ptr + stat, mask=valid, other=float("-inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
@@ -79,7 +81,7 @@ def _delta(grad_out, out, grad_lse_ptr, stat, valid):
 
 @triton.jit
 def _tokens(entry, valid, S, Nk, index_ptr, start_ptr, slots_ptr):
-    """(token, is it valid, in how many slots) of each column: of a token's entries only the first is valid."""
+    """Per column: its token, whether that is in [0, Nk) and this its first entry, and how many slots name it."""
     if index_ptr is None:
         return entry, valid, 1
     else:
@@ -94,7 +96,7 @@ def _tokens(entry, valid, S, Nk, index_ptr, start_ptr, slots_ptr):
 
 @triton.jit
 def _key_bias(key_bias_ptr, stride_n, token, valid):
-    """(the bias of keys in powers of two, which keys are attended to: no others are read)."""
+    """(bias, attended): each token's key_bias in base 2; and which are valid and not masked, the only keys to read."""
     if key_bias_ptr is None:
         return 0.0, valid
     else:
@@ -104,7 +106,7 @@ def _key_bias(key_bias_ptr, stride_n, token, valid):
 
 @triton.jit
 def _probabilities(logits, lse, row_valid, attended, entry, copies, bias_ptr, stride_s, slots_ptr, S):
-    """exp2(logits + bias - lse) of a tile, summed over the slots of a column's token. All arguments broadcast to it."""
+    """A tile of exp2(logits + bias - lse), summed over the slots of a column's token; all arguments broadcast to it."""
     if bias_ptr is None:
         p = tl.where(attended, tl.exp2(logits - lse), 0.0)
         if slots_ptr is not None:
@@ -128,7 +130,7 @@ def _clear_unnamed(
     grad_k_base, grad_v_base, grad_key_bias_base, start_base, token, valid, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Zeros for those of these tokens that no slot names."""
+    """Store zeros to the gradients of those of these tokens that no slot names."""
     begin = tl.load(start_base + token, mask=valid, other=0)
     valid &= begin == tl.load(start_base + token + 1, mask=valid, other=-1)
     zeros = tl.zeros([1, BLOCK_D], tl.float32)
@@ -155,15 +157,16 @@ def gathered_attention_fused_bwd_kernel(
     bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
     index_stride_b: tl.int64, start_stride_b: tl.int64,
-    sequences: tl.int32, turns: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
-    scale: tl.float32, logit_scale: tl.float32,  # which is scale times log2(e)
+    sequences: tl.int32, sequences_per_program: tl.int32,
+    J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
+    scale: tl.float32, logit_scale: tl.float32,  # logit_scale = scale times log2(e)
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SHARED_QUERY: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """One program per (G sequences, head): all queries at once, keys block by block, every probability computed once.
 
-    With a shared query, one program per (part of the sequences, head), which takes `turns` sequences, one at a time;
-    its grad_query is then the part's, [parts, H, Nq, D].
+    With a shared query, one program per (sequences_per_program sequences, head) takes them one at a time and stores
+    their sum, one of the partial sums in grad_query [partials, H, Nq, D].
     """
     h = (tl.program_id(0) % H).to(tl.int64)
     group = tl.program_id(0) // H
@@ -176,16 +179,16 @@ def gathered_attention_fused_bwd_kernel(
         grad_q = tl.zeros([G, BLOCK_M, BLOCK_D], tl.float32)
     i = i.to(tl.int64)
     if SHARED_QUERY:
-        first = group * turns
-        rounds = tl.minimum(turns, sequences - first)
+        first = group * sequences_per_program
+        count = tl.minimum(sequences_per_program, sequences - first)
         q = _load_queries(q_ptr + h * stride_qh, i, 0, 1, Nq, stride_qn, HEAD_DIM, BLOCK_D, G)
     else:
         first = group * G
-        rounds = 1
-    for turn in range(0, rounds):
-        sequence = first + turn + member
+        count = 1
+    for nth in range(0, count):
+        sequence = first + nth + member
         b, j = sequence_of(sequence, J)
-        row_valid = _of_batch(i < Nq, sequence, sequences, G)
+        row_valid = _in_batch(i < Nq, sequence, sequences, G)
         stat = (sequence.to(tl.int64) * H + h) * Nq + i
         if not SHARED_QUERY:
             q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
@@ -208,30 +211,30 @@ def gathered_attention_fused_bwd_kernel(
         bias_rows = None
         if bias_ptr is not None:
             bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
-            bias_rows = _down(bias_rows)
+            bias_rows = _per_row(bias_rows)
         key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
         grad_key_bias_base = None
         if grad_key_bias_ptr is not None:
             grad_key_bias_base = grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk
         for block in range(0, S, BLOCK_N):
             entry = (block + column).to(tl.int64)
-            valid = _of_batch(entry < S, sequence, sequences, G)
+            valid = _in_batch(entry < S, sequence, sequences, G)
             token, valid, copies = _tokens(entry, valid, S, Nk, index_base, start_base, slots_base)
             key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, valid)
             k = load_rows(_rows_of(k_base, G), token, attended, stride_kn, HEAD_DIM, BLOCK_D)
             v = load_rows(_rows_of(v_base, G), token, attended, stride_vn, HEAD_DIM, BLOCK_D)
             logits = product(q, _transposed(k), None, PRECISION) * logit_scale
             if key_bias_ptr is not None:
-                logits += _across(key_bias)
+                logits += _per_column(key_bias)
             p = _probabilities(
-                logits, _down(lse), _down(row_valid), _across(attended), _across(entry),
-                1 if index_ptr is None else _across(copies), bias_rows, bias_stride_s,
+                logits, _per_row(lse), _per_row(row_valid), _per_column(attended), _per_column(entry),
+                1 if index_ptr is None else _per_column(copies), bias_rows, bias_stride_s,
                 None if index_ptr is None else _rows_of(slots_base, G), S,
             )  # fmt: skip
             grad_v = product(_transposed(p.to(q.dtype)), grad_out, None, PRECISION)
             store_rows(_rows_of(grad_v_base, G), token, valid, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
             grad_p = product(grad_out, _transposed(v), None, PRECISION)
-            grad_logits = p * (grad_p - _down(delta))
+            grad_logits = p * (grad_p - _per_row(delta))
             if grad_key_bias_ptr is not None:
                 tl.store(grad_key_bias_base + token, tl.sum(grad_logits, -2), mask=valid)
             grad_logits = grad_logits.to(q.dtype)
@@ -243,13 +246,13 @@ def gathered_attention_fused_bwd_kernel(
                 token = (block + column).to(tl.int64)
                 _clear_unnamed(
                     grad_k_base, grad_v_base, grad_key_bias_base, start_base, token,
-                    _of_batch(token < Nk, sequence, sequences, G), stride_grad_kn, HEAD_DIM, BLOCK_D, G,
+                    _in_batch(token < Nk, sequence, sequences, G), stride_grad_kn, HEAD_DIM, BLOCK_D, G,
                 )  # fmt: skip
     if SHARED_QUERY:
         b, j, row_valid = group.to(tl.int64), 0, i < Nq
     else:
         b, j = sequence_of(first + member, J)
-        row_valid = _of_batch(i < Nq, first + member, sequences, G)
+        row_valid = _in_batch(i < Nq, first + member, sequences, G)
     grad_q_base = grad_q_ptr + b * stride_grad_qb + j * stride_grad_qj + h * stride_grad_qh
     store_rows(_rows_of(grad_q_base, G), i, row_valid, stride_grad_qn, grad_q * scale, HEAD_DIM, BLOCK_D)
 
@@ -264,16 +267,19 @@ def gathered_attention_queries_bwd_kernel(
     stride_gb: tl.int64, stride_gj: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
     stride_ob: tl.int64, stride_oj: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
     stride_grad_qb: tl.int64, stride_grad_qj: tl.int64, stride_grad_qh: tl.int64, stride_grad_qn: tl.int64,
-    stride_grad_kb: tl.int64, stride_grad_kj: tl.int64, stride_grad_kh: tl.int64, stride_grad_kn: tl.int64,
     bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
     index_stride_b: tl.int64, start_stride_b: tl.int64,
-    sequences: tl.int32, turns: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
+    sequences: tl.int32, sequences_per_program: tl.int32,
+    J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
     scale: tl.float32, logit_scale: tl.float32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SHARED_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """grad_query and delta: one program per (sequence, or part of those that share a query, block of queries, head)."""
+    """grad_query and delta: one program per (sequence, block of queries, head).
+
+    With a shared query, a program takes sequences_per_program sequences, as in the fused kernel.
+    """
     h = (tl.program_id(0) % H).to(tl.int64)
     rest = tl.program_id(0) // H
     blocks = tl.cdiv(Nq, BLOCK_M)
@@ -281,15 +287,15 @@ def gathered_attention_queries_bwd_kernel(
     group = rest // blocks
     row_valid = i < Nq
     if SHARED_QUERY:
-        first = group * turns
-        rounds = tl.minimum(turns, sequences - first)
+        first = group * sequences_per_program
+        count = tl.minimum(sequences_per_program, sequences - first)
         q = load_rows(q_ptr + h * stride_qh, i, row_valid, stride_qn, HEAD_DIM, BLOCK_D)
     else:
         first = group
-        rounds = 1
+        count = 1
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for turn in range(0, rounds):
-        sequence = first + turn
+    for nth in range(0, count):
+        sequence = first + nth
         b, j = sequence_of(sequence, J)
         stat = (sequence.to(tl.int64) * H + h) * Nq + i
         if not SHARED_QUERY:
@@ -310,7 +316,7 @@ def gathered_attention_queries_bwd_kernel(
         bias_rows = None
         if bias_ptr is not None:
             bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
-            bias_rows = _down(bias_rows)
+            bias_rows = bias_rows[:, None]
         key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
         for block in range(0, S, BLOCK_N):
             entry = (block + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -320,13 +326,13 @@ def gathered_attention_queries_bwd_kernel(
             v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D)
             logits = product(q, tl.trans(k), None, PRECISION) * logit_scale
             if key_bias_ptr is not None:
-                logits += _across(key_bias)
+                logits += key_bias[None, :]
             p = _probabilities(
-                logits, _down(lse), _down(row_valid), _across(attended), _across(entry),
-                1 if index_ptr is None else _across(copies), bias_rows, bias_stride_s, slots_base, S,
+                logits, lse[:, None], row_valid[:, None], attended[None, :], entry[None, :],
+                1 if index_ptr is None else copies[None, :], bias_rows, bias_stride_s, slots_base, S,
             )  # fmt: skip
             grad_p = product(grad_out, tl.trans(v), None, PRECISION)
-            grad_logits = p * (grad_p - _down(delta))
+            grad_logits = p * (grad_p - delta[:, None])
             grad_q = product(grad_logits.to(q.dtype), k, grad_q, PRECISION)
     if SHARED_QUERY:
         b, j = group.to(tl.int64), 0
@@ -344,13 +350,11 @@ def gathered_attention_keys_bwd_kernel(
     stride_kb: tl.int64, stride_kj: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
     stride_vb: tl.int64, stride_vj: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
     stride_gb: tl.int64, stride_gj: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
-    stride_ob: tl.int64, stride_oj: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
-    stride_grad_qb: tl.int64, stride_grad_qj: tl.int64, stride_grad_qh: tl.int64, stride_grad_qn: tl.int64,
     stride_grad_kb: tl.int64, stride_grad_kj: tl.int64, stride_grad_kh: tl.int64, stride_grad_kn: tl.int64,
     bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
     index_stride_b: tl.int64, start_stride_b: tl.int64,
-    sequences: tl.int32, turns: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
+    J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
     scale: tl.float32, logit_scale: tl.float32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -359,8 +363,7 @@ def gathered_attention_keys_bwd_kernel(
     h = (tl.program_id(0) % H).to(tl.int64)
     rest = tl.program_id(0) // H
     blocks = tl.cdiv(S, BLOCK_N)
-    column = rest % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    entry = column.to(tl.int64)
+    entry = (rest % blocks * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     sequence = rest // blocks
     b, j = sequence_of(sequence, J)
     index_base = None if index_ptr is None else index_ptr + b * index_stride_b
@@ -382,24 +385,24 @@ def gathered_attention_keys_bwd_kernel(
         i = (block + tl.arange(0, BLOCK_M)).to(tl.int64)
         row_valid = i < Nq
         stat = (sequence.to(tl.int64) * H + h) * Nq + i
-        q = _load_queries(q_base, i, sequence, sequences, Nq, stride_qn, HEAD_DIM, BLOCK_D, 1)
+        q = _load_queries(q_base, i, 0, 1, Nq, stride_qn, HEAD_DIM, BLOCK_D, 1)
         grad_out = load_rows(grad_out_base, i, row_valid, stride_gn, HEAD_DIM, BLOCK_D)
         lse = _load_lse(lse_ptr, stat, row_valid)
         delta = tl.load(delta_ptr + stat, mask=row_valid, other=0.0)
         bias_rows = None
         if bias_ptr is not None:
             bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
-            bias_rows = _across(bias_rows)
+            bias_rows = bias_rows[None, :]
         logits = product(k, tl.trans(q), None, PRECISION) * logit_scale
         if key_bias_ptr is not None:
-            logits += _down(key_bias)
+            logits += key_bias[:, None]
         p = _probabilities(
-            logits, _across(lse), _across(row_valid), _down(attended), _down(entry),
-            1 if index_ptr is None else _down(copies), bias_rows, bias_stride_s, slots_base, S,
+            logits, lse[None, :], row_valid[None, :], attended[:, None], entry[:, None],
+            1 if index_ptr is None else copies[:, None], bias_rows, bias_stride_s, slots_base, S,
         )  # fmt: skip
         grad_v = product(p.to(q.dtype), grad_out, grad_v, PRECISION)
         grad_p = product(v, tl.trans(grad_out), None, PRECISION)
-        grad_logits = p * (grad_p - _across(delta))
+        grad_logits = p * (grad_p - delta[None, :])
         if grad_key_bias_ptr is not None:
             grad_key_bias += tl.sum(grad_logits, -1)
         grad_k = product(grad_logits.to(q.dtype), q, grad_k, PRECISION)
@@ -412,8 +415,8 @@ def gathered_attention_keys_bwd_kernel(
         grad_key_bias_base = grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk
         tl.store(grad_key_bias_base + token, grad_key_bias, mask=valid)
     if index_ptr is not None:
-        for turn in range(0, (Nk - 1) // (blocks * BLOCK_N) + 1):  # steps of as many tokens could pass 2^31
-            token = turn * (blocks * BLOCK_N) + entry
+        for block in range(0, (Nk - 1) // (blocks * BLOCK_N) + 1):  # range(0, Nk, blocks * BLOCK_N) could pass 2^31
+            token = block * (blocks * BLOCK_N) + entry
             _clear_unnamed(
                 grad_k_base, grad_v_base, grad_key_bias_base, start_base, token,
                 token < Nk, stride_grad_kn, HEAD_DIM, BLOCK_D, 1,
@@ -427,20 +430,18 @@ def gathered_attention_bias_bwd_kernel(
     stride_kb: tl.int64, stride_kj: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
     stride_vb: tl.int64, stride_vj: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
     stride_gb: tl.int64, stride_gj: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
-    stride_ob: tl.int64, stride_oj: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
-    stride_grad_qb: tl.int64, stride_grad_qj: tl.int64, stride_grad_qh: tl.int64, stride_grad_qn: tl.int64,
-    stride_grad_kb: tl.int64, stride_grad_kj: tl.int64, stride_grad_kh: tl.int64, stride_grad_kn: tl.int64,
     bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
-    index_stride_b: tl.int64, start_stride_b: tl.int64,
-    sequences: tl.int32, turns: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
-    scale: tl.float32, logit_scale: tl.float32,
+    index_stride_b: tl.int64,
+    sequences: tl.int32, sequences_per_program: tl.int32,
+    J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
+    logit_scale: tl.float32,
     HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_bias [parts, H, Nq, slots]: one program per (part of `turns` sequences, tile of logits, head).
+    """grad_bias [partials, H, Nq, slots]: one program per (sequences_per_program sequences, tile of logits, head).
 
-    Channels are taken BLOCK_C at a time: both matrix products only end in the tile.
+    Channels are taken BLOCK_C at a time, since both matrix products sum over them.
     """
     h = (tl.program_id(0) % H).to(tl.int64)
     rest = tl.program_id(0) // H
@@ -448,12 +449,12 @@ def gathered_attention_bias_bwd_kernel(
     slot = (rest % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     rest = rest // column_blocks
     i = (rest % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    part = rest // row_blocks
+    partial = rest // row_blocks
     row_valid = i < Nq
     grad_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    first = part * turns
-    for turn in range(0, tl.minimum(turns, sequences - first)):
-        sequence = first + turn
+    first = partial * sequences_per_program
+    for nth in range(0, tl.minimum(sequences_per_program, sequences - first)):
+        sequence = first + nth
         b, j = sequence_of(sequence, J)
         index_at = None if index_ptr is None else index_ptr + b * index_stride_b + slot
         token, valid = rows_of_slots(index_at, slot, slot < S, Nk)
@@ -478,15 +479,15 @@ def gathered_attention_bias_bwd_kernel(
             grad_p = product(grad_out, tl.trans(v), grad_p, PRECISION)
         logits *= logit_scale
         if key_bias_ptr is not None:
-            logits += _across(key_bias)
+            logits += key_bias[None, :]
         p = _probabilities(
-            logits, _down(lse), _down(row_valid), _across(attended), _across(slot),
-            1, _down(bias_rows), bias_stride_s, None, S,
+            logits, lse[:, None], row_valid[:, None], attended[None, :], slot[None, :],
+            1, bias_rows[:, None], bias_stride_s, None, S,
         )  # fmt: skip
-        grad_bias += p * (grad_p - _down(delta))
-    grad_rows = grad_bias_ptr + ((part.to(tl.int64) * H + h) * Nq + i) * S
-    mask = _down(row_valid) & _across(slot < S)
-    tl.store(_down(grad_rows) + _across(slot), grad_bias, mask=mask)
+        grad_bias += p * (grad_p - delta[:, None])
+    grad_rows = grad_bias_ptr + ((partial.to(tl.int64) * H + h) * Nq + i) * S
+    mask = row_valid[:, None] & (slot < S)[None, :]
+    tl.store(grad_rows[:, None] + slot[None, :], grad_bias, mask=mask)
 
 
 # ---- index per query -------------------------------------------------------------------------------------------------
@@ -502,7 +503,6 @@ def gathered_attention_per_query_queries_bwd_kernel(
     stride_gb: tl.int64, stride_gj: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
     stride_ob: tl.int64, stride_oj: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
     stride_grad_qb: tl.int64, stride_grad_qj: tl.int64, stride_grad_qh: tl.int64, stride_grad_qn: tl.int64,
-    stride_grad_kb: tl.int64, stride_grad_kj: tl.int64, stride_grad_kh: tl.int64, stride_grad_kn: tl.int64,
     bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
     index_stride_b: tl.int64, index_stride_j: tl.int64, index_stride_h: tl.int64, index_stride_q: tl.int64,
@@ -519,9 +519,9 @@ def gathered_attention_per_query_queries_bwd_kernel(
     row_valid = sequence < sequences
     b, j = sequence_of(sequence, J)
     stat = (sequence.to(tl.int64) * H + h) * Nq + i
-    q_base = _down(q_ptr + b * stride_qb + j * stride_qj + h * stride_qh)
-    grad_out_base = _down(grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh)
-    out_base = _down(out_ptr + b * stride_ob + j * stride_oj + h * stride_oh)
+    q_base = (q_ptr + b * stride_qb + j * stride_qj + h * stride_qh)[:, None]
+    grad_out_base = (grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh)[:, None]
+    out_base = (out_ptr + b * stride_ob + j * stride_oj + h * stride_oh)[:, None]
     q = load_rows(q_base, i, row_valid, stride_qn, HEAD_DIM, BLOCK_D).to(tl.float32)
     grad_out = load_rows(grad_out_base, i, row_valid, stride_gn, HEAD_DIM, BLOCK_D).to(tl.float32)
     out = load_rows(out_base, i, row_valid, stride_on, HEAD_DIM, BLOCK_D)
@@ -529,31 +529,33 @@ def gathered_attention_per_query_queries_bwd_kernel(
     tl.store(delta_ptr + stat, delta, mask=row_valid)
     lse = _load_lse(lse_ptr, stat, row_valid)
     index_rows = index_ptr + b * index_stride_b + j * index_stride_j + h * index_stride_h + i * index_stride_q
-    k_base = _down(_down(k_ptr + b * stride_kb + j * stride_kj + h * stride_kh))
-    v_base = _down(_down(v_ptr + b * stride_vb + j * stride_vj + h * stride_vh))
+    k_base = (k_ptr + b * stride_kb + j * stride_kj + h * stride_kh)[:, None, None]
+    v_base = (v_ptr + b * stride_vb + j * stride_vj + h * stride_vh)[:, None, None]
     bias_rows, key_bias_base = None, None
     if bias_ptr is not None:
         bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
-        bias_rows = _down(bias_rows)
+        bias_rows = bias_rows[:, None]
     if key_bias_ptr is not None:
-        key_bias_base = _down(key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j)
+        key_bias_base = (key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j)[:, None]
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for block in range(0, S, BLOCK_N):
-        slot = _across((block + tl.arange(0, BLOCK_N)).to(tl.int64))
-        asked = _down(row_valid) & (slot < S)
-        token = tl.load(_down(index_rows) + slot, mask=asked, other=-1)
+        slot = (block + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
+        asked = row_valid[:, None] & (slot < S)
+        token = tl.load(index_rows[:, None] + slot, mask=asked, other=-1)
         key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, asked & within(token, Nk))
         k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D).to(tl.float32)
         v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D).to(tl.float32)
-        logits = tl.sum(_across(q) * k, -1) * logit_scale
+        logits = tl.sum(q[:, None, :] * k, -1) * logit_scale
         if key_bias_ptr is not None:
             logits += key_bias
-        p = _probabilities(logits, _down(lse), _down(row_valid), attended, slot, 1, bias_rows, bias_stride_s, None, S)
-        grad_logits = p * (tl.sum(_across(grad_out) * v, -1) - _down(delta))
+        p = _probabilities(
+            logits, lse[:, None], row_valid[:, None], attended, slot, 1, bias_rows, bias_stride_s, None, S
+        )  # fmt: skip
+        grad_logits = p * (tl.sum(grad_out[:, None, :] * v, -1) - delta[:, None])
         if grad_bias_ptr is not None:
-            tl.store(_down(grad_bias_ptr + stat * S) + slot, grad_logits, mask=asked)
-        grad_q += tl.sum(_down(grad_logits) * k, 1)
-    grad_q_base = _down(grad_q_ptr + b * stride_grad_qb + j * stride_grad_qj + h * stride_grad_qh)
+            tl.store((grad_bias_ptr + stat * S)[:, None] + slot, grad_logits, mask=asked)
+        grad_q += tl.sum(grad_logits[:, :, None] * k, 1)
+    grad_q_base = (grad_q_ptr + b * stride_grad_qb + j * stride_grad_qj + h * stride_grad_qh)[:, None]
     store_rows(grad_q_base, i, row_valid, stride_grad_qn, grad_q * scale, HEAD_DIM, BLOCK_D)
 
 
@@ -565,8 +567,6 @@ def gathered_attention_per_query_keys_bwd_kernel(
     stride_kb: tl.int64, stride_kj: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
     stride_vb: tl.int64, stride_vj: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64,
     stride_gb: tl.int64, stride_gj: tl.int64, stride_gh: tl.int64, stride_gn: tl.int64,
-    stride_ob: tl.int64, stride_oj: tl.int64, stride_oh: tl.int64, stride_on: tl.int64,
-    stride_grad_qb: tl.int64, stride_grad_qj: tl.int64, stride_grad_qh: tl.int64, stride_grad_qn: tl.int64,
     stride_grad_kb: tl.int64, stride_grad_kj: tl.int64, stride_grad_kh: tl.int64, stride_grad_kn: tl.int64,
     bias_stride_b: tl.int64, bias_stride_j: tl.int64, bias_stride_h: tl.int64, bias_stride_q: tl.int64,
     bias_stride_s: tl.int64, key_bias_stride_b: tl.int64, key_bias_stride_j: tl.int64, key_bias_stride_n: tl.int64,
@@ -579,8 +579,8 @@ def gathered_attention_per_query_keys_bwd_kernel(
 ):  # fmt: skip
     """grad_key, grad_value, grad_key_bias: one program per (block of all sequences' keys, head).
 
-    It walks the slots that name its keys in ascending order and recomputes what they got, from rows of query and
-    grad_out which the sums need anyway.
+    It walks the slots that name its keys in ascending order and recomputes their probabilities and grad_logits from
+    rows of query and grad_out, which the sums need anyway.
     """
     h = (tl.program_id(0) % H).to(tl.int64)
     row = (tl.program_id(0) // H).to(INT) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -590,8 +590,8 @@ def gathered_attention_per_query_keys_bwd_kernel(
     b, j = sequence_of(sequence, J)
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
     key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, valid)
-    k_base = _down(k_ptr + b * stride_kb + j * stride_kj + h * stride_kh)
-    v_base = _down(v_ptr + b * stride_vb + j * stride_vj + h * stride_vh)
+    k_base = (k_ptr + b * stride_kb + j * stride_kj + h * stride_kh)[:, None]
+    v_base = (v_ptr + b * stride_vb + j * stride_vj + h * stride_vh)[:, None]
     start_rows = start_ptr + b * start_stride_b + j * start_stride_j + h * start_stride_h + token
     entries = Nq.to(tl.int64) * S
     begin = tl.maximum(tl.load(start_rows, mask=attended, other=0), 0)
@@ -599,18 +599,18 @@ def gathered_attention_per_query_keys_bwd_kernel(
     attended &= begin < end  # a key that no slot names is not read: it may be NaN
     k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D).to(tl.float32)
     v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D).to(tl.float32)
-    q_base = _down(_down(q_ptr + b * stride_qb + j * stride_qj + h * stride_qh))
-    grad_out_base = _down(_down(grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh))
-    stats = _down((sequence.to(tl.int64) * H + h) * Nq)
-    slots_base = _down(slots_ptr + b * slots_stride_b + j * slots_stride_j + h * slots_stride_h)
+    q_base = (q_ptr + b * stride_qb + j * stride_qj + h * stride_qh)[:, None, None]
+    grad_out_base = (grad_out_ptr + b * stride_gb + j * stride_gj + h * stride_gh)[:, None, None]
+    stats = ((sequence.to(tl.int64) * H + h) * Nq)[:, None]
+    slots_base = (slots_ptr + b * slots_stride_b + j * slots_stride_j + h * slots_stride_h)[:, None]
     if bias_ptr is not None:
-        bias_base = _down(bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h)
+        bias_base = (bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h)[:, None]
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_key_bias = tl.zeros([BLOCK_N], tl.float32)
     for block in range(0, tl.max(end - begin).to(INT), BLOCK_M):
-        entry = _down(begin) + _across((block + tl.arange(0, BLOCK_M)).to(tl.int64))
-        named = entry < _down(end)
+        entry = begin[:, None] + (block + tl.arange(0, BLOCK_M)).to(tl.int64)[None, :]
+        named = entry < end[:, None]
         at = tl.load(slots_base + entry, mask=named, other=-1)
         named &= within(at, entries)
         i = (at.to(INT) // S).to(tl.int64)
@@ -618,18 +618,18 @@ def gathered_attention_per_query_keys_bwd_kernel(
         grad_out = load_rows(grad_out_base, i, named, stride_gn, HEAD_DIM, BLOCK_D).to(tl.float32)
         lse = _load_lse(lse_ptr, stats + i, named)
         delta = tl.load(delta_ptr + stats + i, mask=named, other=0.0)
-        logits = tl.sum(_across(k) * q, -1) * logit_scale
+        logits = tl.sum(k[:, None, :] * q, -1) * logit_scale
         if key_bias_ptr is not None:
-            logits += _down(key_bias)
+            logits += key_bias[:, None]
         bias_rows = None
         if bias_ptr is not None:
             bias_rows = bias_base + i * bias_stride_q
         p = _probabilities(logits, lse, named, named, at - i * S, 1, bias_rows, bias_stride_s, None, S)
-        grad_logits = p * (tl.sum(_across(v) * grad_out, -1) - delta)
-        grad_v += tl.sum(_down(p) * grad_out, 1)
-        grad_k += tl.sum(_down(grad_logits) * q, 1)
+        grad_logits = p * (tl.sum(v[:, None, :] * grad_out, -1) - delta)
+        grad_v += tl.sum(p[:, :, None] * grad_out, 1)
+        grad_k += tl.sum(grad_logits[:, :, None] * q, 1)
         grad_key_bias += tl.sum(grad_logits, 1)
-    grad_at = _down(b * stride_grad_kb + j * stride_grad_kj + h * stride_grad_kh)
+    grad_at = (b * stride_grad_kb + j * stride_grad_kj + h * stride_grad_kh)[:, None]
     store_rows(grad_k_ptr + grad_at, token, valid, stride_grad_kn, grad_k * scale, HEAD_DIM, BLOCK_D)
     store_rows(grad_v_ptr + grad_at, token, valid, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
     if grad_key_bias_ptr is not None:

@@ -1,17 +1,17 @@
-"""Attention in Triton, forward: checks a call, chooses its kernel and blocks, and launches it."""
+"""Attention in Triton, forward: checks a call, chooses a kernel and its blocks, and launches it."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import FUSED, fail, names
-from ...launcher import Launch, cdiv, is_aligned, launch, next_power_of_2
+from ...launcher import Launch, cdiv, launch, next_power_of_2, prepare
 from .api import MAX_HEAD_DIM, token_major
 from .kernels import (
     gathered_attention_long_fwd_kernel,
@@ -20,15 +20,13 @@ from .kernels import (
 )
 
 Strides = tuple[int, ...]
-# To work out what runs takes longer than all else in a call: it is done once for tensors of the same layouts, and the
-# last so many are remembered.
 Layouts = tuple[Any, ...]
-PLANS = 512
+PLANS = 512  # planning takes longer than the rest of a call: the last so many plans are kept, by layouts
 MAX_INT32_COUNT = 2**31 - 4097  # kernels count in 32 bits, up to the end of the last block of 4,096
 
 
 class Problem:
-    """A call's arguments, checked, with sizes and strides as the kernels take them; b and j of size 1 have stride 0."""
+    """A call's arguments, checked; their sizes and strides by the names of the kernels' parameters."""
 
     def __init__(
         self,
@@ -62,20 +60,21 @@ class Problem:
             fail(op, "query", f"a tensor of {names(FUSED)}", names([query.dtype]), TypeError)
         if not query.dtype == key.dtype == value.dtype:
             fail(op, "key and value", f"of query's dtype {query.dtype}", f"{key.dtype} and {value.dtype}", TypeError)
-        self.S, self.index_strides = self.Nk, (0, 0, 0, 0)
+        self.S = self.Nk
+        index_strides: Strides = (0, 0, 0, 0)
         self.per_query = self.per_head = False
         if index is not None:
-            self._take_index(op, index)
-        self.bias_strides: Strides = (0, 0, 0, 0, 0)
+            index_strides = self._take_index(op, index)
+        bias_strides: Strides = (0, 0, 0, 0, 0)
         if bias is not None:
             self._check_added(op, "bias", bias, (*batch, self.H, self.Nq, self.S))
             b, *j, h, q, s = strides(bias)
-            self.bias_strides = (b, *(j or (0,)), h, q, s)
-        self.key_bias_strides: Strides = (0, 0, 0)
+            bias_strides = (b, *(j or (0,)), h, q, s)
+        key_bias_strides: Strides = (0, 0, 0)
         if key_bias is not None:
             self._check_added(op, "key_bias", key_bias, (*batch, self.Nk))
             b, *j, n = strides(key_bias)
-            self.key_bias_strides = (b, *(j or (0,)), n)
+            key_bias_strides = (b, *(j or (0,)), n)
         self.sequences = self.B * self.J
         if self.sequences * self.H > MAX_INT32_COUNT:
             fail(op, "query", "of less than 2^31 sequences times heads", self.sequences * self.H)
@@ -83,8 +82,18 @@ class Problem:
             if n > MAX_INT32_COUNT:
                 fail(op, arg, f"of fewer than 2^31 - 4096 {what} on a GPU", n)
         self.BLOCK_D = max(16, next_power_of_2(self.D))
+        self.numbers: dict[str, int | float] = {
+            **self.row_strides("stride_q", query),
+            **self.row_strides("stride_k", key),
+            **self.row_strides("stride_v", value),
+            **named("index_stride_", "bjhq", index_strides),
+            **named("bias_stride_", "bjhqs", bias_strides),
+            **named("key_bias_stride_", "bjn", key_bias_strides),
+            **{name: getattr(self, name) for name in ("sequences", "J", "H", "Nq", "Nk", "S")},
+        }
 
-    def _take_index(self, op: str, index: Tensor) -> None:
+    def _take_index(self, op: str, index: Tensor) -> Strides:
+        """Check it; its (b, j, h, q) strides."""
         batch, n = self.batch, index.dim()
         self.per_head = n == len(batch) + 3
         self.per_query = n > 2
@@ -97,14 +106,14 @@ class Problem:
         if index.dtype != torch.int64 or not index.is_contiguous():
             fail(op, "index", "a contiguous tensor of int64", f"{index.dtype} of strides {index.stride()}", TypeError)
         self.S = index.shape[-1]
-        of = iter(strides(index))
-        b = next(of)
-        if self.per_query:
-            j = next(of) if len(batch) == 2 else 0
-            h = next(of) if self.per_head else 0
-            self.index_strides = (b, j, h, next(of))
-        else:
-            self.index_strides = (b, 0, 0, 0)
+        of = strides(index)
+        return (*self.leading(of[:-2]), of[-2]) if self.per_query else (*self.leading(of[:-1]), 0)
+
+    def leading(self, of: Strides) -> Strides:
+        """(b, j, h) strides of an index or its inverse, from those of all dims but queries, tokens and slots."""
+        b, *rest = of
+        j = rest.pop(0) if rest and len(self.batch) == 2 else 0
+        return b, j, rest[0] if rest else 0
 
     def _check_added(self, op: str, arg: str, t: Tensor, full: tuple[int, ...]) -> None:
         if t.dim() != len(full) or not all(s in (1, f) for s, f in zip(t.shape, full, strict=True)):
@@ -112,18 +121,24 @@ class Problem:
         if t.dtype != torch.float32:
             fail(op, arg, "a tensor of float32", t.dtype, TypeError)
 
-    def heads(self, t: Tensor) -> Strides:
-        """(b, j, h, n) strides of [*batch, H, N, D], or of [H, N, D] which all sequences share."""
+    def row_strides(self, prefix: str, t: Tensor) -> dict[str, int]:
+        """The (b, j, h, n) strides of [*batch, H, N, D], or of [H, N, D] which all sequences share."""
         of = strides(t)
-        return (0, 0, *of[:2]) if len(of) == 3 else (of[0], 0, of[1], of[2]) if len(of) == 4 else of[:4]
+        bjhn = (0, 0, *of[:2]) if len(of) == 3 else (of[0], 0, of[1], of[2]) if len(of) == 4 else of[:4]
+        return named(prefix, "bjhn", bjhn)
 
     def token_major(self, like: Tensor, N: int) -> Tensor:
         """An empty [*batch, H, N, D] stored [B, N, (J,) H, D]."""
         return token_major(like, (*self.batch, self.H, N, self.D))
 
 
+def named(prefix: str, dims: str, values: Iterable[int]) -> dict[str, int]:
+    """Strides by the names of kernels' parameters: prefix and dim."""
+    return {prefix + dim: value for dim, value in zip(dims, values, strict=True)}
+
+
 def strides(t: Tensor) -> Strides:
-    """Strides, 0 for a dim of size 1."""
+    """Strides, 0 for a dim of size 1, which broadcasts."""
     if 1 not in t.shape:
         return t.stride()
     return tuple([0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)])
@@ -135,14 +150,14 @@ def with_contiguous_last(t: Tensor) -> Tensor:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How matrix products take float32: in three TF32 ones, or in one where the user allowed TF32."""
+    """How a matrix product of float32 is made: of three TF32 products, or of one if the user allowed TF32."""
     if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 class Blocks(NamedTuple):
-    """How a program of a kernel is cut."""
+    """What a program takes at a time, M queries and N slots unless its function says otherwise, and with what."""
 
     M: int
     N: int
@@ -150,8 +165,8 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# (float32, BLOCK_D up to) -> the largest blocks of the long kernel. With triton 3.6 and 3.9 none spills more than 8
-# bytes on sm_90 (tests/data/triton_resources.json): float32 of at most 32 queries, in three quarters of the
+# (float32, BLOCK_D up to) -> the largest blocks of the long kernel. None spills more than 8 bytes on sm_90 with Triton
+# 3.6 to 3.9 (tests/data/triton_resources.json): float32 of at most 32 queries does, in three quarters of the
 # instructions that twice the warps take.
 _LONG = {
     (False, 64): Blocks(128, 64, 8, 2),
@@ -163,22 +178,22 @@ _LONG = {
 }
 SHORT = 32  # the most queries, and slots, of the short kernel
 
-# What follows chooses, one function for each kernel, how it is cut: bench/gpu_tune.py tries what else they could say.
+# One function per kernel picks its blocks; bench/gpu_tune.py measures the alternatives.
 
 
 def long_blocks(p: Problem) -> Blocks:
-    """Blocks for a problem: smaller where they would be mostly padding. They depend on no batch, and so do the bits."""
+    """Blocks, smaller where they would be mostly padding; not chosen by batch sizes, which must not change the bits."""
     float32 = p.query.dtype == torch.float32
     M, N, num_warps, num_stages = _LONG[float32, max(64, p.BLOCK_D)]
     narrow_half = not float32 and p.BLOCK_D <= 64
-    if p.index is not None:  # every row has an address of its own: copying ahead takes more instructions than it hides
+    if p.index is not None:  # each row has its own address: copying ahead costs more instructions than it hides
         N, num_stages = 32 if narrow_half else N, 1
     if p.S <= 256 and (p.S - 1) % 64 < 32:  # 81 slots are three blocks of 32 or two of 64
         N = min(N, 32)
     if p.S <= N:
         num_stages = 1
     if narrow_half and N == 32 and p.bias is None:
-        num_warps = 4  # each of 8 would do as much per slot for half as many queries
+        num_warps = 4  # each of 8 would do as much work per slot, for half as many queries
     least = 2 if float32 and p.bias is None else 4
     while M > 32 and p.Nq <= M // 2:
         M, num_warps = M // 2, max(least, num_warps // 2)
@@ -192,30 +207,30 @@ def is_short(p: Problem) -> bool:
 
 
 def short_pairs(p: Problem) -> int:
-    """How many pairs of a sequence and a head a program of the short kernel takes."""
+    """How many pairs of sequence and head a program of the short kernel takes."""
     longest = max(16, next_power_of_2(max(p.Nq, p.S)))
     return max(1, (4096 if p.query.element_size() == 2 else 2048) // (longest * p.BLOCK_D))
 
 
 def per_query_blocks(p: Problem) -> Blocks:
-    """Heads and slots at once under an index per query."""
+    """Heads (M) and slots (N) at a time under an index per query."""
     M = 1 if p.per_head else min(next_power_of_2(p.H), max(1, 512 // p.BLOCK_D))
     N = min(next_power_of_2(p.S), max(1, 4096 // (M * p.BLOCK_D)))
     return Blocks(M, N, max(1, M * N * p.BLOCK_D // 2048), 2)
 
 
 class Forward:
-    """A forward pass worked out on tensors without data: arguments checked, its launch prepared."""
+    """The plan of a forward pass, made on tensors without data: arguments checked, its launch prepared."""
 
-    def __init__(self, op: str, scale: float, given: Sequence[Any]) -> None:
+    def __init__(self, op: str, scale: float, given: Sequence[Any], precision: str) -> None:
         p = Problem(op, *given)
         out = p.token_major(p.query, p.Nq)
-        self._launch = forward_launch(p, out, scale)
+        self._launch = forward_launch(p, out, scale, precision)
         self._made = layouts((out, p.query.new_empty((*p.batch, p.H, p.Nq), dtype=torch.float32)))
         self._copies = any(a is not b for a, b in zip(given, (p.query, p.key, p.value), strict=False))
 
     def on(self, query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Launch it on these tensors; out and lse."""
+        """Launch it on these tensors; returns out and lse."""
         if self._copies:
             query, key, value = (with_contiguous_last(t) for t in (query, key, value))
         out, lse = empty(query, self._made)
@@ -224,8 +239,8 @@ class Forward:
 
 
 @functools.lru_cache(maxsize=PLANS)
-def _planned(op: str, scale: float, of: Layouts, _precision: str) -> Forward:
-    return Forward(op, scale, without_data(of))
+def _planned(op: str, scale: float, of: Layouts, precision: str) -> Forward:
+    return Forward(op, scale, without_data(of), precision)
 
 
 def attention_forward(op: str, scale: float, given: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -234,7 +249,7 @@ def attention_forward(op: str, scale: float, given: tuple[Any, ...]) -> tuple[Te
 
 
 def layouts(tensors: Sequence[Tensor | None]) -> Layouts:
-    """All that a choice of kernels looks at."""
+    """Shapes, strides and dtypes: all that a plan depends on."""
     return tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
 
 
@@ -248,50 +263,25 @@ def empty(like: Tensor, of: Layouts) -> list[Tensor]:
     return [like.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in of]
 
 
-def forward_launch(p: Problem, out: Tensor, scale: float) -> Launch:
-    """Which kernel runs for a problem, and with what."""
-    rows = (*p.heads(p.query), *p.heads(p.key), *p.heads(p.value), *p.heads(out))
-    aligned = is_aligned(rows, p.query.dtype)
-    scale *= math.log2(math.e)
-    precision = dot_precision(p.query.dtype)
+def forward_launch(p: Problem, out: Tensor, scale: float, precision: str) -> Launch:
+    """The launch that serves a problem."""
+    numbers = {**p.numbers, **p.row_strides("stride_o", out), "logit_scale": scale * math.log2(math.e)}
+    constants = {"HEAD_DIM": p.D, "BLOCK_D": p.BLOCK_D, "PRECISION": precision}
     if p.per_query:
-        added = (*p.index_strides, *p.bias_strides, *p.key_bias_strides)
         blocks = per_query_blocks(p)
-        return Launch(
-            gathered_attention_per_query_fwd_kernel,
-            p.sequences * p.Nq * cdiv(p.H, blocks.M),
-            (*rows, *added, p.J, p.H, p.Nq, p.Nk, p.S, scale),
-            (p.D, p.BLOCK_D, blocks.M, blocks.N),
-            blocks.num_warps,
-            blocks.num_stages,
-            aligned,
-        )
-    numbers = (
-        *rows, p.index_strides[0], *p.bias_strides, *p.key_bias_strides,
-        p.sequences, p.J, p.H, p.Nq, p.Nk, p.S, scale,
-    )  # fmt: skip
-    if is_short(p):
-        BLOCK_M, BLOCK_N = (max(16, next_power_of_2(n)) for n in (p.Nq, p.S))
+        kernel, programs = gathered_attention_per_query_fwd_kernel, p.sequences * p.Nq * cdiv(p.H, blocks.M)
+        constants |= {"BLOCK_H": blocks.M, "BLOCK_S": blocks.N}
+    elif is_short(p):
         pairs = short_pairs(p)
-        return Launch(
-            gathered_attention_short_fwd_kernel,
-            cdiv(p.sequences * p.H, pairs),
-            numbers,
-            (p.D, p.BLOCK_D, BLOCK_M, BLOCK_N, precision, pairs),
-            min(4, pairs),
-            1,
-            aligned,
-        )
-    blocks = long_blocks(p)
-    return Launch(
-        gathered_attention_long_fwd_kernel,
-        p.sequences * p.H * cdiv(p.Nq, blocks.M),
-        numbers,
-        (p.D, p.BLOCK_D, blocks.M, blocks.N, precision),
-        blocks.num_warps,
-        blocks.num_stages,
-        aligned,
-    )
+        M, N = (max(16, next_power_of_2(n)) for n in (p.Nq, p.S))
+        blocks = Blocks(M, N, min(4, pairs), 1)
+        kernel, programs = gathered_attention_short_fwd_kernel, cdiv(p.sequences * p.H, pairs)
+        constants |= {"BLOCK_M": blocks.M, "BLOCK_N": blocks.N, "PAIRS": pairs}
+    else:
+        blocks = long_blocks(p)
+        kernel, programs = gathered_attention_long_fwd_kernel, p.sequences * p.H * cdiv(p.Nq, blocks.M)
+        constants |= {"BLOCK_M": blocks.M, "BLOCK_N": blocks.N}
+    return prepare(kernel, programs, numbers, constants, blocks.num_warps, blocks.num_stages, p.query.dtype)
 
 
 def gathered_attention_fwd(

@@ -1,4 +1,4 @@
-"""Gradients of attention in Triton: checks a call, allocates its gradients, chooses kernels and blocks, launches."""
+"""Attention in Triton, backward: checks a call, allocates its gradients, chooses kernels and blocks, launches them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import fail
-from ...launcher import Launch, cdiv, is_aligned, launch, next_power_of_2, shared_bytes
+from ...launcher import Launch, cdiv, launch, next_power_of_2, prepare, shared_bytes
 from .api import unpack
 from .kernels_backward import (
     gathered_attention_bias_bwd_kernel,
@@ -31,17 +31,18 @@ from .launches import (
     dot_precision,
     empty,
     layouts,
+    named,
     strides,
     with_contiguous_last,
     without_data,
 )
 
-PROGRAMS = 256  # of kernels that take several sequences per program: two for each multiprocessor of an H200
+PROGRAMS = 256  # of a kernel that sums over sequences: two for each multiprocessor of an H200
 
-
-# Blocks that spill at most 16 bytes on sm_90 with triton 3.6 and 3.9, but float32 of more than 128 channels, 243 tokens
-# of 39 channels, and with 3.9 those of 243 tokens in half types, 56 bytes: tests/data/triton_resources.json.
-# (float32, BLOCK_D up to) -> those of queries and of keys.
+# At most 16 bytes of spills on sm_90 with Triton 3.6 to 3.9 (tests/data/triton_resources.json). Exceptions: float32 of
+# more than 128 channels, up to 168 bytes; and the fused kernel of 243 tokens in half types, with 39 channels up to 96
+# bytes, with 64 channels 56 bytes under 3.9.
+# (float32, BLOCK_D up to) -> blocks of the queries kernel.
 _QUERIES = {
     (False, 64): Blocks(128, 64, 8, 2),
     (False, 128): Blocks(64, 32, 4, 1),
@@ -50,6 +51,7 @@ _QUERIES = {
     (True, 128): Blocks(16, 16, 4, 1),
     (True, 256): Blocks(16, 16, 8, 1),
 }
+# (float32, BLOCK_D up to) -> blocks of the keys kernel.
 _KEYS = {
     (False, 64): Blocks(64, 128, 8, 2),
     (False, 128): Blocks(32, 64, 8, 1),
@@ -58,36 +60,36 @@ _KEYS = {
     (True, 128): Blocks(32, 16, 8, 1),
     (True, 256): Blocks(16, 16, 8, 1),
 }
-# float32 -> those of queries and of keys where there is a bias, whose addresses need registers, up to 64 channels.
+# float32 -> blocks of both for up to 64 channels with a bias, whose addresses need registers.
 _WITH_BIAS = {
     False: (Blocks(64, 32, 4, 1), Blocks(32, 64, 8, 1)),
     True: (Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1)),
 }
-# float32 -> those of the bias, and how many channels it takes at a time.
+# float32 -> blocks of the bias kernel, and BLOCK_C, the channels that it takes at a time.
 _BIAS = {False: (Blocks(64, 32, 8, 1), 64), True: (Blocks(16, 32, 4, 1), 16)}
 
 
 def queries_blocks(p: Problem) -> Blocks:
-    """Blocks of the kernel that takes the gradient of the queries."""
+    """Blocks of the queries kernel."""
     float32, size = p.query.dtype == torch.float32, max(64, p.BLOCK_D)
     return _WITH_BIAS[float32][0] if p.bias is not None and size == 64 else _QUERIES[float32, size]
 
 
 def keys_blocks(p: Problem) -> Blocks:
-    """Blocks of the kernel that takes those of keys and values."""
+    """Blocks of the keys kernel."""
     float32, size = p.query.dtype == torch.float32, max(64, p.BLOCK_D)
     return _WITH_BIAS[float32][1] if p.bias is not None and size == 64 else _KEYS[float32, size]
 
 
 def fused_blocks(p: Problem) -> Blocks | None:
-    """Blocks in which all queries of a sequence fit; None if none do."""
+    """Blocks of the fused kernel, with all queries of a sequence; None where it does not serve the problem."""
     blocks = _blocks_of_all_queries(p)
     G = 1 if blocks is None else sequences_at_once(p, blocks)
     return blocks if blocks is None or G == 1 else blocks._replace(num_warps=min(4, G))
 
 
 def _blocks_of_all_queries(p: Problem) -> Blocks | None:
-    """For one sequence at a time."""
+    """For one sequence per program."""
     M, N = (max(16, next_power_of_2(n)) for n in (p.Nq, p.S))
     if p.query.dtype == torch.float32:
         return Blocks(M, min(N, 32), 4, 1) if M <= 32 and p.BLOCK_D <= 64 else None
@@ -101,46 +103,46 @@ def _blocks_of_all_queries(p: Problem) -> Blocks | None:
         return None
     if p.bias is not None:
         return Blocks(M, 16, 8, 1)
-    # With 64 columns every product is a warp group's; whatever else needs registers leaves too few for so many. They
-    # need up to 113 KB of shared memory, where GPUs without warp groups may have 99: sm_86, sm_89, sm_120.
+    # With 64 columns every product is a warp group's; an index, a shared query or masked channels leave it too few
+    # registers. 64 take up to 113 KB of shared memory; GPUs without warp groups may have 99: sm_86, sm_89, sm_120.
     plain = p.index is None and p.query.dim() > 3 and p.D == p.BLOCK_D
     return Blocks(M, min(N, 64 if plain and p.shared_bytes >= 128 * 1024 else 32), 8, 1)
 
 
 def sequences_at_once(p: Problem, blocks: Blocks) -> int:
-    """How many sequences a program of the fused kernel takes: several where they are a few tokens."""
+    """How many sequences a program of the fused kernel takes: several where they are short."""
     elements = 1024 if p.query.dtype == torch.float32 else 2048
     return max(1, elements // (max(blocks[:2]) * max(p.BLOCK_D, *blocks[:2])))
 
 
 def per_query_queries_blocks(p: Problem) -> Blocks:
-    """Queries and slots at once under an index per query."""
+    """Queries (M) and slots (N) at a time under an index per query."""
     queries, slots = _rows_and_entries(p, p.S, 2048 if p.bias is None else 1024)
     return Blocks(queries, slots, 1, 1)
 
 
 def per_query_keys_blocks(p: Problem) -> Blocks:
-    """Slots that name a key, and keys, at once."""
+    """Slots that name a key (M), and keys (N), at a time."""
     keys, slots = _rows_and_entries(p, cdiv(p.Nq * p.S, p.Nk), 1024)
     return Blocks(slots, keys, 1, 1)
 
 
 def _rows_and_entries(p: Problem, count: int, elements: int) -> tuple[int, int]:
-    """Of rows that have about `count` entries."""
+    """Rows, and entries of each, in a tile of at most `elements`, if a row has about `count` entries."""
     most = max(1, elements // p.BLOCK_D)
     entries = min(next_power_of_2(count), most, 32)
     return most // entries, entries
 
 
-# The tensors of a backward pass, in Backward's order, by the names that kernels have for them: q_ptr and so on.
+# What a backward pass is given, in Backward's order, and what it makes; a kernel's parameter adds _ptr to the name.
 GIVEN = ("grad_out", "grad_lse", "q", "k", "v", "out", "lse", "index", "start", "slots", "bias", "key_bias")
-PARTS = ("grad_q", "grad_k", "grad_v")
-RESULTS = (*PARTS, "grad_bias", "grad_key_bias", "grad_qkv")
+PACKED = ("grad_q", "grad_k", "grad_v")  # views of grad_qkv, where there is one
+RESULTS = (*PACKED, "grad_bias", "grad_key_bias", "grad_qkv")
 LSE = GIVEN.index("lse")
 
 
 def as_read(given: Sequence[Any]) -> tuple[Any, ...]:
-    """The tensors given to a backward pass with strides that kernels read."""
+    """The tensors given to a backward pass, copied where kernels cannot read their strides."""
     grad_out, grad_lse, query, key, value, out, *others = given
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     query, key, value, out = (with_contiguous_last(t) for t in (query, key, value, out))
@@ -148,13 +150,15 @@ def as_read(given: Sequence[Any]) -> tuple[Any, ...]:
 
 
 class Backward:
-    """A backward pass worked out on tensors without data: arguments checked, gradients and launches prepared."""
+    """The plan of a backward pass, made on tensors without data: arguments checked, gradients and launches prepared."""
 
     def __init__(
         self,
         op: str,
         given: Sequence[Tensor | None],
-        shared_bytes: float,
+        shared_bytes: float,  # of a block, at most
+        programs: int,  # about so many of a kernel that sums over sequences
+        precision: str,  # of matrix products
         scale: float,
         need_bias: bool,
         need_key_bias: bool,
@@ -165,23 +169,33 @@ class Backward:
         t: dict[str, Any] = dict(zip(GIVEN, read, strict=True))
         self.tensors = t
         p = self.problem = Problem(op, t["q"], t["k"], t["v"], t["index"], t["bias"], t["key_bias"], shared_bytes)
-        self.lse, self.scale, self.packed = t["lse"], scale, packed
+        self.lse, self.packed, self.programs, self.precision = t["lse"], packed, programs, precision
         self.shared_query = p.query.dim() == 3
         self._check(op)
         if packed and p.Nq != p.Nk:
             fail(op, "query", f"of as many tokens as key, {p.Nk}", p.Nq)
         need_bias = need_bias and p.bias is not None
-        self.precision = dot_precision(p.query.dtype)
-        self._parted = [0] if self.shared_query else []  # which results are sums of parts
+        self._partial_results = [RESULTS.index("grad_q")] if self.shared_query else []
         self.jobs: list[tuple[Launch, list[str]]] = []  # each with its tensors' names
+        self.numbers = {
+            **p.numbers,
+            **p.row_strides("stride_g", t["grad_out"]),
+            **p.row_strides("stride_o", t["out"]),
+            **self._leading("start"),
+            **self._leading("slots"),
+            "scale": scale,
+            "logit_scale": scale * math.log2(math.e),
+        }
 
         if packed:
             t["grad_qkv"] = p.query.new_empty(p.B, p.Nq, *p.batch[1:], 3, p.H, p.D)
-            t.update(zip(PARTS, unpack(t["grad_qkv"]), strict=True))
+            for name, view in zip(PACKED, unpack(t["grad_qkv"]), strict=True):
+                self._make_rows(name, view)
         else:
-            t["grad_k"], t["grad_v"] = p.token_major(p.key, p.Nk), p.token_major(p.value, p.Nk)
+            self._make_rows("grad_k", p.token_major(p.key, p.Nk))
+            self._make_rows("grad_v", p.token_major(p.value, p.Nk))
             if not self.shared_query:
-                t["grad_q"] = p.token_major(p.query, p.Nq)
+                self._make_rows("grad_q", p.token_major(p.query, p.Nq))
         if need_key_bias:
             t["grad_key_bias"] = self.lse.new_empty(*p.batch, p.H, p.Nk)
         if p.per_query:
@@ -194,10 +208,10 @@ class Backward:
                 self._split()
             if need_bias:
                 self._bias()
-        parts = PARTS if packed else ()
-        made = [name for name in t if name not in (*GIVEN, *parts)]
+        views = PACKED if packed else ()
+        made = [name for name in t if name not in (*GIVEN, *views)]
         self._made = layouts([t[name] for name in made])
-        place = {name: i for i, name in enumerate((*GIVEN, *made, *parts))}  # in `on`, where None is the last
+        place = {name: i for i, name in enumerate((*GIVEN, *made, *views))}  # in the list of `on`, which ends with None
 
         def taking(names: Sequence[str]) -> Callable[[list[Any]], tuple[Any, ...]]:
             return operator.itemgetter(*[place.get(name, -1) for name in names])
@@ -206,7 +220,7 @@ class Backward:
         self._results = taking(RESULTS)
 
     def on(self, given: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        """Launch it all on these tensors; the gradients, and last grad_qkv, where they are its parts."""
+        """Launch it on these tensors; returns RESULTS. Of those not made grad_qkv is None, and the others are empty."""
         if self._copies:
             given = as_read(given)
         lse: Any = given[LSE]
@@ -218,7 +232,7 @@ class Backward:
             launch(job, *its(tensors))
         *grads, grad_qkv = self._results(tensors)
         grads = [lse.new_empty(0) if grad is None else grad for grad in grads]
-        for i in self._parted:
+        for i in self._partial_results:
             grads[i] = grads[i].sum(0)
         return *grads, grad_qkv
 
@@ -242,127 +256,106 @@ class Backward:
                 got = "none" if t is None else f"{t.dtype} {list(t.shape)}"
                 fail(op, arg, "as invert_index returned it for this index", got)
 
-    def _parts(self, programs: int) -> tuple[int, int]:
-        """How many parts, of how many sequences each, are summed one by one: about PROGRAMS programs in all."""
+    def _leading(self, name: str) -> dict[str, int]:
+        """(b, j, h) strides of start or slots."""
+        p = self.problem
+        bjh = (0, 0, 0) if p.index is None else p.leading(strides(self.tensors[name])[:-1])
+        return named(f"{name}_stride_", "bjh", bjh)
+
+    def _make_rows(self, name: str, t: Tensor) -> None:
+        """A gradient of rows of channels."""
+        self.tensors[name] = t
+        self.numbers |= self.problem.row_strides(f"stride_{name}", t)
+
+    def _partials(self, programs: int) -> tuple[int, int]:
+        """(num_partials, sequences_per_program) of a sum over sequences with so many programs per partial sum."""
         sequences = self.problem.sequences
-        turns = max(1, cdiv(sequences, max(1, PROGRAMS // programs)))
-        return cdiv(sequences, turns), turns
+        sequences_per_program = max(1, cdiv(sequences, max(1, self.programs // programs)))
+        return cdiv(sequences, sequences_per_program), sequences_per_program
+
+    def _partials_of_query(self, programs: int) -> tuple[int, int]:
+        """Make grad_query of a shared query, in partial sums; returns what _partials does."""
+        p = self.problem
+        num_partials, sequences_per_program = self._partials(programs)
+        self._make_rows("grad_q", self.lse.new_empty(num_partials, p.H, p.Nq, p.D))
+        return num_partials, sequences_per_program
 
     def _add(
-        self,
-        kernel: Any,
-        programs: int,
-        index_strides: tuple[int, ...],
-        sizes: tuple[int, ...],
-        channels: int,
-        constants: tuple[Any, ...],
-        blocks: Blocks,
+        self, kernel: Any, programs: int, blocks: Blocks, sequences_per_program: int = 1, **constants: Any
     ) -> None:
-        p, t = self.problem, self.tensors
-        names = [name.removesuffix("_ptr") for name in kernel.arg_names if name.endswith("_ptr")]
-        rows = [
-            stride for name in ("q", "k", "v", "grad_out", "out", "grad_q", "grad_k") for stride in p.heads(t[name])
-        ]
-        logit_scale = self.scale * math.log2(math.e)
-        job = Launch(
-            kernel,
-            programs,
-            (*rows, *p.bias_strides, *p.key_bias_strides, *index_strides, *sizes, self.scale, logit_scale),
-            (p.D, channels, blocks.M, blocks.N, *constants),
-            blocks.num_warps,
-            blocks.num_stages,
-            is_aligned(rows, p.query.dtype),
-        )
-        self.jobs.append((job, names))
-
-    def _add_shared(
-        self,
-        kernel: Any,
-        programs: int,
-        turns: int,
-        channels: int,
-        constants: tuple[Any, ...],
-        blocks: Blocks,
-    ) -> None:
-        """Launch one of the kernels that are not for an index per query."""
-        p, start = self.problem, self.tensors["start"]
-        start_stride = 0 if start is None or start.shape[0] == 1 else p.Nk + 1
-        sizes = (p.sequences, turns, p.J, p.H, p.Nq, p.Nk, p.S)
-        index_strides = (p.index_strides[0], start_stride)
-        self._add(kernel, programs * p.H, index_strides, sizes, channels, (self.precision, *constants), blocks)
+        """Launch a kernel, with so many programs for each head."""
+        p = self.problem
+        numbers = {**self.numbers, "sequences_per_program": sequences_per_program}
+        constants |= {"HEAD_DIM": p.D, "BLOCK_D": p.BLOCK_D, "BLOCK_M": blocks.M, "BLOCK_N": blocks.N}
+        constants |= {"PRECISION": self.precision, "SHARED_QUERY": self.shared_query}
+        dtype = p.query.dtype
+        job = prepare(kernel, programs * p.H, numbers, constants, blocks.num_warps, blocks.num_stages, dtype)
+        self.jobs.append((job, [name.removesuffix("_ptr") for name in kernel.arg_names if name.endswith("_ptr")]))
 
     def _fuse(self, blocks: Blocks, delta: bool) -> None:
         p = self.problem
-        G, turns = sequences_at_once(p, blocks), 1
-        groups = cdiv(p.sequences, G)
         if self.shared_query:
-            G, (groups, turns) = 1, self._parts(p.H)
-            self.tensors["grad_q"] = self.lse.new_empty(groups, p.H, p.Nq, p.D)
+            G, (groups, sequences_per_program) = 1, self._partials_of_query(p.H)
+        else:
+            G = sequences_per_program = sequences_at_once(p, blocks)
+            groups = cdiv(p.sequences, G)
         if delta:
             self.tensors["delta"] = torch.empty_like(self.lse)
-        self._add_shared(gathered_attention_fused_bwd_kernel, groups, turns, p.BLOCK_D, (self.shared_query, G), blocks)
+        self._add(gathered_attention_fused_bwd_kernel, groups, blocks, sequences_per_program, G=G)
 
     def _split(self) -> None:
         p = self.problem
         blocks, of_keys = queries_blocks(p), keys_blocks(p)
-        row_blocks, groups, turns = cdiv(p.Nq, blocks.M), p.sequences, 1
+        row_blocks, groups, sequences_per_program = cdiv(p.Nq, blocks.M), p.sequences, 1
         if self.shared_query:
-            groups, turns = self._parts(p.H * row_blocks)
-            self.tensors["grad_q"] = self.lse.new_empty(groups, p.H, p.Nq, p.D)
+            groups, sequences_per_program = self._partials_of_query(p.H * row_blocks)
         self.tensors["delta"] = torch.empty_like(self.lse)
-        kernel, shared = gathered_attention_queries_bwd_kernel, (self.shared_query,)
-        self._add_shared(kernel, groups * row_blocks, turns, p.BLOCK_D, shared, blocks)
-        column_blocks = p.sequences * cdiv(p.S, of_keys.N)
-        self._add_shared(gathered_attention_keys_bwd_kernel, column_blocks, 1, p.BLOCK_D, (), of_keys)
+        self._add(gathered_attention_queries_bwd_kernel, groups * row_blocks, blocks, sequences_per_program)
+        self._add(gathered_attention_keys_bwd_kernel, p.sequences * cdiv(p.S, of_keys.N), of_keys)
 
     def _bias(self) -> None:
-        """grad_bias of every sequence, or where the bias has no batch its sum, in parts."""
+        """grad_bias of every sequence, or partial sums over sequences for a bias without batch."""
         p = self.problem
         assert p.bias is not None
         blocks, channels = _BIAS[p.query.dtype == torch.float32]
-        channels = min(channels, p.BLOCK_D)
-        tiles, parts, turns = cdiv(p.Nq, blocks.M) * cdiv(p.S, blocks.N), p.sequences, 1
+        tiles, groups, sequences_per_program = cdiv(p.Nq, blocks.M) * cdiv(p.S, blocks.N), p.sequences, 1
         shape: tuple[int, ...] = (*p.batch, p.H, p.Nq, p.S)
         if all(size == 1 for size in p.bias.shape[:-3]):
-            parts, turns = self._parts(p.H * tiles)
-            self._parted.append(3)
-            shape = (parts, *[1] * len(p.batch), p.H, p.Nq, p.S)
+            groups, sequences_per_program = self._partials(p.H * tiles)
+            self._partial_results.append(RESULTS.index("grad_bias"))
+            shape = (groups, *[1] * len(p.batch), p.H, p.Nq, p.S)
         self.tensors["grad_bias"] = self.lse.new_empty(shape)
-        self._add_shared(gathered_attention_bias_bwd_kernel, parts * tiles, turns, channels, (), blocks)
+        kernel, BLOCK_C = gathered_attention_bias_bwd_kernel, min(channels, p.BLOCK_D)
+        self._add(kernel, groups * tiles, blocks, sequences_per_program, BLOCK_C=BLOCK_C)
 
     def _per_query(self, need_bias: bool) -> None:
-        p, t = self.problem, self.tensors
+        p = self.problem
         if need_bias:
-            t["grad_bias"] = self.lse.new_empty(*p.batch, p.H, p.Nq, p.S)
-        t["delta"] = torch.empty_like(self.lse)
-        wide = max(p.sequences * max(p.Nq, p.Nk), p.Nq * p.S) >= 2**31 - 2048  # they count to the end of a block
-        constants = (tl.int64 if wide else tl.int32,)
-        sizes = (p.sequences, p.J, p.H, p.Nq, p.Nk, p.S)
+            self.tensors["grad_bias"] = self.lse.new_empty(*p.batch, p.H, p.Nq, p.S)
+        self.tensors["delta"] = torch.empty_like(self.lse)
+        # The kernels count queries, keys and entries up to the end of the last block.
+        wide = max(p.sequences * max(p.Nq, p.Nk), p.Nq * p.S) >= 2**31 - 2048
+        INT = tl.int64 if wide else tl.int32
         blocks = per_query_queries_blocks(p)
-        kernel, programs = gathered_attention_per_query_queries_bwd_kernel, cdiv(p.sequences * p.Nq, blocks.M) * p.H
-        self._add(kernel, programs, p.index_strides, sizes, p.BLOCK_D, constants, blocks)
+        programs = cdiv(p.sequences * p.Nq, blocks.M)
+        self._add(gathered_attention_per_query_queries_bwd_kernel, programs, blocks, INT=INT)
         blocks = per_query_keys_blocks(p)
-        row_strides = (*self._per_row(t["start"]), *self._per_row(t["slots"]))
-        kernel, programs = gathered_attention_per_query_keys_bwd_kernel, cdiv(p.sequences * p.Nk, blocks.N) * p.H
-        self._add(kernel, programs, row_strides, sizes, p.BLOCK_D, constants, blocks)
-
-    def _per_row(self, t: Tensor) -> tuple[int, int, int]:
-        """(b, j, h) strides of start or slots under an index per query."""
-        b, *rest = strides(t)[:-1]
-        j = rest.pop(0) if len(self.problem.batch) == 2 else 0
-        return b, j, rest[0] if rest else 0
+        programs = cdiv(p.sequences * p.Nk, blocks.N)
+        self._add(gathered_attention_per_query_keys_bwd_kernel, programs, blocks, INT=INT)
 
 
 @functools.lru_cache(maxsize=PLANS)
-def _planned(op: str, options: tuple[Any, ...], of: Layouts, shared: float, *_settings: object) -> Backward:
-    return Backward(op, without_data(of), shared, *options)
+def _planned(
+    op: str, options: tuple[Any, ...], of: Layouts, shared_bytes: float, programs: int, precision: str
+) -> Backward:
+    return Backward(op, without_data(of), shared_bytes, programs, precision, *options)
 
 
 def attention_backward(op: str, options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """All gradients of a call; what is given and the options are those of Backward, in its order."""
+    """RESULTS of a call. given is GIVEN, and options are the last ones of Backward: scale, need_bias and so on."""
     query = given[2]
-    shared = shared_bytes(query.get_device())
-    return _planned(op, options, layouts(given), shared, PROGRAMS, dot_precision(query.dtype)).on(given)
+    shared, precision = shared_bytes(query.get_device()), dot_precision(query.dtype)
+    return _planned(op, options, layouts(given), shared, PROGRAMS, precision).on(given)
 
 
 def gathered_attention_bwd(
@@ -391,7 +384,7 @@ def gathered_attention_bwd(
 def gathered_attention_packed_bwd(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> Tensor:
-    """grad_qkv [B, N, (J,) 3, H, D] of a projection whose views query, key and value are."""
+    """grad_qkv [B, N, (J,) 3, H, D] of a projection of which query, key and value are views."""
     tensors = (grad_out, None, query, key, value, out, lse, None, None, None, None, None)
     return attention_backward("gathered_attention", (scale, False, False, True), tensors)[5]
 
@@ -406,6 +399,6 @@ def recovery_attention_bwd(
     key_bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_query, grad_key, grad_value); grad_query of a query without batch is float32, the sum over the batch."""
+    """(grad_query, grad_key, grad_value); grad_query of a query without batch is the batch's sum, in float32."""
     tensors = (grad_out, None, query, key, value, out, lse, None, None, None, None, key_bias)
     return attention_backward("recovery_attention", (scale, False, False), tensors)[:3]
