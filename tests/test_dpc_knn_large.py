@@ -45,7 +45,8 @@ DATA: dict[str, Callable[[int, int, int], Tensor]] = {
     "ever denser": lambda B, N, C: (0.99 ** torch.arange(N))[None, :, None].expand(B, N, C),
     "small clusters": small_clusters,
     "few distinct": lambda B, N, C: torch.randint(-1, 2, (B, N, C)).float(),
-    "two places": lambda B, N, C: torch.ones(B, N, C),
+    "one place": lambda B, N, C: torch.ones(B, N, C),
+    "two places": lambda B, N, C: (torch.arange(N) % 2 * 2 - 1.0)[None, :, None].expand(B, N, C),
 }
 
 
