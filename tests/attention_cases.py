@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import OPS, Args, Bad, Make, OpCase, layouts
+from cases import OPS, Args, Bad, BadRaw, Make, OpCase, layouts, random_slots
 from torch import Tensor
 
 import hotkernels
@@ -43,11 +43,6 @@ def attend(
     weights = picked.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
     out = torch.zeros_like(logits).scatter_add(-1, slots, weights) @ value
     return out, picked.masked_fill(empty, 0.0).logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
-
-
-def random_slots(shape: tuple[int, ...], Nk: int, absent: float = 0.2) -> Tensor:
-    """Random positions, some of them repeated, some absent."""
-    return torch.where(torch.rand(shape) < absent, -1, torch.randint(Nk, shape))
 
 
 def index_of(kind: str, batch: tuple[int, ...], H: int, Nq: int, Nk: int, S: int, absent: float = 0.2) -> Tensor | None:
@@ -168,6 +163,103 @@ def _gathered_raw(args: Args) -> list[tuple[str, tuple]]:
     return calls
 
 
+def _gathered_good() -> Args:
+    query, key, value = (torch.randn(2, 3, 2, N, 16) for N in (17, 9, 9))
+    options = {"index": random_slots((2, 3, 2, 17, 5), 9), "bias": torch.zeros(2, 3, 2, 17, 5)}
+    return {"query": query, "key": key, "value": value, **options, "key_bias": torch.zeros(2, 3, 9), "scale": 0.3}
+
+
+def _gathered_good_backward() -> Args:
+    args = _gathered_good()
+    out, lse = torch.ops.hotkernels.gathered_attention_fwd(*args.values())
+    start, slots = torch.ops.hotkernels.invert_index(args["index"].flatten(-2), 9)
+    tokens = {name: args[name] for name in ("query", "key", "value")}
+    inverted = {"index": args["index"], "start": start, "slots": slots}
+    biases = {name: args[name] for name in ("bias", "key_bias", "scale")}
+    needs = {"need_bias": True, "need_key_bias": True}
+    return {"grad_out": out, "grad_lse": lse, **tokens, "out": out, "lse": lse, **inverted, **biases, **needs}
+
+
+def _gathered_good_packed() -> Args:
+    tokens = {name: torch.randn(2, 3, 2, 9, 16) for name in ("query", "key", "value")}
+    out, lse = torch.ops.hotkernels.gathered_attention_fwd(*tokens.values(), None, None, None, 0.3)
+    return {"grad_out": out, **tokens, "out": out, "lse": lse, "scale": 0.3}
+
+
+def _backward_bad() -> list[Bad]:
+    """Wrong saved tensors that the backward of both attention ops refuses."""
+    return [
+        *[
+            Bad(name, lambda a, name=name, change=change: {name: change(a[name])})
+            for name in ("grad_out", "out")
+            for change in (lambda t: t[:1], lambda t: t[..., 1:], lambda t: t[..., 1:, :], lambda t: t[None])
+        ],
+        *[Bad(name, lambda a, name=name: {name: a[name][0, 0]}) for name in ("grad_out", "out")],
+        *[
+            Bad("out and grad_out", lambda a, names=names: {name: a[name].half() for name in names})
+            for names in (("grad_out",), ("out",), ("grad_out", "out"))
+        ],
+        Bad("out", lambda a: {"out": a["out"].mT.contiguous().mT}),
+        Bad("lse", lambda a: {"lse": a["lse"][:1]}),
+        Bad("lse", lambda a: {"lse": torch.cat([a["lse"]] * 2)}),
+        Bad("lse", lambda a: {"lse": a["lse"].double()}),
+        Bad("lse", lambda a: {"lse": a["lse"].mT.contiguous().mT}),
+    ]
+
+
+def _gathered_bad_raw() -> list[BadRaw]:
+    tokens = ("query", "key", "value")
+    blamed = {  # where an argument has one dim twice as long
+        "query": ["query", "query", "query", "index", "query"],
+        "key": ["query", "query", "query", "value", "query"],
+        "value": ["value"] * 5,
+        "index": ["index"] * 4 + ["bias"],
+        "bias": ["bias"] * 5,
+        "key_bias": ["key_bias"] * 3,
+    }
+    forward = [
+        *[
+            Bad(arg, lambda a, name=name, dim=dim: {name: torch.cat([a[name]] * 2, dim)})
+            for name, args in blamed.items()
+            for dim, arg in enumerate(args)
+        ],
+        *[Bad(name, lambda a, name=name: {name: a[name][None]}) for name in blamed],
+        Bad("value", lambda a: {"value": a["value"][0, 0]}),
+        *[Bad(name, lambda a, name=name: {name: a[name].double()}) for name in ("bias", "key_bias")],
+        *[Bad("key and value", lambda a, name=name: {name: a[name].double()}) for name in ("key", "value")],
+        Bad("query", lambda a: {"query": a["query"][..., :0, :]}),
+        Bad("key", lambda a: {name: a[name][..., :0, :] for name in ("key", "value")}),
+        Bad("query", lambda a: {name: a[name].int() for name in tokens}),
+        Bad("query", lambda a: {name: a[name][..., :0] for name in tokens}),
+        Bad("query", lambda a: {name: torch.nn.functional.pad(a[name], (0, 241)) for name in tokens}),
+        Bad("index", lambda a: {"index": a["index"].int()}),
+        Bad("index", lambda a: {"index": a["index"].mT.contiguous().mT}),
+        Bad("index", lambda a: {"index": a["index"][..., :0]}),
+        Bad("index", lambda a: {"index": a["index"][..., :1, :].contiguous()}),
+        Bad("index", lambda a: {"index": torch.full_like(a["index"], 9)}, expected="-1 or in [0, 9)", got="9"),
+        Bad("index", lambda a: {"index": torch.full_like(a["index"], -2)}, expected="-1 or in [0, 9)", got="-2"),
+        Bad("key_bias", lambda a: {"key_bias": a["key_bias"][..., :1]}),
+    ]
+    backward = [
+        *_backward_bad(),
+        Bad("grad_lse", lambda a: {"grad_lse": a["grad_lse"][:1]}),
+        Bad("grad_lse", lambda a: {"grad_lse": torch.cat([a["grad_lse"]] * 2)}),
+        Bad("grad_lse", lambda a: {"grad_lse": a["grad_lse"].double()}),
+        Bad("query", lambda a: {"query": a["query"][0, 0]}),  # shared, where the index is per query
+        Bad("index", lambda a: {"index": torch.full_like(a["index"], 9)}, expected="-1 or in [0, 9)", got="9"),
+    ]
+    packed = [
+        *_backward_bad(),
+        Bad("query", lambda a: {"query": a["query"][0, 0]}, expected="of key's shape"),
+        Bad("query", lambda a: {"query": torch.cat([a["query"]] * 2, -2)}, expected="of key's shape"),
+    ]
+    return [
+        BadRaw("gathered_attention_fwd", _gathered_good, forward),
+        BadRaw("gathered_attention_bwd", _gathered_good_backward, backward),
+        BadRaw("gathered_attention_packed_bwd", _gathered_good_packed, packed),
+    ]
+
+
 def _heads_bad() -> list[Bad]:
     """Wrong calls that both attention ops refuse; query, key, value are [2, 2, N, 5] (query may lack the batch)."""
     wide = {name: lambda a, name=name: torch.zeros(*a[name].shape[:-1], 257) for name in ("query", "key", "value")}
@@ -261,6 +353,16 @@ OPS.append(
             },
         },
         raw=_gathered_raw,
+        bad_raw=_gathered_bad_raw(),
+        large={
+            kind: _attention(
+                *((5, 3), 2, 63, 39, 16, kind, 9),
+                bias=(2, 63, 39 if kind == "dense" else 9),
+                key_bias=(5, 3),
+                return_lse=True,
+            )
+            for kind in KINDS
+        },
         tiny=lambda n, C: {
             **{name: torch.randn(n, 1, 2, C) for name in ("query", "key", "value")},
             "index": torch.randint(-1, 2, (n, 2, 3)),
@@ -357,6 +459,36 @@ def _recovery_raw(args: Args) -> list[tuple[str, tuple]]:
     return calls
 
 
+def _recovery_good() -> Args:
+    query, key, value = (torch.randn(2, 2, N, 16) for N in (17, 9, 9))
+    return {"query": query, "key": key, "value": value, "key_bias": torch.zeros(2, 9), "scale": 0.3}
+
+
+def _recovery_good_backward() -> Args:
+    args = _recovery_good()
+    out, lse = torch.ops.hotkernels.recovery_attention_fwd(*args.values())
+    tokens = {name: args[name] for name in ("query", "key", "value")}
+    saved = {"out": out, "lse": lse, "key_bias": args["key_bias"], "scale": 0.3}
+    return {"grad_out": out, **tokens, **saved}
+
+
+def _recovery_bad_raw() -> list[BadRaw]:
+    forward = [
+        Bad("query", lambda a: {"query": a["query"][:, :1]}),
+        Bad("query", lambda a: {"query": a["query"][..., :8]}),
+        Bad("query", lambda a: {"query": a["query"][:, :, :0]}),
+        Bad("query", lambda a: {"query": a["query"][0, 0]}),
+        Bad("query", lambda a: {"query": a["query"].expand(2, 2, 2, 17, 16)}),
+        Bad("key and value", lambda a: {"query": a["query"].half()}),
+        *[Bad("key_bias", lambda a, shape=shape: {"key_bias": torch.zeros(shape)}) for shape in ((2, 8), (9,), (3, 9))],
+        Bad("key_bias", lambda a: {"key_bias": a["key_bias"].double()}),
+    ]
+    return [
+        BadRaw("recovery_attention_fwd", _recovery_good, forward),
+        BadRaw("recovery_attention_bwd", _recovery_good_backward, _backward_bad()),
+    ]
+
+
 OPS.append(
     OpCase(
         name="recovery_attention",
@@ -393,6 +525,11 @@ OPS.append(
             **{f"{x} layout": _recovery((3, 2), 2, 17, 9, 16, layout=x) for x in layouts(torch.zeros(1))},
         },
         raw=_recovery_raw,
+        bad_raw=_recovery_bad_raw(),
+        large={
+            "a query for 40 samples": _recovery((40,), 2, 63, 39, 16),
+            "its own query, two batch dims": _recovery((9, 5), 2, 63, 39, 16, own=True, masked=0.3),
+        },
         tiny=lambda n, C: {
             "query": torch.randn(1, 3, C),
             **{name: torch.randn(n, 1, 2, C) for name in ("key", "value")},
@@ -447,6 +584,25 @@ def _entries(*shape: int, N: int, absent: float = 0.2, **extra: Any) -> Make:
     }
 
 
+def _entries_bad_raw() -> list[BadRaw]:
+    def good() -> Args:
+        return {"index": torch.zeros(2, 5, dtype=torch.int64), "num_tokens": 3}
+
+    bad = [
+        Bad("index", lambda a: {"index": a["index"].int()}),
+        Bad("index", lambda a: {"index": a["index"].mT}),
+        Bad("index", lambda a: {"index": a["index"][0, 0]}),
+        Bad("index", lambda a: {"num_tokens": 0}, expected="-1 or in [0, 0)", got="0", only="cpp"),
+        *[
+            Bad("index", lambda a, n=n: {"index": a["index"] + n}, expected="-1 or in [0, 3)", got=str(n), only="cpp")
+            for n in (3, -2, 1 << 62)
+        ],
+        Bad("num_tokens", lambda a: {"num_tokens": -1}, expected="at least 0"),
+        Bad("num_tokens", lambda a: {"num_tokens": 1 << 30}, only="cuda"),
+    ]
+    return [BadRaw("invert_index", good, bad)]
+
+
 OPS.append(
     OpCase(
         name="invert_index",
@@ -466,6 +622,12 @@ OPS.append(
             "no tokens": _entries(2, 3, N=1, absent=1.0),
         },
         raw=lambda a: [("invert_index", (a["index"].clamp(min=0), N)) for N in (5, 9)],
+        bad_raw=_entries_bad_raw(),
+        large={
+            "many rows": _entries(2001, 5, N=17),
+            "500 entries": _entries(2, 500, N=300),
+            "9000 entries": _entries(2, 9000, N=300),
+        },
         tiny=lambda n, C: {"index": torch.randint(-1, 4, (n, 5)), "num_tokens": 4},
         index=("index", lambda a: a["num_tokens"]),
         bad=[

@@ -23,11 +23,23 @@ Make = Callable[[torch.dtype], Args]
 
 @dataclass(frozen=True)
 class Bad:
-    """A wrong call: the registered `small` input with some arguments changed."""
+    """A wrong call: the registered `small` input, or a raw operator's good call, with some arguments changed."""
 
     arg: str  # the one that the error must name
     change: Callable[[Args], Args]
-    error: type[Exception] = ValueError
+    error: type[Exception] = ValueError  # of the public function
+    expected: str = ""  # how what is expected must begin, and what is told of it
+    got: str = ""
+    only: str = ""  # the one backend that refuses it, if not all do
+
+
+@dataclass(frozen=True)
+class BadRaw:
+    """Wrong calls of a raw operator."""
+
+    operator: str
+    good: Callable[[], Args]  # a call that is served: all arguments, in order
+    bad: list[Bad]
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,9 @@ class OpCase:
     inputs: dict[str, Make]  # several are floating; "small" is among them, and complete
     bad: list[Bad]
     raw: Callable[[Args], list[tuple[str, tuple]]]  # the raw operators, with positional arguments for opcheck
+    bad_raw: list[BadRaw]  # wrong calls of each of them, as C++ and CUDA refuse them
+    # Work for several threads, and more than a block of a GPU holds; with an index, where the op has one.
+    large: dict[str, Make]
     tiny: Callable[[int, int], Args]  # n samples of a few tokens, C wide: GPUs get them by the hundred thousand
     differentiable: tuple[str, ...] = ()
     index: tuple[str, Callable[[Args], int]] | None = None  # the argument that is one, and how many tokens there are
@@ -87,9 +102,9 @@ def layouts(t: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _index(B: int, M: int, N: int, absent: float = 0.2) -> Tensor:
-    """Random positions, some of them repeated, some absent."""
-    return torch.where(torch.rand(B, M) < absent, -1, torch.randint(max(N, 1), (B, M)))
+def random_slots(shape: tuple[int, ...], N: int, absent: float = 0.2) -> Tensor:
+    """Random positions among N, some of them repeated, some absent."""
+    return torch.where(torch.rand(shape) < absent, -1, torch.randint(N, shape))
 
 
 # ---- gather_tokens ---------------------------------------------------------------------------------------------------
@@ -100,7 +115,7 @@ def _gather(
 ) -> Make:
     def make(dtype: torch.dtype) -> Args:
         x = torch.randn(B, N, *trail).to(dtype)
-        args: Args = {"x": layouts(x)[layout] if layout else x, "index": _index(B, M, N, absent)}
+        args: Args = {"x": layouts(x)[layout] if layout else x, "index": random_slots((B, M), N, absent)}
         if pos:
             args["pos"] = torch.randn(M, trail[-1]).to(dtype)
         return args
@@ -122,6 +137,45 @@ def _gather_raw(args: Args) -> list[tuple[str, tuple]]:
         ("gather_tokens_fwd", (x, index, pos)),
         ("gather_tokens_bwd", (grad, index, x.shape[1])),
     ]
+
+
+_FLOATS = "float32, float16, bfloat16 or float64"
+
+
+def _gather_bad_raw() -> list[BadRaw]:
+    def tokens() -> Args:
+        return {"x": torch.zeros(2, 9, 4), "index": torch.zeros(2, 5, dtype=torch.int64), "pos": None}
+
+    def grads() -> Args:
+        return {"grad_out": torch.zeros(2, 5, 4), "index": torch.zeros(2, 5, dtype=torch.int64), "num_tokens": 9}
+
+    index, pos = "a contiguous int64 tensor [2, any]", "a contiguous float32 tensor [5, 4]"
+    out_of_range = Bad("index", lambda a: {"index": a["index"] + 9}, expected="-1 or in [0, 9)", got="9", only="cpp")
+    forward = [
+        Bad("x", lambda a: {"x": a["x"][0]}, expected="[B, tokens, ..., C]"),
+        Bad("x", lambda a: {"x": a["x"].to(torch.complex64)}, expected="floating, integer or bool"),
+        Bad("x", lambda a: {"x": a["x"].long(), "pos": torch.zeros(5, 4).long()}, expected=_FLOATS),
+        Bad("index", lambda a: {"index": a["index"].int()}, expected=index),
+        Bad("index", lambda a: {"index": a["index"][:1]}, expected=index),
+        Bad("index", lambda a: {"index": a["index"].repeat(1, 2)[:, ::2]}, expected=index),
+        Bad("index", lambda a: {"index": a["index"][..., None]}, expected=index),
+        *[
+            Bad("pos", lambda a, shape=shape: {"pos": torch.zeros(shape)}, expected=pos)
+            for shape in ((4, 4), (5, 3), (5, 4, 1))
+        ],
+        Bad("pos", lambda a: {"pos": torch.zeros(5, 4).half()}, expected=pos),
+        Bad("pos", lambda a: {"pos": torch.zeros(4, 5).T}, expected=pos),
+        out_of_range,
+    ]
+    backward = [
+        Bad("grad_out", lambda a: {"grad_out": a["grad_out"][0]}, expected="[B, tokens, ..., C]"),
+        Bad("grad_out", lambda a: {"grad_out": a["grad_out"].long()}, expected=_FLOATS),
+        Bad("index", lambda a: {"index": a["index"][:1]}, expected="a contiguous int64 tensor [2, 5]"),
+        Bad("index", lambda a: {"grad_out": a["grad_out"][:, :4]}, expected="a contiguous int64 tensor [2, 4]"),
+        Bad("num_tokens", lambda a: {"num_tokens": -1}, expected="at least 0"),
+        out_of_range,
+    ]
+    return [BadRaw("gather_tokens_fwd", tokens, forward), BadRaw("gather_tokens_bwd", grads, backward)]
 
 
 OPS.append(
@@ -152,16 +206,21 @@ OPS.append(
             },
             "int32 index, strided": lambda dtype: {
                 "x": torch.randn(4, 17, 8).to(dtype),
-                "index": _index(9, 4, 17).int().T,
+                "index": random_slots((9, 4), 17).int().T,
             },
             "pos [1, M, C]": lambda dtype: {
                 "x": torch.randn(2, 17, 3, 8).to(dtype),
-                "index": _index(2, 9, 17),
+                "index": random_slots((2, 9), 17),
                 "pos": torch.randn(1, 9, 8).to(dtype),
             },
             **{f"x {layout}": _gather(3, 16, 9, 5, 8, pos=True, layout=layout) for layout in layouts(torch.zeros(1))},
         },
         raw=_gather_raw,
+        bad_raw=_gather_bad_raw(),
+        large={
+            "117 frames of 17 joints": _gather(3, 117, 243, 17, 5),
+            "9000 places": _gather(2, 9, 9000, 5, pos=True),
+        },
         tiny=lambda n, C: {"x": torch.randn(n, 3, C), "index": torch.randint(-1, 3, (n, 2))},
         index=("index", lambda a: a["x"].shape[1]),
         bad=[
@@ -206,7 +265,7 @@ def _merge(
         x = torch.randn(B, N, C).to(dtype)
         args: Args = {
             "x": layouts(x)[layout] if layout else x,
-            "assignment": _index(B, N, M, absent),
+            "assignment": random_slots((B, N), M, absent),
             "num_clusters": M,
             "eps": eps,
         }
@@ -237,6 +296,54 @@ def _merge_raw(args: Args) -> list[tuple[str, tuple]]:
         ("merge_tokens_bwd", (torch.randn_like(out), out, total, x, assignment, None, False)),
         ("merge_tokens_bwd", (torch.randn_like(out), out, total, x, assignment, weight, True)),
     ]
+
+
+def _merge_bad_raw() -> list[BadRaw]:
+    def tokens() -> Args:
+        given = {"x": torch.zeros(2, 9, 4), "assignment": torch.zeros(2, 9, dtype=torch.int64), "num_clusters": 3}
+        return {**given, "weight": None, "eps": 0.0, "need_mean": False}
+
+    def grads() -> Args:
+        means = {"grad_out": torch.zeros(2, 3, 4), "mean": torch.zeros(2, 3, 4), "total": torch.ones(2, 3)}
+        given = {"x": torch.zeros(2, 9, 4), "assignment": torch.zeros(2, 9, dtype=torch.int64)}
+        return {**means, **given, "weight": None, "need_weight": True}
+
+    assignment, weight = "a contiguous int64 tensor [2, 9]", "a contiguous float32 tensor [2, 9]"
+    mean, total = "a contiguous float32 tensor [2, 3, 4]", "a contiguous float32 tensor [2, 3]"
+    out_of_range = [
+        Bad(
+            "assignment",
+            lambda a, n=n: {"assignment": a["assignment"] + n},
+            expected="-1 or in [0, 3)",
+            got=str(n),
+            only="cpp",
+        )
+        for n in (3, -2)
+    ]
+    forward = [
+        Bad("x", lambda a: {"x": a["x"][0]}, expected="[B, N, C]"),
+        Bad("x", lambda a: {"x": a["x"].long()}, expected=_FLOATS),
+        Bad("num_clusters", lambda a: {"num_clusters": 0}, expected="at least 1"),
+        Bad("assignment", lambda a: {"assignment": a["assignment"][:1]}, expected=assignment),
+        Bad("assignment", lambda a: {"assignment": a["assignment"].int()}, expected=assignment),
+        Bad("assignment", lambda a: {"assignment": a["assignment"].repeat(1, 2)[:, ::2]}, expected=assignment),
+        Bad("assignment", lambda a: {"assignment": a["assignment"][..., None]}, expected=assignment),
+        Bad("weight", lambda a: {"weight": torch.ones(2, 8)}, expected=weight),
+        Bad("weight", lambda a: {"weight": torch.ones(2, 9).double()}, expected=weight),
+        *out_of_range,
+    ]
+    backward = [
+        Bad("grad_out", lambda a: {"grad_out": a["grad_out"][:, :2]}, expected=mean),
+        Bad("mean", lambda a: {"mean": a["mean"][..., :3].contiguous()}, expected=mean),
+        Bad("mean", lambda a: {"mean": a["mean"][0]}, expected="[B, M, C]"),
+        Bad("mean", lambda a: {"mean": a["mean"].double()}, expected=mean),
+        Bad("total", lambda a: {"total": a["total"][:1]}, expected=total),
+        Bad("total", lambda a: {"total": a["total"][..., None]}, expected=total),
+        Bad("total", lambda a: {"total": a["total"].repeat(1, 2)[:, ::2]}, expected=total),
+        Bad("total", lambda a: {"total": a["total"].double()}, expected=total),
+        *out_of_range,
+    ]
+    return [BadRaw("merge_tokens_fwd", tokens, forward), BadRaw("merge_tokens_bwd", grads, backward)]
 
 
 OPS.append(
@@ -275,13 +382,18 @@ OPS.append(
             },
             "weight [B, N, 1], strided int32 assignment": lambda dtype: {
                 "x": torch.randn(4, 17, 8).to(dtype),
-                "assignment": _index(17, 4, 2).int().T,
+                "assignment": random_slots((17, 4), 2).int().T,
                 "num_clusters": 2,
                 "weight": (0.1 + torch.rand(17, 4, 1)).to(dtype).transpose(0, 1),
             },
             **{f"x {layout}": _merge(3, 16, 5, 8, weight=True, layout=layout) for layout in layouts(torch.zeros(1))},
         },
         raw=_merge_raw,
+        bad_raw=_merge_bad_raw(),
+        large={
+            "351, several channel blocks": _merge(2, 351, 81, 300, weight=True),
+            "9000 tokens": _merge(2, 9000, 9, 5, weight=True),
+        },
         tiny=lambda n, C: {
             "x": torch.randn(n, 5, C),
             "assignment": torch.randint(-1, 3, (n, 5)),
@@ -350,13 +462,88 @@ def _peaks_with_gaps(dtype: torch.dtype) -> Args:
     return {"x": x.to(dtype), "num_clusters": 21, "k": 3, "mask": torch.rand(2, 63) < 0.8}
 
 
+def _peaks_with_ties(B: int, N: int, M: int, data: Callable[..., Tensor]) -> Make:
+    """Copies of tokens, and positions to keep. For few clusters, most tokens search twice."""
+
+    def make(dtype: torch.dtype) -> Args:
+        x = data(B, N, 19).to(dtype)
+        x[:, N // 2 :: 3] = x[:, : len(range(N // 2, N, 3))]  # ties, which an order of arrival would decide
+        return {"x": x, "num_clusters": M, "k": 2, "keep": torch.randint(-1, N, (B, 4))}
+
+    return make
+
+
+def _peaks_bad_raw() -> list[BadRaw]:
+    def good() -> Args:
+        options = {"mask": None, "keep": None, "noise": None, "seed": 0, "assign": True, "ordered": False}
+        return {"x": torch.randn(2, 9, 4), "num_clusters": 4, "k": 3, **options}
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.bool)
+
+    def places(*shape: int, at: int = 0) -> Tensor:
+        return torch.full(shape, at)
+
+    wrong: dict[str, list[Callable[[], Any]]] = {
+        "x": [
+            lambda: torch.randn(9, 4),
+            lambda: torch.randn(1, 2, 9, 4),
+            lambda: torch.randn(2, 9, 4).double(),
+            lambda: torch.randn(2, 9, 4).long(),
+            lambda: torch.randn(2, 0, 4),
+            lambda: torch.randn(2, 9, 0),
+            lambda: torch.randn(1, 1, 1).expand(1, 1 << 31, 1),
+        ],
+        "num_clusters": [lambda: -1, lambda: 0, lambda: 10],
+        "k": [lambda: -1, lambda: 0, lambda: 10],
+        "mask": [
+            lambda: ones(2, 9).float(),
+            lambda: ones(1, 9),
+            lambda: ones(2, 8),
+            lambda: ones(9),
+            lambda: ones(2, 9, 1),
+            lambda: ones(9, 2).T,
+        ],
+        "noise": [
+            lambda: torch.ones(2, 9).double(),
+            lambda: torch.ones(2, 8),
+            lambda: torch.ones(1, 9),
+            lambda: torch.ones(9, 2).T,
+        ],
+        "keep": [
+            lambda: places(2),
+            lambda: places(2, 2).int(),
+            lambda: places(3, 1),
+            lambda: places(1, 5),
+            lambda: places(2, 4)[:, ::2],
+        ],
+    }
+    bad = [Bad(name, lambda a, n=name, make=make: {n: make()}) for name, makers in wrong.items() for make in makers]
+    out_of_range: list[tuple[Callable[[], Tensor], str]] = [
+        (lambda: places(2, 2, at=9), "9"),
+        (lambda: places(2, 2, at=-2), "-2"),
+        (lambda: torch.tensor([[0], [9]]), "9"),
+    ]
+    bad += [
+        Bad("keep", lambda a, make=make: {"keep": make()}, expected="-1 or in [0, 9)", got=got, only="cpp")
+        for make, got in out_of_range
+    ]
+    return [BadRaw("dpc_knn_fwd", good, bad)]
+
+
 OPS.append(
     OpCase(
         name="dpc_knn",
         function=hotkernels.dpc_knn,
         check=check_dpc_knn,
         inputs={
-            "small": _peaks(2, 9, 5, 4, 3),
+            "small": _peaks(
+                *(2, 9, 5, 4, 3),
+                mask=lambda: torch.rand(2, 9) < 0.8,
+                noise=lambda: torch.rand(2, 9) * 1e-6,
+                keep=lambda: torch.tensor([[5, -1], [0, 8]]),
+            ),
+            "9": _peaks(2, 9, 5, 4, 3),
             "17": _peaks(3, 17, 7, 5),
             "39, one token each": _peaks(2, 39, 3, 39),
             "63 with gaps": _peaks_with_gaps,
@@ -392,7 +579,14 @@ OPS.append(
                 (a["x"], 4, 3, a["x"][..., 0] < 9, torch.tensor([[1]]), a["x"][..., 0] * 0, 1, False, True),
             ),
         ],
+        bad_raw=_peaks_bad_raw(),
+        large={
+            f"{B} x {N} to {M}, {data.__name__}": _peaks_with_ties(B, N, M, data)
+            for B, N, M in ((2, 63, 9), (1, 243, 81), (1, 700, 233), (2, 700, 7), (3, 1153, 384))
+            for data in (motion, cloud)
+        },
         tiny=lambda n, C: {"x": torch.randn(n, 9, C), "num_clusters": 3, "k": 2},
+        index=("keep", lambda a: a["x"].shape[1]),
         bad=[
             Bad("x", lambda a: {"x": a["x"][0]}),
             Bad("x", lambda a: {"x": a["x"][None]}),

@@ -11,6 +11,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import emulation
 import pytest
@@ -36,6 +37,7 @@ elif torch.cuda.is_available():
     BACKENDS += GPU_BACKENDS
 # What stands in for our kernels where one instruction set is enough: for tests of what plain PyTorch does not promise.
 FUSED: tuple[str, ...] = tuple(dict.fromkeys(b.partition("-")[0] for b in BACKENDS if b != "torch"))
+CAPTURED = Path(__file__).resolve().parents[2] / "shared/data/cmu_01_01_17joints.npz"  # a walk; not in the repository
 # cuBLAS is deterministic, and allowed where tests ask for determinism, with a workspace of this size.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 _ran: Counter[str] = Counter()
@@ -90,6 +92,13 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_layers_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers of any size are computed as only large ones are elsewhere."""
+    monkeypatch.setattr("hotkernels.nn.linear._LEAST", 1)
+    monkeypatch.setattr("hotkernels.nn.linear._LEAST_ROWS", 1)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -26,6 +26,13 @@ def rounds_tokens(x: Tensor) -> bool:
     return x.is_cuda or bool(os.environ.get("HOTKERNELS_EMULATE_CUDA"))
 
 
+def assert_same(a: DensityPeaks, b: DensityPeaks, but: tuple[str, ...] = ()) -> None:
+    """The same bits in every field, `but` those."""
+    for name in a._fields:
+        left, right = getattr(a, name), getattr(b, name)
+        assert name in but or (left is None and right is None) or torch.equal(left, right), name
+
+
 def check_dpc_knn(args: dict[str, Any], out: DensityPeaks) -> None:
     """Assert that `out` is what dpc_knn(**args) means; on the CPU: there are many small steps, each looked at."""
     coarse = rounds_tokens(out.density)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import attention_cases  # noqa: F401  # registers its ops
 import numpy as np
 import pytest
 import torch
-from cases import OPS, Args, Bad, OpCase, layouts, tensors, upcast
+from cases import OPS, Args, Bad, BadRaw, OpCase, layouts, tensors, upcast
 from conftest import BACKENDS, EMULATED, FUSED, GPU_BACKENDS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -24,16 +25,27 @@ import hotkernels
 from hotkernels.backends import LIBRARIES, why_not
 from hotkernels.backends import OPS as KERNELS
 from hotkernels.bench.workloads import rounding_floor
+from hotkernels.ops.invert_index.reference import invert_index_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def loop(*, inputs: bool = True, dtypes: tuple[torch.dtype, ...] = DTYPES, gradients: bool = False) -> Any:
-    """Parametrise (op, backend, dtype, case). What a backend does not take is one skip that says so."""
+def loop(
+    *,
+    inputs: bool | Callable[[OpCase], Iterable[str]] = True,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    gradients: bool = False,
+    backends: tuple[str, ...] = BACKENDS,
+) -> Any:
+    """Parametrise (op, backend, dtype, case) with all inputs, small ones, or those of a function of the op.
+
+    What a backend does not take is one skip that says so.
+    """
+    cases = inputs if callable(inputs) else (lambda op: op.inputs) if inputs else (lambda op: ["small"])
     rows = []
     for op in (op for op in OPS if op.differentiable or not gradients):
         takes = KERNELS[op.name]["torch"].dtypes
-        for backend in BACKENDS:
+        for backend in backends:
             for dtype in dtypes if takes[0].is_floating_point else takes:
                 label = f"{op.name}-{backend}-{str(dtype).removeprefix('torch.')}"
                 kernel = KERNELS[op.name].get(backend.partition("-")[0])
@@ -44,7 +56,7 @@ def loop(*, inputs: bool = True, dtypes: tuple[torch.dtype, ...] = DTYPES, gradi
                     why = why_not(op.name, backend.partition("-")[0], device, dtype)
                     rows.append(pytest.param(op, backend, dtype, "", id=label, marks=pytest.mark.skip(str(why))))
                     continue
-                for case in op.inputs if inputs else ("small",):
+                for case in cases(op):
                     rows.append(pytest.param(op, backend, dtype, case, id=f"{label}-{case}"))
     return pytest.mark.parametrize(("op", "backend", "dtype", "case"), rows, indirect=["backend"])
 
@@ -115,6 +127,21 @@ def wanted_by(op: OpCase, args: Args) -> tuple[str, ...]:
     return tuple(name for name in op.differentiable if name in args)
 
 
+def random_like(out: Any) -> list[Tensor]:
+    """Gradients of outputs, to a backward pass."""
+    return [torch.randn_like(o, dtype=torch.float64).to(o.dtype) for o in tensors(out)]
+
+
+def answers(op: OpCase, backend: str | None, args: Args, grad_out: list[Tensor]) -> list[Tensor]:
+    """All outputs of a call, and all gradients that it has."""
+
+    def call(**args: Any) -> Any:
+        return op.function(**args, backend=backend)
+
+    wanted = wanted_by(op, args)
+    return [*tensors(call(**args)), *(gradients(call, args, wanted, grad_out) if wanted else ())]
+
+
 @loop()
 def test_forward(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
     args = op.inputs[case](dtype)
@@ -142,7 +169,7 @@ def test_gradients(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> N
     args = op.inputs[case](dtype)
     wanted = wanted_by(op, args)
     assert op.definition is not None
-    grad_out = [torch.randn_like(o, dtype=torch.float64).to(dtype) for o in tensors(op.function(**args))]
+    grad_out = random_like(op.function(**args))
     with poisoned_memory():
         ours = gradients(lambda **a: op.function(**a, backend=backend), args, wanted, grad_out)
     torchs = [
@@ -167,7 +194,7 @@ def test_each_gradient_alone(op: OpCase, backend: str, dtype: torch.dtype, case:
     def ours(**a: Any) -> Any:
         return op.function(**a, backend=backend)
 
-    grad_out = [torch.randn_like(o, dtype=torch.float64).to(dtype) for o in tensors(ours(**args))]
+    grad_out = random_like(ours(**args))
     for name, grad in zip(wanted, gradients(ours, args, wanted, grad_out), strict=True):
         assert_same(gradients(ours, args, (name,), grad_out), (grad,))
     for views in zip(*(layouts(o).values() for o in grad_out), strict=True):
@@ -186,6 +213,31 @@ def test_any_strides(op: OpCase, backend: str, dtype: torch.dtype, case: str) ->
             out = op.function(**{**args, name: view}, backend=backend)
             plain = op.function(**{**args, name: view.contiguous()}, backend=backend)
             assert_same(out, plain, exactly=backend != "torch")  # PyTorch's own sums depend on strides
+
+
+@loop(
+    inputs=lambda op: op.large,
+    dtypes=(torch.float32,) if EMULATED else (torch.float32, torch.bfloat16),
+    backends=tuple(name for name in BACKENDS if name != "triton"),  # in whose interpreter it would take minutes
+)
+def test_any_number_of_threads(op: OpCase, backend: str, dtype: torch.dtype, case: str, threads: None) -> None:
+    """The same bits, every time, but for PyTorch's own sums. An emulated GPU also takes its own in another order."""
+    args = op.large[case](dtype)
+    torch.set_num_threads(1)
+    out = op.function(**args, backend=backend)
+    if op.check:
+        op.check(args, out)
+    grad_out = random_like(out)
+    one = answers(op, backend, args, grad_out)
+    for count in (2, 3, 4) * 2:
+        torch.set_num_threads(count)
+        ours = answers(op, backend, args, grad_out)
+        if backend == "torch" and op.differentiable:  # several of PyTorch's threads may add to one sum
+            for a, b in zip(ours, one, strict=True):
+                atol = 64 * torch.finfo(a.dtype).eps * largest(b[b.isfinite()])
+                torch.testing.assert_close(a, b, rtol=0, atol=atol)
+        else:
+            assert_same(ours, one)
 
 
 @loop(inputs=False, dtypes=(torch.float64,), gradients=True)
@@ -246,6 +298,63 @@ def test_no_gradient_where_none_is_promised(op: OpCase, backend: str, dtype: tor
         assert not any(t.requires_grad for t in tensors(op.function(**args, backend=backend)))
 
 
+def _with_an_index(op: OpCase) -> list[str]:
+    """All inputs with an int64 index that is not empty; of those, the smaller ones in Triton's slow interpreter."""
+    if op.index is None:
+        return []
+    with torch.random.fork_rng(devices=[]):
+        made = {case: make(torch.float32) for case, make in (op.inputs | op.large).items()}
+    found = [
+        case
+        for case, args in made.items()
+        if isinstance(index := args.get(op.index[0]), Tensor) and index.numel() and index.dtype == torch.int64
+    ]
+    return [c for c in found if EMULATED != "triton" or sum(t.numel() for t in tensors(made[c])) < 6000]
+
+
+@loop(inputs=_with_an_index, dtypes=(torch.float32,), backends=tuple(n for n in BACKENDS if "cpp" not in n))
+def test_an_index_out_of_range_is_never_read(
+    op: OpCase, backend: str, dtype: torch.dtype, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it counts as absent, also to PyTorch where our library is missing; inside checked() it is an error."""
+    assert op.index is not None
+    name, tokens = op.index
+    args = (op.inputs | op.large)[case](dtype)
+    index, N = args[name], tokens(args)
+    wrong = torch.tensor([N, N + 1, -2, -1 - N, 1 << 31, 1 << 40, (1 << 62) + 5, (1 << 63) - 1, -(1 << 63)])
+    places = torch.rand(index.shape) < 0.3
+    places.view(-1)[0] = True
+    absent = {**args, name: index.masked_fill(places, -1)}
+    args[name] = torch.where(places, wrong[torch.randint(len(wrong), index.shape)], index)
+    grad_out = random_like(op.function(**absent, backend=backend))
+    with monkeypatch.context() as gpu:
+        gpu.setattr("hotkernels.errors._can_look", lambda values: False)
+        if EMULATED == "triton":  # whose backward would find the C++ kernel, which looks
+            gpu.setattr(torch.ops.hotkernels, "invert_index", invert_index_reference)
+        # PyTorch's own sums have no order.
+        assert_same(answers(op, backend, args, grad_out), answers(op, backend, absent, grad_out), backend != "torch")
+    with hotkernels.checked(), pytest.raises(ValueError, match=rf"^{op.name}: {name} must be -1 or in \[0, {N}\)"):
+        op.function(**args, backend=backend)
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS])
+def test_a_gpu_without_our_library(op: OpCase) -> None:
+    """PyTorch serves it there, forward and backward, and waits for no value: tensors on "meta" have none."""
+    args = op.inputs["small"](torch.float32)
+    expected = answers(op, "torch", args, random_like(op.function(**args)))
+    there = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in args.items()}
+    ours = answers(op, None, there, random_like(op.function(**there)))
+    assert [(t.shape, t.dtype, t.is_contiguous()) for t in ours] == [
+        (t.shape, t.dtype, t.is_contiguous()) for t in expected
+    ]
+
+
+def told(op: str, bad: Bad) -> str:
+    """The one form of an error."""
+    expected, got = re.escape(bad.expected) or ".", re.escape(bad.got) or "."
+    return rf"^({op}): {bad.arg} must be {expected}(?s:.*), got {got}"
+
+
 def _bad_calls() -> list[Any]:
     return [
         pytest.param(op, name, bad, id=f"{op.name}-{name}-{i}-{bad.arg}")
@@ -260,12 +369,30 @@ def _bad_calls() -> list[Any]:
 def test_wrong_arguments(op: OpCase, backend: str, bad: Bad) -> None:
     """On a GPU, values of an index are looked at inside checked() only."""
     args = op.inputs["small"](torch.float32)
-    with (
-        hotkernels.checked(),
-        pytest.raises(bad.error, match=rf"^{op.name}: {bad.arg} must be (?s:.+), got .+$") as raised,
-    ):
+    with hotkernels.checked(), pytest.raises(bad.error, match=told(op.name, bad)) as raised:
         op.function(**{"backend": backend, **args, **bad.change(args)})
     assert type(raised.value) is bad.error
+
+
+def _bad_raw_calls() -> list[Any]:
+    return [
+        pytest.param(op, name, raw, bad, id=f"{raw.operator}-{name}-{i}-{bad.arg}")
+        for op in OPS
+        for name in ("cpp", "cuda")
+        for raw in op.bad_raw
+        for i, bad in enumerate(raw.bad)
+        if name in KERNELS[op.name] and bad.only in ("", name)
+    ]
+
+
+@pytest.mark.parametrize(("op", "backend", "raw", "bad"), _bad_raw_calls(), indirect=["backend"])
+def test_raw_operators_check_for_themselves(op: OpCase, backend: str, raw: BadRaw, bad: Bad) -> None:
+    """Someone who calls torch.ops gets an error too, never a read out of bounds. GPUs do not look at an index."""
+    operator, good = getattr(torch.ops.hotkernels, raw.operator), raw.good()
+    operator(*good.values())
+    message = told(f"{op.name}|invert_index", bad)  # by which some backward passes begin
+    with pytest.raises((ValueError, RuntimeError), match=message):  # see hotkernels.backends.call
+        operator(*{**good, **bad.change(good)}.values())
 
 
 @each_op_on("torch", *FUSED)
@@ -466,3 +593,13 @@ def test_a_gpu_that_refuses_all_is_an_error(op: OpCase, backend: str, gpu: Calla
 
 def test_every_op_is_registered() -> None:
     assert {op.name for op in OPS} == set(KERNELS)
+
+
+@pytest.mark.skipif(LIBRARIES["_C_cpu"] is not None, reason=str(LIBRARIES["_C_cpu"]))
+def test_every_raw_operator_is_registered() -> None:
+    called = {name for op in OPS for name, _ in op.raw(op.inputs["small"](torch.float32))}
+    refused = {raw.operator for op in OPS for raw in op.bad_raw}
+    defined = torch._C._dispatch_get_all_op_names()
+    ours = [name for name in defined if name.startswith("hotkernels::") and not name.startswith("hotkernels::_")]
+    raw = [name for name in ours if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
+    assert called == refused == {name.partition("::")[2] for name in raw}

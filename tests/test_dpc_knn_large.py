@@ -14,7 +14,7 @@ from typing import Any
 import emulation
 import pytest
 import torch
-from dpc_knn_steps import check_dpc_knn
+from dpc_knn_steps import assert_same, check_dpc_knn
 from torch import Tensor
 
 from hotkernels import DensityPeaks, dpc_knn
@@ -48,12 +48,6 @@ DATA: dict[str, Callable[[int, int, int], Tensor]] = {
     "one place": lambda B, N, C: torch.ones(B, N, C),
     "two places": lambda B, N, C: (torch.arange(N) % 2 * 2 - 1.0)[None, :, None].expand(B, N, C),
 }
-
-
-def assert_same(a: DensityPeaks, b: DensityPeaks) -> None:
-    for name in a._fields:
-        left, right = getattr(a, name), getattr(b, name)
-        assert torch.equal(left, right), name
 
 
 @pytest.fixture

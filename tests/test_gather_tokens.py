@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from cases import layouts
 
 from hotkernels import checked, gather_tokens
 from hotkernels.autograd import GatherTokens
-from hotkernels.ops.gather_tokens.reference import gather_tokens_reference
 
 
 @pytest.mark.parametrize(
@@ -136,114 +131,7 @@ def test_a_position_of_another_dtype_is_cast(backend: str) -> None:
     assert torch.equal(gather_tokens(x, index, pos, backend=backend), expected)
 
 
-def test_any_number_of_threads(backend: str, threads: None) -> None:
-    x, index = torch.randn(3, 117, 17, 5, requires_grad=True), torch.randint(-1, 117, (3, 243))
-    grad_out = torch.randn(3, 243, 17, 5)
-    answers = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        out = gather_tokens(x, index, backend=backend)
-        answers.append((out, *torch.autograd.grad(out, x, grad_out)))
-    for out, grad in answers[1:]:
-        assert torch.equal(out, answers[0][0])
-        if backend != "torch":
-            assert torch.equal(grad, answers[0][1])
-
-
-@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
-@pytest.mark.parametrize("M", [50, 9000])
-def test_on_a_gpu_what_is_out_of_range_is_absent(backend: str, M: int) -> None:
-    x, pos, index = torch.randn(2, 9, 5), torch.randn(M, 5), torch.randint(-1, 9, (2, M))
-    wild = torch.tensor([9, 10, 1 << 31, (1 << 62) + 5, -2, -(1 << 63)])[torch.randint(6, (2, M))]
-    out = torch.ops.hotkernels.gather_tokens_fwd(x, torch.where(index < 0, wild, index), pos)
-    assert torch.equal(out, gather_tokens(x, index, pos, backend=backend))
-    grad = torch.ops.hotkernels.gather_tokens_bwd(out, torch.where(index < 0, wild, index), 9)
-    assert torch.equal(grad, torch.ops.hotkernels.gather_tokens_bwd(out, index, 9))
-
-
-def test_a_gpu_without_our_library() -> None:
-    """PyTorch serves it there and waits for no value (tensors on "meta" have none); what is out of range is absent."""
-    x, pos = (torch.zeros(*shape, device="meta", requires_grad=True) for shape in ((2, 9, 3, 4), (5, 4)))
-    gather_tokens(x, torch.zeros(2, 5, dtype=torch.int64, device="meta"), pos).sum().backward()
-    assert x.grad.shape == x.shape
-    x, index = torch.randn(2, 9, 4), torch.tensor([[0, 9, -2], [1 << 62, 8, -1]])
-    absent = index.where((index >= 0) & (index < 9), -1)
-    assert torch.equal(gather_tokens_reference(x, index), gather_tokens(x, absent, backend="torch"))
-
-
 @pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
 def test_the_function_to_build_on(backend: str) -> None:
     x, index = torch.randn(2, 9, 4), torch.randint(9, (2, 5))
     assert torch.equal(GatherTokens.apply(x, index, None), gather_tokens(x, index, backend=backend))
-
-
-# Someone who calls torch.ops directly gets an error too, never a read out of bounds.
-FLOATS = "float32, float16, bfloat16 or float64"
-INDEX = "a contiguous int64 tensor [2, any]"
-POS = "a contiguous float32 tensor [5, 4]"
-
-
-@pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
-@pytest.mark.parametrize(
-    ("arg", "expected", "wrong"),
-    [
-        pytest.param("x", "[B, tokens, ..., C]", lambda x, index: (x[0], index, None), id="x-dims"),
-        pytest.param(
-            "x", "floating, integer or bool", lambda x, index: (x.to(torch.complex64), index, None), id="x-complex"
-        ),
-        pytest.param(
-            "x", FLOATS, lambda x, index: (x.long(), index, torch.zeros(5, 4, dtype=torch.int64)), id="x-int-with-pos"
-        ),
-        pytest.param("index", INDEX, lambda x, index: (x, index.int(), None), id="index-int32"),
-        pytest.param("index", INDEX, lambda x, index: (x, index[:1], None), id="index-batch"),
-        pytest.param("index", INDEX, lambda x, index: (x, index.repeat(1, 2)[:, ::2], None), id="index-strided"),
-        pytest.param("index", INDEX, lambda x, index: (x, index[..., None], None), id="index-dims"),
-        pytest.param("pos", POS, lambda x, index: (x, index, torch.zeros(4, 4)), id="pos-rows"),
-        pytest.param("pos", POS, lambda x, index: (x, index, torch.zeros(5, 3)), id="pos-channels"),
-        pytest.param("pos", POS, lambda x, index: (x, index, torch.zeros(5, 4, 1)), id="pos-dims"),
-        pytest.param("pos", POS, lambda x, index: (x, index, torch.zeros(5, 4).half()), id="pos-half"),
-        pytest.param("pos", POS, lambda x, index: (x, index, torch.zeros(4, 5).T), id="pos-strided"),
-    ],
-)
-def test_the_raw_forward_checks_for_itself(
-    backend: str, arg: str, expected: str, wrong: Callable[..., tuple[Any, ...]]
-) -> None:
-    args = wrong(torch.zeros(2, 9, 4), torch.zeros(2, 5, dtype=torch.int64))
-    with pytest.raises((ValueError, RuntimeError), match=rf"gather_tokens: {arg} must be {re.escape(expected)}.*, got"):
-        torch.ops.hotkernels.gather_tokens_fwd(*args)
-
-
-@pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
-@pytest.mark.parametrize(
-    ("arg", "expected", "wrong"),
-    [
-        pytest.param("grad_out", "[B, tokens, ..., C]", lambda grad, index: (grad[0], index, 9), id="grad_out-dims"),
-        pytest.param("grad_out", FLOATS, lambda grad, index: (grad.long(), index, 9), id="grad_out-int"),
-        pytest.param(
-            "index", "a contiguous int64 tensor [2, 5]", lambda grad, index: (grad, index[:1], 9), id="index-batch"
-        ),
-        pytest.param(
-            "index", "a contiguous int64 tensor [2, 4]", lambda grad, index: (grad[:, :4], index, 9), id="index-tokens"
-        ),
-        pytest.param("num_tokens", "at least 0", lambda grad, index: (grad, index, -1), id="num_tokens-negative"),
-    ],
-)
-def test_the_raw_backward_checks_for_itself(
-    backend: str, arg: str, expected: str, wrong: Callable[..., tuple[Any, ...]]
-) -> None:
-    args = wrong(torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64))
-    with pytest.raises((ValueError, RuntimeError), match=rf"gather_tokens: {arg} must be {re.escape(expected)}.*, got"):
-        torch.ops.hotkernels.gather_tokens_bwd(*args)
-
-
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)  # a GPU would have to be waited for
-@pytest.mark.parametrize(
-    "call",
-    [
-        pytest.param(lambda x, index: torch.ops.hotkernels.gather_tokens_fwd(x, index, None), id="forward"),
-        pytest.param(lambda x, index: torch.ops.hotkernels.gather_tokens_bwd(x[:, :5], index, 9), id="backward"),
-    ],
-)
-def test_raw_operators_look_at_an_index_on_a_cpu(backend: str, call: Callable[..., Any]) -> None:
-    with pytest.raises((ValueError, RuntimeError), match=r"\w+: index must be -1 or in \[0, 9\), got 9"):
-        call(torch.zeros(2, 9, 4), torch.full((2, 5), 9))

@@ -258,26 +258,6 @@ def test_attention_holds_no_matrix_of_logits(backend: str) -> None:
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-@each_op(cases=True, but=tuple(op.name for op in OPS if op.index is None))
-def test_an_index_out_of_range_is_never_read(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
-    """It counts as absent; inside checked() it is an error."""
-    assert op.index is not None
-    name, tokens = op.index
-    args = op.inputs[case](dtype)
-    index = args.get(name)
-    if index is None or index.numel() == 0 or index.dtype != torch.int64:
-        pytest.skip("no int64 index in this input")
-    N = tokens(args)
-    wrong = torch.tensor([N, N + 1, -2, -N, 1 << 31, 1 << 40, (1 << 63) - 1, -(1 << 63)])
-    places = torch.rand(index.shape) < 0.3
-    places.view(-1)[0] = True
-    values = torch.where(places, wrong[torch.randint(len(wrong), index.shape)], index)
-    out = calling(op, backend, {**copies(args), name: values})()
-    assert_same(out, calling(op, backend, {**copies(args), name: index.masked_fill(places, -1)})())
-    with hotkernels.checked(), pytest.raises(ValueError, match=rf"^{op.name}: {name} must be -1 or in \[0, {N}\)"):
-        op.function(**{**args, name: values}, backend=backend)
-
-
 @each_op(cases=True, dtypes=(torch.float32, torch.bfloat16))
 def test_the_same_bits_every_time(op: OpCase, backend: str, dtype: torch.dtype, case: str) -> None:
     call = calling(op, backend, op.inputs[case](dtype))

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
 from hotkernels import dpc_knn, merge_tokens
 from hotkernels.autograd import MergeTokens
-from hotkernels.ops.merge_tokens.reference import merge_tokens_reference
 
 
 def test_mean_of_equal_tokens_is_that_token(backend: str) -> None:
@@ -103,19 +98,6 @@ def test_a_weights_gradient_does_not_see_rounded_means(backend: str, dtype: torc
     assert error <= 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-def test_any_number_of_threads(backend: str, threads: None) -> None:
-    x, weight = torch.randn(2, 351, 300, requires_grad=True), torch.rand(2, 351, requires_grad=True)
-    assignment, grad_out = torch.randint(-1, 81, (2, 351)), torch.randn(2, 81, 300)
-    answers = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        out = merge_tokens(x, assignment, 81, weight, backend=backend)
-        answers.append((out, *torch.autograd.grad(out, (x, weight), grad_out)))
-    for other in answers[1:]:
-        for a, b in zip(answers[0], other, strict=True):
-            assert torch.equal(a, b) or backend == "torch"
-
-
 def test_samples_do_not_depend_on_their_batch(backend: str) -> None:
     x, assignment = torch.randn(3, 117, 33), torch.randint(-1, 39, (3, 117))
     whole = merge_tokens(x, assignment, 39, backend=backend)
@@ -150,31 +132,6 @@ def test_takes_what_dpc_knn_returns(backend: str) -> None:
             torch.testing.assert_close(merged[b, m], x[b][peaks.assignment[b] == m].mean(0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
-@pytest.mark.parametrize("N", [50, 9000])
-def test_on_a_gpu_what_is_out_of_range_is_in_no_cluster(backend: str, N: int) -> None:
-    fwd, bwd = torch.ops.hotkernels.merge_tokens_fwd, torch.ops.hotkernels.merge_tokens_bwd
-    x, weight, assignment = torch.randn(2, N, 5), torch.rand(2, N), torch.randint(-1, 9, (2, N))
-    wild = torch.tensor([9, 10, 1 << 31, (1 << 62) + 5, -2, -(1 << 63)])[torch.randint(6, (2, N))]
-    wild = torch.where(assignment < 0, wild, assignment)
-    out, total, _ = fwd(x, assignment, 9, weight, 1e-6, True)
-    for ours, expected in zip(fwd(x, wild, 9, weight, 1e-6, True), (out, total), strict=False):
-        assert torch.equal(ours, expected)
-    grads = (bwd(torch.ones_like(out), out, total, x, a, weight, True) for a in (wild, assignment))
-    for ours, expected in zip(*grads, strict=True):
-        assert torch.equal(ours, expected)
-
-
-def test_a_gpu_without_our_library() -> None:
-    """PyTorch serves it there and waits for no value ("meta" tensors have none); what is out of range is left out."""
-    x, weight = (torch.zeros(*shape, device="meta", requires_grad=True) for shape in ((2, 9, 4), (2, 9)))
-    merge_tokens(x, torch.zeros(2, 9, dtype=torch.int64, device="meta"), 3, weight).sum().backward()
-    assert x.grad.shape == x.shape
-    x, assignment = torch.randn(1, 5, 4), torch.tensor([[0, 3, -2, 1 << 62, 2]])
-    expected = merge_tokens(x, torch.tensor([[0, -1, -1, -1, 2]]), 3, backend="torch")
-    assert torch.equal(merge_tokens_reference(x, assignment, 3), expected)
-
-
 @pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
 def test_tokens_without_channels_have_weights(backend: str) -> None:
     x, assignment = torch.zeros(1, 3, 0), torch.tensor([[1, 0, 1]])
@@ -187,76 +144,6 @@ def test_the_function_to_build_on(backend: str) -> None:
     x, assignment = torch.randn(2, 9, 4), torch.randint(3, (2, 9))
     expected = merge_tokens(x, assignment, 3, backend=backend)
     assert torch.equal(MergeTokens.apply(x, assignment, 3, None, 1e-6), expected)
-
-
-# Someone who calls torch.ops directly gets an error too, never a read out of bounds.
-ASSIGNMENT = "a contiguous int64 tensor [2, 9]"
-WEIGHT = "a contiguous float32 tensor [2, 9]"
-MEAN = "a contiguous float32 tensor [2, 3, 4]"
-TOTAL = "a contiguous float32 tensor [2, 3]"
-
-
-@pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
-@pytest.mark.parametrize(
-    ("arg", "expected", "wrong"),
-    [
-        pytest.param("x", "[B, N, C]", lambda x, a: (x[0], a, 3, None), id="x-dims"),
-        pytest.param("x", "float32, float16, bfloat16 or float64", lambda x, a: (x.long(), a, 3, None), id="x-int"),
-        pytest.param("num_clusters", "at least 1", lambda x, a: (x, a, 0, None), id="num_clusters-0"),
-        pytest.param("assignment", ASSIGNMENT, lambda x, a: (x, a[:1], 3, None), id="assignment-batch"),
-        pytest.param("assignment", ASSIGNMENT, lambda x, a: (x, a.int(), 3, None), id="assignment-int32"),
-        pytest.param(
-            "assignment", ASSIGNMENT, lambda x, a: (x, a.repeat(1, 2)[:, ::2], 3, None), id="assignment-strided"
-        ),
-        pytest.param("assignment", ASSIGNMENT, lambda x, a: (x, a[..., None], 3, None), id="assignment-dims"),
-        pytest.param("weight", WEIGHT, lambda x, a: (x, a, 3, torch.ones(2, 8)), id="weight-tokens"),
-        pytest.param("weight", WEIGHT, lambda x, a: (x, a, 3, torch.ones(2, 9).double()), id="weight-double"),
-    ],
-)
-def test_the_raw_forward_checks_for_itself(
-    backend: str, arg: str, expected: str, wrong: Callable[..., tuple[Any, ...]]
-) -> None:
-    args = wrong(torch.zeros(2, 9, 4), torch.zeros(2, 9, dtype=torch.int64))
-    with pytest.raises((ValueError, RuntimeError), match=rf"merge_tokens: {arg} must be {re.escape(expected)}.*, got"):
-        torch.ops.hotkernels.merge_tokens_fwd(*args, 0.0, False)
-
-
-@pytest.mark.parametrize("backend", ["cpp", "cuda"], indirect=True)
-@pytest.mark.parametrize(
-    ("arg", "expected", "wrong"),
-    [
-        pytest.param("grad_out", MEAN, lambda grad, mean, total: (grad[:, :2], mean, total), id="grad_out-clusters"),
-        pytest.param(
-            "mean", MEAN, lambda grad, mean, total: (grad, mean[..., :3].contiguous(), total), id="mean-channels"
-        ),
-        pytest.param("mean", "[B, M, C]", lambda grad, mean, total: (grad, mean[0], total), id="mean-dims"),
-        pytest.param("mean", MEAN, lambda grad, mean, total: (grad, mean.double(), total), id="mean-double"),
-        pytest.param("total", TOTAL, lambda grad, mean, total: (grad, mean, total[:1]), id="total-batch"),
-        pytest.param("total", TOTAL, lambda grad, mean, total: (grad, mean, total[..., None]), id="total-dims"),
-        pytest.param(
-            "total", TOTAL, lambda grad, mean, total: (grad, mean, total.repeat(1, 2)[:, ::2]), id="total-strided"
-        ),
-        pytest.param("total", TOTAL, lambda grad, mean, total: (grad, mean, total.double()), id="total-double"),
-    ],
-)
-def test_the_raw_backward_checks_for_itself(
-    backend: str, arg: str, expected: str, wrong: Callable[..., tuple[Any, ...]]
-) -> None:
-    x, assignment = torch.zeros(2, 9, 4), torch.zeros(2, 9, dtype=torch.int64)
-    args = wrong(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.ones(2, 3))
-    with pytest.raises((ValueError, RuntimeError), match=rf"merge_tokens: {arg} must be {re.escape(expected)}.*, got"):
-        torch.ops.hotkernels.merge_tokens_bwd(*args, x, assignment, None, True)
-
-
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)  # a GPU would have to be waited for
-@pytest.mark.parametrize("cluster", [3, -2])
-def test_raw_operators_look_at_an_assignment_on_a_cpu(backend: str, cluster: int) -> None:
-    x, out, total = torch.zeros(2, 9, 4), torch.zeros(2, 3, 4), torch.ones(2, 3)
-    assignment, message = torch.full((2, 9), cluster), rf"assignment must be -1 or in \[0, 3\), got {cluster}"
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        torch.ops.hotkernels.merge_tokens_fwd(x, assignment, 3, None, 0.0, False)
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        torch.ops.hotkernels.merge_tokens_bwd(out, out, total, x, assignment, None, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
