@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 from hotkernels.nn.linear import add_linear, linear
 
-
-@pytest.fixture(autouse=True)
-def _small_layers_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hotkernels.nn.linear._LEAST", 1)
-    monkeypatch.setattr("hotkernels.nn.linear._LEAST_ROWS", 1)
+pytestmark = pytest.mark.usefixtures("small_layers_as_large_ones")
 
 
 @pytest.mark.parametrize("least", [1, 5 * 7 * 4])

@@ -36,10 +36,8 @@ each_model = pytest.mark.parametrize("name", PAIRS)
 
 
 @pytest.fixture(autouse=True)
-def _small_layers_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_tiles(monkeypatch: pytest.MonkeyPatch, small_layers_as_large_ones: None) -> None:
     monkeypatch.setattr("hotkernels.models.layers._TILE", 1024 // torch.get_num_threads())
-    monkeypatch.setattr("hotkernels.nn.linear._LEAST", 1)
-    monkeypatch.setattr("hotkernels.nn.linear._LEAST_ROWS", 1)
 
 
 def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module, Tensor]:
