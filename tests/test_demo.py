@@ -1,25 +1,34 @@
 """The demo: the generated motion, keypoint files good and bad, and the whole run at small sizes."""
 
+from __future__ import annotations
+
 import importlib.util
 import io
 import json
 import pickle
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import CAPTURED
+from torch import Tensor
 
 from hotkernels import demo, explain
 from hotkernels.bench.timing import Timing
 from hotkernels.demo import frames, hourglass, measure
+from hotkernels.demo.frames import Prepared
 from hotkernels.demo.measure import Pair
 from hotkernels.demo.motion import (
     JOINTS,
     LEFT,
     PARENTS,
     RIGHT,
+    Array,
     Keypoints,
     generate_motion,
     load_keypoints,
@@ -28,18 +37,17 @@ from hotkernels.demo.motion import (
 )
 from hotkernels.demo.report import Result, report
 
-REAL = Path(__file__).resolve().parents[2] / "shared/data/cmu_01_01_17joints.npz"
 SMALL = ["--seconds", "3", "--frames", "60", "--keep", "20", "--channels", "32", "--rounds", "2"]
 
 
-def poses(T=12, seed=0):
+def poses(T: int = 12, seed: int = 0) -> Array:
     return np.random.default_rng(seed).uniform(-1, 1, (T, 17, 2))
 
 
 # ---- The generated motion
 
 
-def test_the_skeleton_is_symmetric():
+def test_the_skeleton_is_symmetric() -> None:
     other = dict(zip(RIGHT, LEFT, strict=True))
     for right, left in other.items():
         assert JOINTS[left] == JOINTS[right].replace("right", "left") != JOINTS[right]
@@ -47,7 +55,7 @@ def test_the_skeleton_is_symmetric():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_motion_is_a_plausible_body(seed):
+def test_motion_is_a_plausible_body(seed: int) -> None:
     motion = generate_motion(seed)
     joints = motion.positions_3d
     assert joints.shape == (1000, len(JOINTS), 3)
@@ -64,7 +72,7 @@ def test_motion_is_a_plausible_body(seed):
     assert acceleration.max() < 80.0  # nothing jumps
 
 
-def test_motion_sits_and_turns():
+def test_motion_sits_and_turns() -> None:
     joints = generate_motion(0).positions_3d
     height = np.ptp(joints[..., 1], axis=1)
     assert height.min() < 0.85 * height.max()  # sitting
@@ -74,7 +82,7 @@ def test_motion_sits_and_turns():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_motion_walks_as_a_body_does(seed):
+def test_motion_walks_as_a_body_does(seed: int) -> None:
     """Forwards and upright, each arm with the other leg, on a foot that stays; knees and elbows bend their way."""
     motion = generate_motion(seed)
     joints = motion.positions_3d
@@ -83,10 +91,10 @@ def test_motion_walks_as_a_body_does(seed):
     velocity = np.gradient(joints, axis=0) * motion.fps
     walking = (velocity[:, 0] * ahead).sum(-1) > 0.6
 
-    def before(joint, other):
+    def before(joint: int, other: int) -> Array:
         return ((joints[:, joint] - joints[:, other]) * ahead).sum(-1)
 
-    def together(joint, other):
+    def together(joint: int, other: int) -> float:
         return np.corrcoef(before(joint, 8)[walking], before(other, 8)[walking])[0, 1]
 
     assert walking.mean() > 0.2
@@ -105,13 +113,13 @@ def test_motion_walks_as_a_body_does(seed):
     np.testing.assert_allclose(motion.keypoints_2d, 500 + 1145 * joints[..., :2] / joints[..., 2:])
 
 
-def test_motion_depends_on_the_seed_only():
+def test_motion_depends_on_the_seed_only() -> None:
     one, again, other = generate_motion(3), generate_motion(3), generate_motion(4)
     np.testing.assert_array_equal(one.keypoints_2d, again.keypoints_2d)
     assert np.abs(one.positions_3d - other.positions_3d).max() > 0.1
 
 
-def test_motion_stays_in_the_picture():
+def test_motion_stays_in_the_picture() -> None:
     for seed in range(4):
         keypoints = generate_motion(seed, seconds=8).keypoints_2d
         assert keypoints.min() > 0
@@ -122,7 +130,7 @@ def test_motion_stays_in_the_picture():
 
 
 @pytest.mark.parametrize("key", ["keypoints_2d", "positions_2d"])
-def test_load_plain_array(tmp_path, key):
+def test_load_plain_array(tmp_path: Path, key: str) -> None:
     xy = poses().astype(np.float32)
     xy[3, 2] = np.inf
     np.savez(tmp_path / "a.npz", **{key: xy}, image_size=np.array([640, 480]), fps=np.array(25))
@@ -135,13 +143,13 @@ def test_load_plain_array(tmp_path, key):
 
 @pytest.mark.parametrize("size", [[640], [640, 480, 3], ["640", "480"], [0, 480], [640, np.nan], [np.inf, 480]])
 @pytest.mark.parametrize("fps", [[25, 30], "25"])
-def test_an_image_size_or_rate_of_another_kind_is_left_alone(tmp_path, size, fps):
+def test_an_image_size_or_rate_of_another_kind_is_left_alone(tmp_path: Path, size: list[Any], fps: Any) -> None:
     np.savez(tmp_path / "a.npz", keypoints_2d=poses(), image_size=np.array(size), fps=np.array(fps))
     loaded = load_keypoints(tmp_path / "a.npz")
     assert (loaded.image_size, loaded.fps) == (None, None)
 
 
-def test_load_nested_pickle_only_when_asked(tmp_path):
+def test_load_nested_pickle_only_when_asked(tmp_path: Path) -> None:
     tree = {"S1": {"Walk": [poses(seed=1), poses(seed=2)]}, "S5": {"Sit": [poses(seed=3)]}}
     np.savez(tmp_path / "a.npz", positions_2d=np.array(tree, dtype=object))
     with pytest.raises(ValueError, match=r"demo: --keypoints must be .* as a pickle, which --allow-pickle reads"):
@@ -156,9 +164,9 @@ def test_load_nested_pickle_only_when_asked(tmp_path):
         load_keypoints(tmp_path / "a.npz", allow_pickle=True, sequence="S9/Sit/0")
 
 
-def test_a_pickle_is_not_run_unasked(tmp_path):
+def test_a_pickle_is_not_run_unasked(tmp_path: Path) -> None:
     class Bomb:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             return (exec, ("raise SystemExit('the pickle ran')",))
 
     np.savez(tmp_path / "a.npz", keypoints_2d=np.array(Bomb(), dtype=object))
@@ -201,7 +209,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     return out
 
 
-def test_every_bad_file_gets_one_sentence(tmp_path, capsys):
+def test_every_bad_file_gets_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, (path, reason) in bad_files(tmp_path).items():
         with pytest.raises(ValueError, match=rf"(?s)demo: --keypoints must be an \.npz file .*, got .*{reason}"):
             load_keypoints(path)
@@ -222,12 +230,12 @@ def test_every_bad_file_gets_one_sentence(tmp_path, capsys):
         (["--seed", "-1"], "demo: --seed must be in [0, 9223372036854775807], got -1"),
     ],
 )
-def test_bad_arguments(argv, message, capsys):
+def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main(argv) == 2
     assert capsys.readouterr().err.strip() == message
 
 
-def test_a_sequence_without_whole_frames(tmp_path, capsys):
+def test_a_sequence_without_whole_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     xy = poses()
     xy[:, 0] = np.nan
     np.savez(tmp_path / "a.npz", keypoints_2d=xy)
@@ -235,26 +243,26 @@ def test_a_sequence_without_whole_frames(tmp_path, capsys):
     assert "at least 2 frames that have all 17 joints, got 0" in capsys.readouterr().err
 
 
-def test_poses_without_a_height(tmp_path, capsys):
+def test_poses_without_a_height(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "a.npz", keypoints_2d=np.zeros((50, 17, 2)))
     assert demo.main(["--keypoints", str(tmp_path / "a.npz"), "--out", str(tmp_path)]) == 2
     assert "demo: --keypoints must be poses with a height, got joints that all" in capsys.readouterr().err
 
 
-def test_somebody_who_does_not_move(tmp_path):
+def test_somebody_who_does_not_move(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", keypoints_2d=np.repeat(poses(1), 90, 0))
     assert demo.main(["--keypoints", str(tmp_path / "a.npz"), "--out", str(tmp_path), *SMALL]) == 0
     choices = json.loads((tmp_path / "demo.json").read_text())["choices"]
     assert all(choice["error"] < 1e-12 for choice in choices.values())
 
 
-def test_out_that_is_a_file(tmp_path, capsys):
+def test_out_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("")
     assert demo.main([*SMALL, "--out", str(tmp_path / "out")]) == 2
     assert "demo: --out must be a folder that can be written" in capsys.readouterr().err
 
 
-def test_pixels_and_normalised():
+def test_pixels_and_normalised() -> None:
     assert looks_like_pixels(np.array([[0.0, 500.0]]))
     assert not looks_like_pixels(np.array([[np.nan, -1.2]]))
     np.testing.assert_allclose(normalise(np.array([[0.0, 0.0], [1000, 500], [500, 250]]), 1000, 500),
@@ -265,12 +273,12 @@ def test_pixels_and_normalised():
 
 
 @pytest.mark.parametrize(("length", "window", "starts"), [(9, 9, [0]), (10, 4, [0, 4, 6]), (12, 4, [0, 4, 8])])
-def test_windows_cover_everything(length, window, starts):
+def test_windows_cover_everything(length: int, window: int, starts: list[int]) -> None:
     assert frames.window_starts(length, window) == starts
     assert {f for s in starts for f in range(s, s + window)} == set(range(length))
 
 
-def test_bringing_back_is_linear_and_clamped():
+def test_bringing_back_is_linear_and_clamped() -> None:
     xy = np.arange(10.0)[:, None, None] * np.ones((1, 17, 2))
     back = frames.interpolate(xy, np.array([2, 5, 8]), 10)
     np.testing.assert_allclose(back[2:9], xy[2:9], atol=1e-12)
@@ -278,7 +286,7 @@ def test_bringing_back_is_linear_and_clamped():
     assert (back[9:] == 8).all()
 
 
-def test_bringing_back_overlapping_windows():
+def test_bringing_back_overlapping_windows() -> None:
     xy = poses(10)
     everything = [torch.arange(4)] * 3
     np.testing.assert_array_equal(frames.bring_back(xy, everything, [0, 4, 6], 4), xy)
@@ -288,7 +296,7 @@ def test_bringing_back_overlapping_windows():
     np.testing.assert_array_equal(back[8:], xy[8:])
 
 
-def test_uniform_and_random_choices_keep_to_valid_frames():
+def test_uniform_and_random_choices_keep_to_valid_frames() -> None:
     valid = torch.ones(20, dtype=torch.bool)
     valid[[0, 7, 8]] = False
     for kept in (frames.spread(valid, 6), frames.draw(valid, 6, torch.Generator())):
@@ -299,7 +307,7 @@ def test_uniform_and_random_choices_keep_to_valid_frames():
     assert len(frames.spread(valid, 19)) == 17
 
 
-def test_embedding_is_seeded_and_leaves_the_global_generator_alone():
+def test_embedding_is_seeded_and_leaves_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
     one, same, other = (frames.FrameEmbedding(16, seed)(torch.ones(2, 17, 2)) for seed in (0, 0, 1))
     assert torch.equal(state, torch.get_rng_state())
@@ -308,7 +316,7 @@ def test_embedding_is_seeded_and_leaves_the_global_generator_alone():
     assert not torch.equal(one, other)
 
 
-def test_standardised_tokens_are_centred_and_scaled_by_one_number():
+def test_standardised_tokens_are_centred_and_scaled_by_one_number() -> None:
     tokens, valid = torch.randn(50, 8) * torch.arange(1.0, 9) + 5, torch.ones(50, dtype=torch.bool)
     valid[10:20] = False
     tokens[10:20] = 1e4
@@ -319,12 +327,12 @@ def test_standardised_tokens_are_centred_and_scaled_by_one_number():
     torch.testing.assert_close(scale, scale[:1].expand(8))
 
 
-def prepared(xy, *options):
+def prepared(xy: Array, *options: str) -> Prepared:
     argv = ["--channels", "16", "--keep", "5", *options]
     return frames.prepare(Keypoints(xy, "", (1000, 500)), demo.parse(argv), lambda: None)
 
 
-def test_a_token_is_the_mean_of_its_joints():
+def test_a_token_is_the_mean_of_its_joints() -> None:
     xy, there = poses(160), torch.arange(160) != 100
     xy[100, 3] = np.nan
     p = prepared(xy, "--frames", "80")
@@ -335,12 +343,12 @@ def test_a_token_is_the_mean_of_its_joints():
     assert torch.equal(p.joint_tokens([1])[0], joints[1])
 
 
-def test_a_sequence_shorter_than_a_window_keeps_the_same_share():
+def test_a_sequence_shorter_than_a_window_keeps_the_same_share() -> None:
     p = prepared(poses(12), "--frames", "60", "--keep", "20", "-k", "15")
     assert (p.starts, p.keep, p.k) == ([0], 4, 12)
 
 
-def test_the_definition_knows_mask_noise_and_k():
+def test_the_definition_knows_mask_noise_and_k() -> None:
     xy = poses(120)
     xy[5:9] = np.nan
     p = prepared(xy, "--frames", "60", "-k", "3")
@@ -349,7 +357,7 @@ def test_the_definition_knows_mask_noise_and_k():
     assert torch.equal(frames.definition(p, noise).index.sort().values, torch.stack(kept))
 
 
-def test_the_image_is_as_wide_and_high_as_given_or_as_the_file_says():
+def test_the_image_is_as_wide_and_high_as_given_or_as_the_file_says() -> None:
     xy = 250 * (poses(20) + 1)
     for options, size in (((), (1000, 500)), (("--width", "800"), (800, 500)), (("--height", "700"), (1000, 700))):
         p = prepared(xy, "--frames", "20", *options)
@@ -367,7 +375,7 @@ JUDGED = {
 }
 
 
-def hand_made():
+def hand_made() -> tuple[Any, Any]:
     """A window with one frame a distance of 5 off the line between those kept, and one along a line."""
     xy = np.zeros((8, 17, 2))
     xy[1], xy[7] = (3, 4), np.nan
@@ -380,15 +388,17 @@ def hand_made():
     return SimpleNamespace(xy=xy, height=20.0, starts=[0, 4], x=x, valid=valid), exact
 
 
-def test_what_a_choice_is_judged_by():
+def test_what_a_choice_is_judged_by() -> None:
     choice = frames.judge(*hand_made(), CHOSEN)
     assert vars(choice) == pytest.approx(JUDGED)
     twice = frames.Choice(**{name: 3 * value for name, value in JUDGED.items()})
     assert vars(frames.mean_choice([choice, choice, twice])) == pytest.approx({n: 5 / 3 * v for n, v in JUDGED.items()})
 
 
-def test_figures_are_in_ms_and_mib_the_published_ones_first(monkeypatch, threads):
-    def interleaved(contenders, seconds, least, tick):
+def test_figures_are_in_ms_and_mib_the_published_ones_first(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+    def interleaved(
+        contenders: dict[str, Callable[[], float]], seconds: float, least: int, tick: Any
+    ) -> dict[str, Timing]:
         return {name: Timing(call(), 8.0, 9.0, least) for name, call in contenders.items()}
 
     monkeypatch.setattr(measure, "interleaved", interleaved)
@@ -402,11 +412,11 @@ def test_figures_are_in_ms_and_mib_the_published_ones_first(monkeypatch, threads
 
 
 class Terminal(io.StringIO):
-    def isatty(self):
+    def isatty(self) -> bool:
         return True
 
 
-def test_progress_shows_on_a_slow_terminal_only():
+def test_progress_shows_on_a_slow_terminal_only() -> None:
     for stream, waited, shown in ((Terminal(), 3, True), (Terminal(), 0, False), (io.StringIO(), 3, False)):
         bar = measure.Progress(4, stream)
         bar.start -= waited
@@ -419,12 +429,12 @@ def test_progress_shows_on_a_slow_terminal_only():
 # ---- The hourglass
 
 
-def hourglass_input(seed=0):
-    x = torch.randn(2, 30, 17, 32, generator=torch.Generator().manual_seed(seed))
+def hourglass_input() -> tuple[Tensor, Tensor]:
+    x = torch.randn(2, 30, 17, 32, generator=torch.Generator().manual_seed(0))
     return x, torch.stack([torch.arange(0, 30, 3), torch.arange(10)])
 
 
-def test_hourglasses_share_their_weights_and_answers():
+def test_hourglasses_share_their_weights_and_answers() -> None:
     x, index = hourglass_input()
     eager, ours = hourglass.build(32, 30, 10, 2, seed=0)
     eager.load_state_dict(ours.state_dict(), strict=True)
@@ -440,7 +450,7 @@ def test_hourglasses_share_their_weights_and_answers():
         assert (ours(x, index) - ours(x.roll(1, 0), index)).abs().max() > 0.01
 
 
-def test_the_comparison_sees_a_difference(monkeypatch):
+def test_the_comparison_sees_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     x, index = hourglass_input()
     same = hourglass.compare(x, index, 2, 0, 2, lambda: None)
     assert same.difference < 1e-5
@@ -454,7 +464,7 @@ def test_the_comparison_sees_a_difference(monkeypatch):
     assert worse.float64_error.hotkernels > 1e-3 > worse.float64_error.eager
 
 
-def test_what_the_comparison_measures(monkeypatch):
+def test_what_the_comparison_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {}
     x, index = hourglass_input()
     monkeypatch.setattr(hourglass, "_relative", lambda value, to: (value.shape, to.dtype))
@@ -473,15 +483,15 @@ def test_what_the_comparison_measures(monkeypatch):
     }
 
 
-def test_relative_difference():
+def test_relative_difference() -> None:
     assert hourglass._relative(torch.tensor([1.0, -9.0, 3.0]), torch.tensor([1.0, -8.0, 3.0])) == 1 / 8
 
 
 # ---- The report and the picture
 
 
-def test_the_report_says_which_figure_is_whose():
-    def choice(x):
+def test_the_report_says_which_figure_is_whose() -> None:
+    def choice(x: float) -> frames.Choice:
         return frames.Choice(4 * x, 2 * x, 0.5 * x, 0.1 * x, 0.3 / x)
 
     result = Result(
@@ -514,7 +524,7 @@ def test_the_report_says_which_figure_is_whose():
     assert [word for line in lines for word in headings if line.startswith(word)] == [*headings]
 
 
-def test_the_picture_shows_the_busiest_window_upright(tmp_path, monkeypatch):
+def test_the_picture_shows_the_busiest_window_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = pytest.importorskip("hotkernels.demo.picture")
     xy = 250 * (poses(60) + 1)
     xy[:30] = xy[:1] + np.arange(30)[:, None, None]
@@ -537,7 +547,7 @@ def test_the_picture_shows_the_busiest_window_upright(tmp_path, monkeypatch):
 # ---- The whole run
 
 
-def test_demo_end_to_end(tmp_path, capsys):
+def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main([*SMALL, "--out", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     for word in ("choosing 20 frames of 60, 3 windows", "uniform", "random", "1 thread", "coverage", "hourglass"):
@@ -556,7 +566,7 @@ def test_demo_end_to_end(tmp_path, capsys):
         assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_demo_times_and_compares_the_published_code_and_ours(monkeypatch):
+def test_the_demo_times_and_compares_the_published_code_and_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this order, with the published noise; the random choices are several, and the same on every run."""
     keypoints, args = Keypoints(poses(120), ""), demo.parse([*SMALL, "--keypoints", "a.npz"])
     monkeypatch.setattr(demo, "chosen_by_eager", lambda *call: 3)
@@ -584,11 +594,11 @@ def test_the_demo_times_and_compares_the_published_code_and_ours(monkeypatch):
 
 
 @pytest.mark.parametrize("slower", [True, False])
-def test_threads_that_slow_both_down_are_no_gain(slower, monkeypatch, threads):
+def test_threads_that_slow_both_down_are_no_gain(slower: bool, monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
     torch.set_num_threads(2)
 
-    def times(calls, n, rounds, tick):
-        return {"choose": measure.Pair(100.0 * n if slower else 100.0 / n, 10.0 * n)}
+    def times(calls: Any, n: int, rounds: int, tick: Any) -> dict[str, Pair]:
+        return {"choose": Pair(100.0 * n if slower else 100.0 / n, 10.0 * n)}
 
     monkeypatch.setattr(demo, "times", times)
     args = demo.parse(SMALL)
@@ -599,16 +609,18 @@ def test_threads_that_slow_both_down_are_no_gain(slower, monkeypatch, threads):
     assert ("on 2 threads both are slower than on 1: too little work or a busy machine" in lines) == slower
 
 
-def test_demo_without_matplotlib(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    monkeypatch.delitem(__import__("sys").modules, "hotkernels.demo.picture", raising=False)
+def test_demo_without_matplotlib(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "hotkernels.demo.picture", raising=False)
     assert demo.main([*SMALL, "--out", str(tmp_path)]) == 0
     assert "no picture: " in capsys.readouterr().out
     assert not (tmp_path / "demo.png").exists()
     assert (tmp_path / "demo.json").exists()
 
 
-def test_demo_with_missing_frames_and_few_of_them(tmp_path, capsys):
+def test_demo_with_missing_frames_and_few_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     xy = generate_motion(1, seconds=1).keypoints_2d
     xy[10:14] = np.nan
     xy[30, 5] = np.nan
@@ -624,7 +636,7 @@ def test_demo_with_missing_frames_and_few_of_them(tmp_path, capsys):
     assert all(np.isfinite(list(choice.values())).all() for choice in saved["choices"].values())
 
 
-def test_demo_with_fewer_whole_frames_than_are_kept(tmp_path, capsys):
+def test_demo_with_fewer_whole_frames_than_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     xy = generate_motion(1, seconds=1.2).keypoints_2d
     xy[15:] = np.nan
     np.savez(tmp_path / "a.npz", keypoints_2d=xy)
@@ -634,7 +646,7 @@ def test_demo_with_fewer_whole_frames_than_are_kept(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("who", ["eager", "hotkernels"])
-def test_no_missing_frame_is_kept(who):
+def test_no_missing_frame_is_kept(who: str) -> None:
     x = torch.randn(2, 30, 8)
     valid = torch.ones(2, 30, dtype=torch.bool)
     valid[0, 5:28] = False
@@ -643,10 +655,10 @@ def test_no_missing_frame_is_kept(who):
         assert (kept.diff() > 0).all()
 
 
-def test_demo_on_a_captured_motion(tmp_path, capsys):
-    if not REAL.exists():
-        pytest.skip(f"{REAL.name} is not beside this checkout")
-    argv = ["--keypoints", str(REAL), "--out", str(tmp_path), "--channels", "64", "--rounds", "2"]
+def test_demo_on_a_captured_motion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not CAPTURED.exists():
+        pytest.skip(f"no captured motion at {CAPTURED}")
+    argv = ["--keypoints", str(CAPTURED), "--out", str(tmp_path), "--channels", "64", "--rounds", "2"]
     assert demo.main(argv) == 0
     assert "image of 1000 x 1000 (from the file)" in capsys.readouterr().out
     saved = json.loads((tmp_path / "demo.json").read_text())
