@@ -309,7 +309,7 @@ def _with_an_index(op: OpCase) -> list[str]:
         for case, args in made.items()
         if isinstance(index := args.get(op.index[0]), Tensor) and index.numel() and index.dtype == torch.int64
     ]
-    return [c for c in found if EMULATED != "triton" or sum(t.numel() for t in tensors(made[c])) < 6000]
+    return [c for c in found if EMULATED != "triton" or sum(t.numel() for t in tensors(made[c])) < 5500]
 
 
 @loop(inputs=_with_an_index, dtypes=(torch.float32,), backends=tuple(n for n in BACKENDS if "cpp" not in n))
