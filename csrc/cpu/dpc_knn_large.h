@@ -48,7 +48,7 @@ void tile_distances(const Sample& s, Part& part, int64_t i_begin, int64_t i_end,
     for (int64_t j = std::max(j_begin, i / W * W); j < j_end; j += W) {
       uint32_t cancelled;
       vf d = squared_distance(s.norm[i], load(s.norm + j), load(row + j), cancelled);
-      if (j < i) cancelled &= ~uint32_t{0} << (i - j);  // what is before the diagonal is not used
+      if (j <= i) cancelled &= ~uint32_t{1} << (i - j);  // up to the diagonal nothing is used
       if (cancelled) d = without_cancellation(s, d, cancelled, i, [&](int l) { return j + l; });
       far = vmax(far, d < splat(kInf) ? d : vf{});
       store(row + j, d);

@@ -15,6 +15,7 @@ void mirror_distances(Sample& s, int64_t j0, int64_t j1) {
       for (int l = 0; l < W; ++l) {
         uint32_t cancelled;
         block[l] = squared_distance(s.norm[i0 + l], load(s.norm + j), load(s.dense + (i0 + l) * side + j), cancelled);
+        if (j == i0) cancelled &= ~(uint32_t{1} << l);
         if (cancelled && i0 + l < s.n) {
           block[l] = without_cancellation(s, block[l], cancelled, i0 + l, [&](int lane) { return j + lane; });
         }
