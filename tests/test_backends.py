@@ -267,3 +267,20 @@ def test_checked_can_be_nested_and_is_undone_by_errors() -> None:
     with pytest.raises(KeyError):
         leave_by_an_error()
     assert not errors._looking.get()
+
+
+def test_errors_name_the_first_argument_of_the_op() -> None:
+    with pytest.raises(TypeError, match=r"^invert_index: index must be of a dtype that a backend serves"):
+        hotkernels.explain("invert_index", torch.zeros(2, 3))
+    with pytest.raises(TypeError, match=r"^gathered_attention: query must be of a dtype that a backend serves"):
+        hotkernels.explain("gathered_attention", torch.zeros(1, 1, 2, 8, dtype=torch.int64))
+
+
+def test_tritons_interpreter_takes_the_place_of_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the operators that it has kernels for: float64, which it does not take, goes to PyTorch."""
+    monkeypatch.setattr(backends, "TRITON_DEVICE", "cpu")
+    monkeypatch.setitem(backends.LIBRARIES, "triton", None)
+    query = torch.zeros(1, 1, 2, 8, dtype=torch.float64)
+    assert hotkernels.explain("gathered_attention", query).chosen == "torch"
+    assert "replace the C++ ones" in str(hotkernels.explain("gathered_attention", query).reasons["cpp"])
+    assert backends.why_not("gather_tokens", "cpp", "cpu", query.dtype) == backends.LIBRARIES["_C_cpu"]

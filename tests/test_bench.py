@@ -406,6 +406,7 @@ def test_command_names_the_call(op: str, options: list[str], told: str, capsys: 
             ["--op", "gathered_attention", "--shape", "2,40,64", "--clusters", "9", "-k", "3"],
             "(keys per query), not both",
         ),
+        (["--op", "recovery_attention", "--shape", "2,40,3,512", "--heads", "1"], "num_heads must be at least"),
         (["--op", "invert_index", "--shape", "2,40"], "--shape must be B,Nq,K, got 2 sizes"),
         (["--op", "invert_index", "--shape", "2,40,3", "--dtype", "float32"], "invert_index has no option 'dtype'"),
     ],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hotkernels.baselines import cluster_dpc_knn_eager, merge_tokens_eager
-from hotkernels.compat import chat_univi, ermvp, hot, prunevid, tcformer, token_reduction
+from hotkernels.compat import _published, chat_univi, ermvp, hot, prunevid, tcformer, token_reduction
 
 
 def seeded(seed: int, function: Callable[[], Any]) -> tuple[Any, Tensor]:
@@ -324,6 +324,13 @@ def test_merge_of_half_tokens_keeps_wide_weights() -> None:
     exact = merge_tokens_eager(x.double(), idx_cluster, 3, weight.double())
     torch.testing.assert_close(out["x"].double(), exact, rtol=1e-3, atol=1e-3)
     assert out["agg_weight"].dtype == torch.float32
+
+
+def test_merge_of_int32_clusters_gives_an_index_that_the_next_merge_takes() -> None:
+    x, cells, weight = torch.randn(1, 6, 4), torch.arange(6)[None], torch.ones(1, 6, 1)
+    for idx_cluster in (torch.tensor([[0, 0, 1, 2, 2, 1]]), torch.tensor([[0, 1, 1]])):
+        x, cells, weight = _published.merge(x, cells, weight, idx_cluster.int(), 3 if x.shape[1] == 6 else 2)
+    assert cells.tolist() == [[0, 0, 1, 1, 1, 1]]
 
 
 def test_merge_leaves_out_tokens_in_no_cluster() -> None:

@@ -767,3 +767,10 @@ def test_no_matrix_of_logits_is_kept(backend: str, kind: str) -> None:
         gathered_attention(*args, index, backend=backend)
     assert saved
     assert sum(t.numel() for t in saved) < 40_000
+
+
+def test_autocast_names_the_dtype_that_was_given() -> None:
+    query, key, value = heads(1)
+    error = r"^gathered_attention: key must be a tensor of float64, got float32$"
+    with torch.autocast("cpu"), pytest.raises(TypeError, match=error):
+        gathered_attention(query.double(), key, value)

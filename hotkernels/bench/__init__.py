@@ -153,8 +153,8 @@ def main(argv: Sequence[str]) -> int:
                 + ("" if memory is None else f"{mebibytes(memory):10.1f} MiB extra")
             )
     except (ValueError, TypeError) as error:
-        if not str(error).startswith(f"{args.op}: "):
-            raise  # a defect, which shows where it is
+        if " must be " not in str(error):  # not of the one form: a defect, which shows where it is
+            raise
         parser.error(str(error))
     finally:
         torch.set_num_threads(threads)

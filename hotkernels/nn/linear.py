@@ -29,7 +29,7 @@ _MKL_IS_FAST = LIBRARIES["_C_cpu"] is None and torch.ops.hotkernels._is_intel()
 # The least number of multiplications, and of rows, for which oneDNN is called: a call costs 15 us more than MKL's (40
 # between other work) and packs the weight. Measured: a Zen 4 breaks even at 14 to 25 M multiplications, and loses 5 to
 # 12 % at 8 M and 20 % at 4 M. Estimated from oneDNN's speed there: a Zen 5 breaks even at 8 M, and at 32 rows. 8 M is
-# for both: between 8 and 25 M a Zen 4 loses less than a Zen 5 gains. Intel's are not measured.
+# for both, though a Zen 5's gain is an estimate. Intel's are not measured.
 _LEAST = 1 << 22 if _MKL_IS_FAST else 1 << 23
 _LEAST_ROWS = 192 if _MKL_IS_FAST else 32
 

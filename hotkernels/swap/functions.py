@@ -95,8 +95,8 @@ FORMS: dict[str, list[Form]] = {
 def differences(ours: Callable[..., Any], got: Any, expected: Any) -> tuple[str, int, int]:
     """How results of a clustering differ: ("choices", tokens kept, others), or ("clusters", tokens, elsewhere).
 
-    Choices are counted where they are returned. A token is elsewhere if
-    their clustering separates it from the majority of its cluster in ours.
+    Choices are counted where they are returned. A token is elsewhere if their clustering separates it from the majority
+    of its cluster in ours.
     """
     at = next(form.index for forms in FORMS.values() for form in forms if form.replacement is ours)
     if at is not None:

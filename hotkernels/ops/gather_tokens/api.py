@@ -69,8 +69,8 @@ def gather_tokens(x: Tensor, index: Tensor, pos: Tensor | None = None, *, backen
     Raises:
         ValueError, TypeError: ``gather_tokens: <arg> must be <expected>, got <actual>``.
 
-    Numerics: copies are exact; half types add `pos` in float32 and round once; gradients are
-    summed in float32 (float64 for float64).
+    Numerics: copies are exact; half types add `pos` in float32 and round once; gradients are summed in float32 (float64
+    for float64).
 
     Cost: one read and one write per gathered element, no extra memory; backward O(B (N + M)) integers, none on a GPU
     up to M = 8192.
