@@ -216,6 +216,24 @@ class VisionAttention(nn.Module):
         return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).reshape(B, N, C))))
 
 
+class QvBiasAttention(AttentionEager):
+    """VideoMAE's: a bias for queries and one for values, beside a qkv of which only the weight is used."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__(dim, heads)
+        self.q_bias, self.v_bias = (nn.Parameter(torch.randn(dim)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, _ = x.shape
+        bias = None
+        if self.q_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
+        qkv = nn.functional.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        attn = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(-1))
+        return self.proj_drop(self.proj((attn @ v).transpose(1, 2).reshape(B, N, -1)))
+
+
 class VisionBlock(MixSTEBlock):
     def __init__(self, dim: int, heads: int, drop_path: float, **attention: Any) -> None:
         super().__init__(dim, heads, 2 * dim, drop_path)

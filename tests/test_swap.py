@@ -269,6 +269,7 @@ def test_ddp_afterwards(tmp_path: Path) -> None:
 DROPS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "ViT": (lambda: VisionAttention(32, 4), (torch.randn(3, 5, 32),)),
     "MixSTE": (lambda: AttentionEager(32, 4), (torch.randn(3, 5, 32),)),
+    "VideoMAE": (lambda: published.QvBiasAttention(32, 4), (torch.randn(3, 5, 32),)),
     "MotionBERT": (lambda: eager.MotionBERTAttention(32, 4, "temporal"), (torch.randn(6, 5, 32), 3)),
     "MotionAGFormer": (lambda: published.FramesAttention(32, 32, 4, "temporal"), (torch.randn(2, 3, 5, 32),)),
     "HoT": (lambda: CrossAttentionEager(32, 4), (torch.randn(1, 9, 32).expand(3, -1, -1), *torch.randn(2, 3, 5, 32))),
@@ -308,7 +309,7 @@ def test_arguments_by_the_names_that_the_original_has_for_them(name: str, monkey
     names = [f"its_{i}" for i in range(len(args))]
     renamed: dict[str, Any] = {**vars(published_tcformer), "original": original}
     declared = ", ".join(names)
-    more = ", mask=None" if name in ("ViT", "MixSTE", "MotionAGFormer", "HoT") else ""
+    more = ", mask=None" if name in ("ViT", "MixSTE", "VideoMAE", "MotionAGFormer", "HoT") else ""
     exec(f"def forward(self, {declared}{more}): return original.forward(self, {declared})", renamed)
     module = make()
     module.__class__ = type("Renamed", (original,), {"forward": renamed["forward"]})

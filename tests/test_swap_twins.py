@@ -32,6 +32,14 @@ class RelativeBias(AttentionEager):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 4))
 
 
+class RelativeBiasBesideBiases(published.QvBiasAttention):
+    """BEiT's."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 4)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 4))
+
+
 class Rotary(AttentionEager):
     def forward(self, x: Tensor) -> Tensor:
         B, N, C = x.shape
@@ -353,6 +361,7 @@ class ShortMlp(eager.Mlp):
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "q and k norms": (lambda: VisionAttention(32, 4, qk_norm=True), "it has q_norm, a LayerNorm"),
     "relative bias": (RelativeBias, "it has relative_position_bias_table"),
+    "relative bias beside q_bias": (RelativeBiasBesideBiases, "it has relative_position_bias_table"),
     "rotary": (lambda: Rotary(32, 4), "its output differs from attention"),
     "residual": (Residual, "its output differs from attention"),
     "drop key": (lambda: DropKey(32, 4), "its forward draws random numbers in training"),
@@ -503,6 +512,19 @@ def test_rounding_in_half_precision_of_16_blocks_is_no_difference(dtype: torch.d
     model = eager.HoTMixSTEEager(frames=81, token_num=27, layer_index=3, channels=64, depth=8).to(dtype)
     report = hotkernels.swap(model, example_inputs=torch.randn(2, 81, 17, 2, dtype=dtype))
     assert len(report.replaced) == 17
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("absent", [("q_bias", "v_bias"), ("q_bias",), ()])
+def test_biases_beside_qkv(absent: tuple[str, ...]) -> None:
+    """They are heeded as they are when the module is called; qkv has a bias of its own, which is not used."""
+    module, x = published.QvBiasAttention(32, 4), torch.randn(3, 5, 32)
+    module.qkv.bias = nn.Parameter(torch.randn(96))
+    assert hotkernels.swap(module).replaced
+    for name in absent:
+        setattr(module, name, None)
+    module.v_bias = nn.Parameter(torch.randn(32)) if module.v_bias is not None else None
+    torch.testing.assert_close(module(x), published.QvBiasAttention.forward(module, x))
 
 
 @pytest.mark.parametrize("dim_head", [None, 6])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ..nn.attention import Attention, CrossAttention, cross_attention, self_attention
-from ..nn.linear import calls_onednn, is_fast_on, is_strided, linear
+from ..nn.linear import calls_onednn, is_fast_on, is_strided, linear, multiply
 from ..nn.plain import DROPS, has_hooks, is_idle, is_plain
 from ..ops.gathered_attention import gathered_attention
 from ..ops.gathered_attention.api import MAX_HEAD_DIM, packed_attention
@@ -26,23 +26,25 @@ _ALONG = {"spatial": -2, "temporal": -3}  # mode -> the dim of [B, T, J, C] that
 _LONG, _LONG_SIDES = 300, (12, 25)
 # Linear layers -> how many times C they make of C channels.
 _QKV, _Q_K_V, _Q_KV = {"qkv": 3}, {"linear_q": 1, "linear_k": 1, "linear_v": 1}, {"q": 1, "kv": 2}
+_QV_BIASES = ("q_bias", "v_bias")
 _AFTER = ("proj", "proj_drop")  # what `_project` calls
 _MLP = ("fc1", "act", "fc2")
 _OF_SHAPE = frozenset({"dim", "ndim", "shape", "size"})
 _NOT_GIVEN = object()
 
 
-def _obstacle(module: Any, takes: int, linears: dict[str, int]) -> str | None:
+def _obstacle(module: Any, takes: int, linears: dict[str, int], weights: Iterable[str] = ()) -> str | None:
     """What in its structure keeps a module from being plain attention; None if nothing does.
 
     Args:
         module: with the children that `linears` names.
         takes: arguments of its forward; any further must be off, None or False, by default.
         linears: which layers project, and how many times C they make of C channels.
+        weights: the parameters of its own that the twin knows.
     """
     if isinstance(module, (Attention, CrossAttention)):
         return "it is fused as it is"
-    if obstacle := _forward_obstacle(module, takes):
+    if obstacle := _forward_obstacle(module, takes, weights):
         return obstacle
     if not isinstance(getattr(module, "sr_ratio", 1), int):
         return f"sr_ratio is {module.sr_ratio}"
@@ -70,8 +72,8 @@ def _obstacle(module: Any, takes: int, linears: dict[str, int]) -> str | None:
     return None
 
 
-def _forward_obstacle(module: Any, takes: int) -> str | None:
-    """What in its forward or in weights of its own keeps a module from being replaced."""
+def _forward_obstacle(module: Any, takes: int, weights: Iterable[str] = ()) -> str | None:
+    """What in its forward, or in weights of its own but these, keeps a module from being replaced."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted"
     if type(module).forward is nn.Module.forward:
@@ -84,7 +86,8 @@ def _forward_obstacle(module: Any, takes: int) -> str | None:
     more = [p.name for p in parameters[takes:] if p.default is not None and p.default is not False]
     if more or len(parameters) < takes:
         return f"its forward takes {', '.join(p.name for p in parameters)}"
-    own = [name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
+    held = (*module._parameters.items(), *module._buffers.items())
+    own = [name for name, t in held if t is not None and name not in weights]
     return f"it has {own[0]}" if own else None
 
 
@@ -100,16 +103,18 @@ def _project(module: Any, attended: Tensor) -> Tensor:
     return module.proj_drop(linear(module.proj, attended))
 
 
-def _served(module: Any, layers: Iterable[str], tokens: tuple[Tensor, ...], *more: Any) -> bool:
+def _served(module: Any, uses: Iterable[str], tokens: tuple[Tensor, ...], *more: Any) -> bool:
     """Whether a call is fused: without further arguments, with tokens, and the module does what the probe saw.
+
+    `uses` names the layers, and parameters of the module's own, that the twin uses.
 
     So nothing was set since the swap that its own forward may heed. That forward also runs what a twin would not call:
     dropout on the probabilities, which draws random numbers in their layout, and whatever was put in the place of a
     Dropout or an Identity, or hooked to it.
     """
-    if not as_seen(module):
+    if not as_seen(module, uses):
         return False
-    called = (*layers, *_reducing(module, layers))
+    called = (*uses, *_reducing(module, uses))
     for name, child in module._modules.items():
         if name not in called and child is not None and not is_idle(child):
             return False
@@ -190,6 +195,27 @@ class _Attention(_Published):
         if not _served(self, (*_QKV, *_AFTER), (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         return _project(self, self_attention(self, x))
+
+
+@register_twin
+class _QvBiasAttention(_Published):
+    """VideoMAE's: forward(x [B, N, C]), whose product with qkv's weight takes q_bias and v_bias; keys have no bias."""
+
+    kind = "attention"
+    _hotkernels_first = "qkv"
+
+    @classmethod
+    def fits(cls, module: Any) -> bool | str:
+        biased = _has(module, "qkv") and all(isinstance(getattr(module, b, None), nn.Parameter) for b in _QV_BIASES)
+        return biased and (_obstacle(module, 1, _QKV, _QV_BIASES) or True)
+
+    def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
+        plain = x.dim() == 3 and self.q_bias is not None and self.v_bias is not None
+        if not plain or not _served(self, (*_QKV, *_QV_BIASES, *_AFTER), (x,), *more, *named.values()):
+            return super().forward(x, *more, **named)
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = multiply(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        return _project(self, packed_attention(qkv, self.scale).transpose(1, 2).flatten(2))
 
 
 @register_twin

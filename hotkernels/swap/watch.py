@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ def in_probe(module: Any) -> bool:
     return module.__dict__.get(SEEN) is None
 
 
-def as_seen(module: Any) -> bool:
-    """Whether a swapped module has the attributes and the class's forward of the swap, and no weights of its own.
+def as_seen(module: Any, weights: Iterable[str]) -> bool:
+    """Whether a swapped module has the attributes and the class's forward of the swap, and no own weights but these.
 
     Compared by identity, which is fast; changes inside an object are not noticed.
     """
@@ -53,6 +54,8 @@ def as_seen(module: Any) -> bool:
         if now is not before and not (isinstance(now, _NUMBERS) and type(now) is type(before) and now == before):
             return False
     own = module._parameters or module._buffers
-    if own and any(t is not None for t in (*module._parameters.values(), *module._buffers.values())):
+    if own and any(
+        t is not None and name not in weights for name, t in (*module._parameters.items(), *module._buffers.items())
+    ):
         return False
     return cls._hotkernels_original.forward is cls._hotkernels_forward
