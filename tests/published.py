@@ -234,6 +234,19 @@ class QvBiasAttention(AttentionEager):
         return self.proj_drop(self.proj((attn @ v).transpose(1, 2).reshape(B, N, -1)))
 
 
+class ToMeAttention(AttentionEager):
+    """ToMe's: a merged token counts as often as it has been merged; also returns what tokens are compared by."""
+
+    def forward(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        attn = q @ k.transpose(-2, -1) * self.scale
+        if size is not None:
+            attn = attn + size.log()[:, None, None, :, 0]
+        x = (self.attn_drop(attn.softmax(-1)) @ v).transpose(1, 2).reshape(B, N, C)
+        return self.proj_drop(self.proj(x)), k.mean(1)
+
+
 class VisionBlock(MixSTEBlock):
     def __init__(self, dim: int, heads: int, drop_path: float, **attention: Any) -> None:
         super().__init__(dim, heads, 2 * dim, drop_path)

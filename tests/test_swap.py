@@ -50,8 +50,12 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
 def answer(model: nn.Module, x: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The model's output from a seed, and the random state that it leaves."""
     torch.manual_seed(seed)
-    out = model(x)
-    return out[0] if isinstance(out, tuple) else out, torch.get_rng_state()
+    return first(model(x)), torch.get_rng_state()
+
+
+def first(out: Any) -> Tensor:
+    """The output, or the first of several."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -269,6 +273,7 @@ def test_ddp_afterwards(tmp_path: Path) -> None:
 DROPS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "ViT": (lambda: VisionAttention(32, 4), (torch.randn(3, 5, 32),)),
     "MixSTE": (lambda: AttentionEager(32, 4), (torch.randn(3, 5, 32),)),
+    "ToMe": (lambda: published.ToMeAttention(32, 4), (torch.randn(3, 5, 32), 1 + torch.rand(3, 5, 1))),
     "VideoMAE": (lambda: published.QvBiasAttention(32, 4), (torch.randn(3, 5, 32),)),
     "MotionBERT": (lambda: eager.MotionBERTAttention(32, 4, "temporal"), (torch.randn(6, 5, 32), 3)),
     "MotionAGFormer": (lambda: published.FramesAttention(32, 32, 4, "temporal"), (torch.randn(2, 3, 5, 32),)),
@@ -295,10 +300,10 @@ def test_dropout_on_the_probabilities(name: str) -> None:
         for each in (plain, ours):
             torch.manual_seed(3)
             out = each(*args)
-            out.square().sum().backward()
+            first(out).square().sum().backward()
             results.append([out, torch.get_rng_state(), *(p.grad for p in each.parameters())])
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(plain(*args), module.train()(*args))
+    assert not torch.equal(first(plain(*args)), first(module.train()(*args)))
 
 
 @torch.no_grad()
@@ -308,9 +313,9 @@ def test_arguments_by_the_names_that_the_original_has_for_them(name: str, monkey
     original = type(make())
     names = [f"its_{i}" for i in range(len(args))]
     renamed: dict[str, Any] = {**vars(published_tcformer), "original": original}
-    declared = ", ".join(names)
+    declared = ", ".join(names) + "=None" * (name == "ToMe")
     more = ", mask=None" if name in ("ViT", "MixSTE", "VideoMAE", "MotionAGFormer", "HoT") else ""
-    exec(f"def forward(self, {declared}{more}): return original.forward(self, {declared})", renamed)
+    exec(f"def forward(self, {declared}{more}): return original.forward(self, {', '.join(names)})", renamed)
     module = make()
     module.__class__ = type("Renamed", (original,), {"forward": renamed["forward"]})
     expected = module(*args)
@@ -337,10 +342,10 @@ def test_what_sees_the_probabilities_after_the_swap(name: str, change: str) -> N
         else:
             each.attn_drop.register_full_backward_hook(lambda _, __, out: seen.append(out[0].shape))
     torch.manual_seed(1)
-    out = module(*args)
+    out = first(module(*args))
     out.sum().backward()
     torch.manual_seed(1)
-    expected = plain(*args)
+    expected = first(plain(*args))
     expected.sum().backward()
     assert torch.equal(out, expected)
     assert len(seen) == (2 if "hook" in change and name != "ViT" else 0)  # which gives its probability to the operator

@@ -452,6 +452,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "wide heads": (lambda: AttentionEager(514, 2), "2 heads of 514 channels: a head has at most 256"),
     "meta device": (lambda: AttentionEager(32, 4).to("meta"), "on the meta device nothing can be compared"),
     "scripted": (lambda: torch.jit.trace(AttentionEager(32, 4), torch.ones(1, 2, 32)), "it is scripted"),
+    "scripted, on a grid": (
+        lambda: torch.jit.trace(GridAttention(32, 4), (torch.ones(1, 6, 32), torch.tensor(2), torch.tensor(3))),
+        "it is scripted",
+    ),
 }
 
 

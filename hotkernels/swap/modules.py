@@ -16,7 +16,7 @@ from ..nn.attention import Attention, CrossAttention, cross_attention, self_atte
 from ..nn.linear import calls_onednn, is_fast_on, is_strided, linear, multiply
 from ..nn.plain import DROPS, has_hooks, is_idle, is_plain
 from ..ops.gathered_attention import gathered_attention
-from ..ops.gathered_attention.api import MAX_HEAD_DIM, packed_attention
+from ..ops.gathered_attention.api import MAX_HEAD_DIM, packed_attention, unpack
 from .classes import codes, methods
 from .twins import Twin, register_twin
 from .watch import as_seen, in_probe
@@ -96,6 +96,9 @@ def _has(module: nn.Module, *children: str) -> bool:
 
 
 def _arguments(module: nn.Module) -> int:
+    """How many arguments its forward takes; a scripted one does not say, and gets 2, for a form to refuse it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return 2
     return len(inspect.signature(type(module).forward).parameters) - 1
 
 
@@ -178,6 +181,39 @@ class _Published(Twin):
     @classmethod
     def describe(cls, module: Any) -> str:
         return _described(cls.kind, "attn_drop", module.attn_drop)
+
+
+@register_twin
+class _ProportionalAttention(_Published):
+    """ToMe's: forward(x [B, N, C], size [B, N, 1] = None) -> (out, keys' mean over heads); log(size) adds to logits."""
+
+    kind = "attention to merged tokens"
+    _hotkernels_first = "qkv"
+
+    @classmethod
+    def fits(cls, module: Any) -> bool | str:
+        return _has(module, "qkv") and _arguments(module) == 2 and (_obstacle(module, 1, _QKV) or True)
+
+    @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        x = _tokens(module.qkv, 2, 5)
+        return [(x,), (x, 0.5 + torch.rand_like(x[..., :1]))]
+
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        x = _tokens(module.qkv, 1, _LONG)
+        return [(x, 0.5 + torch.rand_like(x[..., :1]))]
+
+    def forward(self: Any, x: Tensor, size: Any = None, /) -> Any:
+        if x.dim() != 3 or not _served(self, (*_QKV, *_AFTER), (x,)):
+            return super().forward(x, size)
+        qkv = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = unpack(qkv)
+        if size is None:
+            attended: Any = packed_attention(qkv, self.scale)
+        else:
+            attended = gathered_attention(query, key, value, key_bias=size.log()[..., 0], scale=self.scale)
+        return _project(self, attended.transpose(1, 2).flatten(2)), key.mean(1)
 
 
 @register_twin

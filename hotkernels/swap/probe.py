@@ -89,14 +89,15 @@ def leaves(module: nn.Module, args: Any) -> list[Tensor]:
 
 
 def gradients(out: Any, leaves: list[Tensor]) -> Tensor | None:
-    """The gradients of a fixed sum over an output for all leaves, concatenated; None if it has none.
+    """The gradients of a fixed sum over all outputs for all leaves, concatenated; None if it has none.
 
     In one tensor, as `same` compares with the largest value: the gradient of a bias of keys is zero but for rounding.
     """
-    if not isinstance(out, Tensor) or not out.requires_grad:
+    outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+    if not outputs:
         return None
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
-    grads = torch.autograd.grad((out * weight).sum(), leaves, materialize_grads=True)
+    weights = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view(t.shape) for t in outputs]
+    grads = torch.autograd.grad(outputs, leaves, weights, materialize_grads=True)
     return torch.cat([grad.flatten() for grad in grads])
 
 
