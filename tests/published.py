@@ -234,6 +234,22 @@ class QvBiasAttention(AttentionEager):
         return self.proj_drop(self.proj((attn @ v).transpose(1, 2).reshape(B, N, -1)))
 
 
+class PolicyAttention(AttentionEager):
+    """DynamicViT's: in training a policy says which tokens are attended to, beside each one itself."""
+
+    def forward(self, x: Tensor, policy: Tensor | None) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        attn = q @ k.transpose(-2, -1) * self.scale
+        if policy is None:
+            attn = attn.softmax(-1)
+        else:
+            kept = policy.reshape(B, 1, 1, N)
+            weight = (attn - attn.amax(-1, keepdim=True)).exp() * (kept + (1 - kept) * torch.eye(N))
+            attn = (weight + 1e-6 / N) / (weight.sum(-1, keepdim=True) + 1e-6)
+        return self.proj_drop(self.proj((attn @ v).transpose(1, 2).reshape(B, N, C)))
+
+
 class ToMeAttention(AttentionEager):
     """ToMe's: a merged token counts as often as it has been merged; also returns what tokens are compared by."""
 

@@ -531,6 +531,17 @@ def test_biases_beside_qkv(absent: tuple[str, ...]) -> None:
     torch.testing.assert_close(module(x), published.QvBiasAttention.forward(module, x))
 
 
+@torch.no_grad()
+def test_attention_without_a_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one, the module's own forward runs."""
+    module, x, policy = published.PolicyAttention(32, 4), torch.randn(3, 5, 32), torch.rand(3, 5, 1).round()
+    plain, masked = module(x, None), module(x, policy)
+    assert hotkernels.swap(module).replaced == [("", "attention, where policy is None")]
+    assert torch.equal(module(x, policy), masked)
+    monkeypatch.setattr(Tensor, "softmax", None)
+    torch.testing.assert_close(module(x, policy=None), plain)
+
+
 @pytest.mark.parametrize("dim_head", [None, 6])
 def test_attention_by_to_qkv(dim_head: int | None) -> None:
     module = ToQkvAttention(dim_head=dim_head, dropout=0.5 * (dim_head is not None)).eval()

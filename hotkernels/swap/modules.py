@@ -184,6 +184,35 @@ class _Published(Twin):
 
 
 @register_twin
+class _PolicyAttention(_Published):
+    """DynamicViT's: forward(x [B, N, C], policy); without a policy, as in evaluation, it is plain attention."""
+
+    kind = "attention"
+
+    @classmethod
+    def fits(cls, module: Any) -> bool | str:
+        return _has(module, "qkv") and _arguments(module) == 2 and (_obstacle(module, 2, _QKV) or True)
+
+    @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.qkv, 2, 5), None)]
+
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        return [(_tokens(module.qkv, 1, _LONG), None)]
+
+    @classmethod
+    def describe(cls, module: Any) -> str:
+        _, _, policy = inspect.signature(type(module).forward).parameters
+        return _described(f"{cls.kind}, where {policy} is None", "attn_drop", module.attn_drop)
+
+    def forward(self: Any, x: Tensor, policy: Any, /) -> Any:
+        if policy is not None or not _served(self, (*_QKV, *_AFTER), (x,)):
+            return super().forward(x, policy)
+        return _project(self, self_attention(self, x))
+
+
+@register_twin
 class _ProportionalAttention(_Published):
     """ToMe's: forward(x [B, N, C], size [B, N, 1] = None) -> (out, keys' mean over heads); log(size) adds to logits."""
 
