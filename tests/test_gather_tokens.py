@@ -8,6 +8,7 @@ from cases import layouts
 
 from hotkernels import checked, gather_tokens
 from hotkernels.autograd import GatherTokens
+from hotkernels.errors import HALF
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,16 @@ def test_copies_are_exact(backend: str) -> None:
     out = gather_tokens(x, torch.tensor([[2, -1]]), backend=backend)
     assert torch.equal(out[0, 0].view(torch.int32), x[0, 0].contiguous().view(torch.int32))
     assert not out[0, 1].view(torch.int32).any()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("C", [1024, 1021])  # whole registers, and rows that end inside one
+def test_all_values_of_half_types(backend: str, dtype: torch.dtype, C: int) -> None:
+    """Each of the 65,536 is read and, added to another, rounded as PyTorch does: subnormals, overflow, NaN."""
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x, pos = values.view(1, 64, 1024)[..., :C], values[torch.randperm(len(values))].view(64, 1024)[:, :C]
+    out = gather_tokens(x, torch.arange(64)[None], pos, backend=backend)
+    torch.testing.assert_close(out, (x.float() + pos.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_copies_from_any_strides_are_contiguous(backend: str) -> None:

@@ -34,7 +34,9 @@ void gather_tokens_fwd(const GatherTokens& p, int64_t begin, int64_t end) {
           memcpy(to, pos, static_cast<size_t>(p.C) * sizeof(T));
         } else {
           const T* from = static_cast<const T*>(p.x) + token + r * p.x_stride_r;
-          for (int64_t c = 0; c < p.C; ++c) to[c] = E::put(E::get(from[c]) + E::get(pos[c]));
+          each_vector<E>(p.C, [&](int64_t c, auto count) {
+            store_as<E>(to + c, load_as<E>(from + c, count) + load_as<E>(pos + c, count), count);
+          });
         }
       }
     });

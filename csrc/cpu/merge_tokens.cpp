@@ -54,8 +54,8 @@ int64_t merge_tokens_scratch(const MergeTokens& p, int64_t channels) {
 
 void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t c_end, void* scratch) {
   const int64_t* assignment = p.assignment + b * p.N;
-  const int64_t count = c_end - c_begin, out_row = b * p.M * p.C + c_begin;
-  const Scratch s(p, count, scratch);
+  const int64_t channels = c_end - c_begin, out_row = b * p.M * p.C + c_begin;
+  const Scratch s(p, channels, scratch);
   memset(s.left, 0, static_cast<size_t>(p.M) * sizeof *s.left);
   memset(s.begun, 0, static_cast<size_t>(p.M));
   for (int64_t n = 0; n < p.N; ++n) {
@@ -70,10 +70,10 @@ void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t 
     T* out = static_cast<T*>(p.out) + out_row;
     const Sum* total = static_cast<const Sum*>(p.total) + b * p.M;
     const auto sums_of = [&](int64_t m) {
-      if constexpr (in_place) return out + m * p.C; else return s.sums + m * count;
+      if constexpr (in_place) return out + m * p.C; else return s.sums + m * channels;
     };
     for (int64_t m = 0; m < p.M; ++m) {
-      if (s.left[m] == 0 || !in_place) memset(sums_of(m), 0, static_cast<size_t>(count) * sizeof(Sum));
+      if (s.left[m] == 0 || !in_place) memset(sums_of(m), 0, static_cast<size_t>(channels) * sizeof(Sum));
     }
     for (int64_t n = 0; n < p.N; ++n) {
       const int64_t m = assignment[n];
@@ -82,10 +82,11 @@ void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t 
       const Sum w = weight ? E::get(weight[b * p.N + n]) : Sum{1}, scale = Sum{1} / total[m];
       Sum* __restrict sum = sums_of(m);
       const auto add = [&](auto first, auto last) {
-        for (int64_t c = 0; c < count; ++c) {
-          const Sum value = first ? w * E::get(x[c]) : sum[c] + w * E::get(x[c]);
-          sum[c] = last ? value * scale : value;
-        }
+        each_vector<E>(channels, [&](int64_t c, auto count) {
+          Vec<E> value = w * load_as<E>(x + c, count);
+          if (!first) value += load_as<SumOf<E>>(sum + c, count);
+          store_as<SumOf<E>>(sum + c, last ? value * scale : value, count);
+        });
       };
       constexpr std::true_type yes;
       constexpr std::false_type no;
@@ -99,11 +100,12 @@ void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t 
     }
     for (int64_t m = 0; m < p.M && !in_place; ++m) {
       const Sum scale = Sum{1} / total[m];
-      for (int64_t c = 0; c < count; ++c) {
-        const Sum mean = sums_of(m)[c] * scale;
-        if (p.mean) static_cast<Sum*>(p.mean)[out_row + m * p.C + c] = mean;
-        out[m * p.C + c] = E::put(mean);
-      }
+      Sum* mean_row = p.mean ? static_cast<Sum*>(p.mean) + out_row + m * p.C : nullptr;
+      each_vector<E>(channels, [&](int64_t c, auto count) {
+        const Vec<E> mean = load_as<SumOf<E>>(sums_of(m) + c, count) * scale;
+        if (mean_row) store_as<SumOf<E>>(mean_row + c, mean, count);
+        store_as<E>(out + m * p.C + c, mean, count);
+      });
     }
   });
 }
@@ -127,14 +129,23 @@ void merge_tokens_bwd(const MergeTokens& p, int64_t begin, int64_t end) {
       const Sum scale = Sum{1} / static_cast<const Sum*>(p.total)[m];
       const Sum w = weight ? E::get(weight[n]) : Sum{1};
       const T* __restrict grad = static_cast<const T*>(p.grad_out) + m * p.C;
-      for (int64_t c = 0; c < p.C; ++c) grad_x[c] = E::put(E::get(grad[c]) * (w * scale));
-      if (!grad_weight) continue;
+      if (!grad_weight) {
+        each_vector<E>(p.C, [&](int64_t c, auto count) {
+          store_as<E>(grad_x + c, load_as<E>(grad + c, count) * (w * scale), count);
+        });
+        continue;
+      }
       // d out / d w = (x - out) / total, with out as it was before rounding
       const T* __restrict x = static_cast<const T*>(p.x) + b * p.x_stride_b + n % p.N * p.x_stride_n;
       const Sum* __restrict mean = static_cast<const Sum*>(p.mean) + m * p.C;
+      Vec<E> sums{};
+      each_vector<E>(p.C, [&](int64_t c, auto count) {
+        const Vec<E> g = load_as<E>(grad + c, count);
+        store_as<E>(grad_x + c, g * (w * scale), count);
+        sums += g * (load_as<E>(x + c, count) - load_as<SumOf<E>>(mean + c, count));
+      });
       Sum sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < p.C; ++c) sum += E::get(grad[c]) * (E::get(x[c]) - mean[c]);
+      for (int l = 0; l < kLanes<E>; ++l) sum += sums[l];
       grad_weight[n] = E::put(sum * scale);
     }
   });

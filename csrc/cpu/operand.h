@@ -44,9 +44,7 @@ struct Packing<BF16, Pair> {  // ignores `scale`, which would round the operands
   static constexpr int64_t deep = 2;
 
   static vf take(const uint16_t* x, int64_t left) {
-    uint16_t some[2 * W] = {};
-    if (left < 2 * W) x = static_cast<uint16_t*>(memcpy(some, x, static_cast<size_t>(left) * sizeof *x));
-    return (vf)_mm512_loadu_si512(x);
+    return (vf)_mm512_maskz_loadu_epi16(left < 2 * W ? (1u << left) - 1u : ~0u, x);
   }
   static void put(Pair* to, vf operands, float) { store(to, (vu)operands); }
 

@@ -102,31 +102,34 @@ inline float reduce_max(vf v) {
   return m;
 }
 
-inline float from_bf16(uint16_t h) { return bits_as<float>(static_cast<uint32_t>(h) << 16); }
+// Half types as bits, of one value (F float, U uint32_t) or of a vector. Rounded to the nearest, ties to even, as PyTorch
+// does; NaN stays NaN.
+template <class F, class U>
+inline F from_bf16(U h) { return bits_as<F>(h << 16); }
 
-// Round to nearest even, as PyTorch does; NaN stays NaN.
-inline uint16_t to_bf16(float x) {
-  const uint32_t u = bits_as<uint32_t>(x);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+template <class F, class U>
+inline U to_bf16(F x) {
+  const U u = bits_as<U>(x);
+  return x == x ? (u + 0x7fffu + ((u >> 16) & 1u)) >> 16 : U{} + 0x7fc0u;
 }
 
-// Integer arithmetic only, so that it vectorises on every instruction set: the exponent is moved by a multiplication.
-inline float from_f16(uint16_t h) {
-  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13;
-  const float scaled = bits_as<float>(magnitude) * 0x1p112f;
-  const uint32_t inf_or_nan = magnitude >= (0x1fu << 23) ? 0x7f800000u | magnitude : bits_as<uint32_t>(scaled);
-  return bits_as<float>(inf_or_nan | static_cast<uint32_t>(h & 0x8000u) << 16);
+// The exponent is moved by a multiplication.
+template <class F, class U>
+inline F from_f16(U h) {
+  const U magnitude = (h & 0x7fffu) << 13, scaled = bits_as<U>(bits_as<F>(magnitude) * 0x1p112f);
+  return bits_as<F>((magnitude >= (0x1fu << 23) ? 0x7f800000u | magnitude : scaled) | (h & 0x8000u) << 16);
 }
 
-// Round to nearest even through the float adder: adding 2^k aligns the mantissa so that the hardware rounds it.
-inline uint16_t to_f16(float x) {
-  const uint32_t sign = (bits_as<uint32_t>(x) >> 16) & 0x8000u;
-  const float a = bits_as<float>(bits_as<uint32_t>(x) & 0x7fffffffu);
-  if (!(a < 65520.0f)) return static_cast<uint16_t>(sign | (a != a ? 0x7e00u : 0x7c00u));
-  if (a < 0x1p-14f) return static_cast<uint16_t>(sign | (bits_as<uint32_t>(a + 0.5f) - bits_as<uint32_t>(0.5f)));
-  const uint32_t u = bits_as<uint32_t>(a);
-  return static_cast<uint16_t>(sign | ((u + 0xfffu + ((u >> 13) & 1u) - (112u << 23)) >> 13));
+// Subnormals are rounded by the float adder: adding 0.5 aligns the mantissa.
+template <class F, class U>
+inline U to_f16(F x) {
+  const U sign = (bits_as<U>(x) >> 16) & 0x8000u, u = bits_as<U>(x) & 0x7fffffffu;
+  const F a = bits_as<F>(u);
+  const U normal = (u + 0xfffu + ((u >> 13) & 1u) - (112u << 23)) >> 13;
+  const U subnormal = bits_as<U>(a + 0.5f) - bits_as<uint32_t>(0.5f);
+  const U magnitude = a < 0x1p-14f ? subnormal : normal;
+  const U inf_or_nan = a == a ? U{} + 0x7c00u : U{} + 0x7e00u;
+  return sign | (a < 65520.0f ? magnitude : inf_or_nan);
 }
 
 // out[c] = float(x[c * stride]) for c < count.
@@ -142,9 +145,9 @@ inline void load_row(const void* x, DType dtype, int64_t offset, int64_t stride,
   }
   const uint16_t* p = static_cast<const uint16_t*>(x) + offset;
   if (dtype == DType::bf16) {
-    for (int64_t c = 0; c < count; ++c) out[c] = from_bf16(p[c * stride]);
+    for (int64_t c = 0; c < count; ++c) out[c] = from_bf16<float, uint32_t>(p[c * stride]);
   } else {
-    for (int64_t c = 0; c < count; ++c) out[c] = from_f16(p[c * stride]);
+    for (int64_t c = 0; c < count; ++c) out[c] = from_f16<float, uint32_t>(p[c * stride]);
   }
 }
 
