@@ -102,8 +102,8 @@ inline float reduce_max(vf v) {
   return m;
 }
 
-// Half types as bits, of one value (F float, U uint32_t) or of a vector. Rounded to the nearest, ties to even, as PyTorch
-// does; NaN stays NaN.
+// Half types as bits, of one value (F float, U uint32_t) or of a vector. Rounded to the nearest, ties to even, as
+// PyTorch does; NaN stays NaN.
 template <class F, class U>
 inline F from_bf16(U h) { return bits_as<F>(h << 16); }
 
