@@ -553,17 +553,19 @@ OPS.append(
             "243 noise": _peaks(2, 243, 64, 81, 2, motion, noise=lambda: torch.rand(2, 243) * 1e-6),
             "243 large noise": _peaks(2, 243, 64, 81, noise=lambda: torch.randn(2, 243)),
             "351 keep": _peaks(2, 351, 33, 117, 5, motion, keep=lambda: [175, 0, 175]),
-            "385, the first with lists": _peaks(1, 385, 9, 77),
+            "385": _peaks(1, 385, 9, 77),
+            "817, the first with lists": _peaks(1, 817, 9, 163),
             "1000": _peaks(1, 1000, 16, 333),
             "1000 smooth": _peaks(2, 1000, 17, 250, 2, motion, noise=lambda: torch.rand(2, 1000) * 1e-6),
             "1000 masked": _peaks(2, 1000, 8, 63, mask=lambda: torch.rand(2, 1000) < 0.7, ordered=lambda: True),
             "1000 keep": _peaks(2, 1000, 8, 63, keep=lambda: torch.tensor([[-1, 999, 5], [5, 5, 0]])),
             "M=1": _peaks(2, 63, 5, 1),
-            "M=1 of many": _peaks(1, 500, 5, 1),
+            "M=1 of many": _peaks(1, 820, 5, 1),
             "N=1": _peaks(2, 1, 5, 1, 1),
             "C=1": _peaks(2, 39, 1, 13),
             "k=1": _peaks(2, 39, 5, 13, 1),
             "k=N": _peaks(2, 39, 5, 13, 39),
+            "k=20, few valid": _peaks(3, 39, 5, 13, 20, mask=lambda: torch.arange(39) < torch.tensor([[0], [1], [5]])),
             "k=N with lists, some masked": _peaks(1, 450, 5, 13, 450, mask=lambda: torch.rand(1, 450) < 0.95),
             "B=0": _peaks(0, 17, 5, 4),
             "39 around 0, masked": _peaks(2, 39, 5, 13, data=torch.randn, mask=lambda: torch.rand(2, 39) < 0.7),
@@ -582,7 +584,7 @@ OPS.append(
         bad_raw=_peaks_bad_raw(),
         large={
             f"{B} x {N} to {M}, {data.__name__}": _peaks_with_ties(B, N, M, data)
-            for B, N, M in ((2, 63, 9), (1, 243, 81), (1, 700, 233), (2, 700, 7), (3, 1153, 384))
+            for B, N, M in ((2, 63, 9), (1, 243, 81), (1, 700, 233), (2, 900, 7), (3, 1153, 384))
             for data in (motion, cloud)
         },
         tiny=lambda n, C: {"x": torch.randn(n, 9, C), "num_clusters": 3, "k": 2},

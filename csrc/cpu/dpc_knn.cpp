@@ -1,4 +1,4 @@
-// DPC-kNN of one sample in one pass over its distances, without an N x N matrix.
+// DPC-kNN of one sample in one pass over its distances; N x N of them are held only of few tokens, in cache.
 //
 // Tokens are centred and packed into panels; only tiles on and above the diagonal are multiplied, and each squared
 // distance d2 = (|x_i|^2 + |x_j|^2) - 2 <x_i, x_j> serves tokens i and j: the same number for both. The few that
@@ -69,10 +69,10 @@ int64_t dpc_knn_scratch(const DpcKnn& p, int32_t threads) {
 void dpc_knn_fwd(const DpcKnn& p, int64_t b, void* scratch, const Runner& runner) {
   Sample s(p, b, runner.threads, scratch);
   find_valid(p, b, s);
-  const bool dense = s.n <= kDense;
+  const bool dense = s.n <= kDense && p.k <= kDenseK;
   if (dense) {
     dense_distances(p, b, s, runner);
-    dense_densities(p, s, runner);
+    dense_densities(p, s, runner, std::make_integer_sequence<int, kDenseK>());
   } else {
     pack(p, b, s, 0, p.C, runner);
     find_neighbours(p, s, runner);

@@ -12,10 +12,12 @@
 namespace hotkernels::HK_ISA {
 namespace {
 
-constexpr int64_t kDense = 384;          // 384^2 floats are 0.6 MB: they fit the second-level cache
-constexpr int64_t kDenseChannels = 256;  // packed at a time up to kDense: 384 x 256 floats, 0.4 MB, fit there too
-constexpr int64_t kBlock = 192;          // tokens per side of a tile of distances beyond kDense
-constexpr int64_t kListMin = 16;         // kept per token beyond kDense: fewer leave more to the second search
+// Up to so many tokens, and neighbours per density, all distances of a sample are held: 816^2 floats are 2.7 MB, a core's
+// share of caches. With 1,024 they are still faster than lists, with 1,280 no longer (Zen 4: 1 MB, and 32 MB shared).
+constexpr int64_t kDense = 816, kDenseK = 16;
+constexpr int64_t kDenseChannels = 256;  // packed at a time then: 816 x 256 floats are 0.8 MB
+constexpr int64_t kBlock = 192;          // tokens per side of a tile of distances beyond
+constexpr int64_t kListMin = 16;         // kept per token beyond: fewer leave more to the second search
 constexpr float kInf = __builtin_inff();
 static_assert(kBlock % P == 0 && kDense % P == 0 && W % R == 0);
 
@@ -36,7 +38,6 @@ struct Candidate {  // best first
 
 // What one thread needs for itself.
 struct Part {
-  float* row;          // [kDense] distances of one token, where k is large
   float* tile;         // [kBlock, kBlock] dot products, then squared distances
   float* distance;     // [N, list] squared distances, ascending
   int32_t* neighbour;  // [N, list]
@@ -53,7 +54,7 @@ struct Sample {
   int32_t* position;       // [N] where in the sample a token stands
   float* pivot;            // [C]
   float *row, *third;      // [C]
-  float* panels;           // [Np / P, C, P]; up to kDense tokens, kDenseChannels of the C at a time
+  float* panels;           // [Np / P, C, P]; where all distances are held, kDenseChannels of the C at a time
   float* norm;             // [Np]
   float* r;                // [Np] mean of the k smallest squared distances
   int32_t* rank;           // [Np] 0 = densest
@@ -68,7 +69,7 @@ struct Sample {
   int64_t gathered_max;    // tokens that fit in:
   float* gathered;         // [gathered_max / P, C, P] what a second search looks through
   float* gathered_norm;    // [gathered_max]
-  float* dense;            // [kDense, kDense]
+  float* dense;            // [kDense, kDense] squared distances, if k is at most kDenseK
   int64_t parts;
   Part* part;
 
@@ -76,7 +77,7 @@ struct Sample {
       : call(&p), b(b), parts(parts) {
     Arena a{reinterpret_cast<uintptr_t>(scratch)};
     const int64_t np = round_up(p.N, P);
-    const bool large = p.N > kDense;
+    const bool large = p.N > kDense || p.k > kDenseK;
     list = std::max(kListMin, round_up(p.k - 1, W));
     position = a.take<int32_t>(p.N);
     pivot = a.take<float>(p.C);
@@ -94,7 +95,7 @@ struct Sample {
     slot = a.take<int32_t>(np);
     nearest = a.take<int32_t>(p.N);
     pending = a.take<int32_t>(p.N);
-    const int64_t side = std::min(np, kDense);
+    const int64_t side = p.k > kDenseK ? 0 : std::min(np, kDense);
     dense = a.take<float>(side * side);
     part = a.take<Part>(parts);
     gathered_max = large ? std::max(p.assign ? round_up(p.M, P) : 0, round_up(p.N / 4, P)) : 0;
@@ -102,7 +103,6 @@ struct Sample {
     gathered_norm = a.take<float>(gathered_max);
     for (int64_t q = 0; q < parts; ++q) {
       Part here{};
-      here.row = a.take<float>(kDense);
       if (large) {
         here.tile = a.take<float>(kBlock * kBlock);
         here.distance = a.take<float>(p.N * list);

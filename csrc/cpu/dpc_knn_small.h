@@ -1,4 +1,4 @@
-// Clustering up to kDense tokens: all distances stay in cache, and every step reads them again.
+// Clustering few tokens: all distances stay in cache, and every step reads them again.
 #pragma once
 #include "dpc_knn_sample.h"
 
@@ -52,11 +52,11 @@ void dense_distances(const DpcKnn& p, int64_t b, Sample& s, const Runner& runner
 template <int K>
 inline void dense_density(const Sample& s, int64_t j, int64_t side, float denominator) {
   vf nearest[K];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int e = 0; e < K; ++e) nearest[e] = splat(kInf);
   for (int64_t i = 0; i < s.n; ++i) {
     vf d = load(s.dense + i * side + j);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int e = 0; e < K; ++e) {
       const vf nearer = vmin(nearest[e], d);
       d = vmax(nearest[e], d);
@@ -64,7 +64,7 @@ inline void dense_density(const Sample& s, int64_t j, int64_t side, float denomi
     }
   }
   vf sum{};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int e = 0; e < K; ++e) sum += nearest[e];
   store(s.r + j, sum / denominator);
 }
@@ -77,29 +77,12 @@ void dense_columns(Sample& s, const Runner& runner, const Body& body) {
   });
 }
 
-void dense_densities(const DpcKnn& p, Sample& s, const Runner& runner) {
+template <int... K>
+void dense_densities(const DpcKnn& p, Sample& s, const Runner& runner, std::integer_sequence<int, K...>) {
   const int64_t side = round_up(s.n, P), k = std::min(p.k, s.n);
   const float denominator = static_cast<float>(k) * static_cast<float>(p.C);
-  dense_columns(s, runner, [&](Part& part, int64_t j) {
-    switch (k) {
-      case 1: return dense_density<1>(s, j, side, denominator);
-      case 2: return dense_density<2>(s, j, side, denominator);
-      case 3: return dense_density<3>(s, j, side, denominator);
-      case 4: return dense_density<4>(s, j, side, denominator);
-      case 5: return dense_density<5>(s, j, side, denominator);
-      case 6: return dense_density<6>(s, j, side, denominator);
-      case 7: return dense_density<7>(s, j, side, denominator);
-      case 8: return dense_density<8>(s, j, side, denominator);
-      default: break;
-    }
-    float* row = part.row;
-    for (int64_t i = j; i < std::min(j + W, s.n); ++i) {
-      std::copy(s.dense + i * side, s.dense + i * side + s.n, row);
-      std::partial_sort(row, row + k, row + s.n, kAscending);
-      double sum = 0;  // of up to as many terms as there are tokens
-      for (int64_t e = 0; e < k; ++e) sum += row[e];
-      s.r[i] = static_cast<float>(sum) / denominator;
-    }
+  dense_columns(s, runner, [&](Part&, int64_t j) {
+    ((k == K + 1 ? dense_density<K + 1>(s, j, side, denominator) : void()), ...);
   });
 }
 
