@@ -12,8 +12,8 @@
 namespace hotkernels::HK_ISA {
 namespace {
 
-// Up to so many tokens, and neighbours per density, all distances of a sample are held: 816^2 floats are 2.7 MB, as much
-// as a core has of the caches. Up to 1,024 they are faster than lists, 1,280 no longer (Zen 4: 1 MB, and 32 MB shared).
+// Up to so many tokens, and neighbours per density, all distances of a sample are held: 816^2 floats are 2.7 MB, a
+// core's share of caches. Up to 1,024 that is faster than lists, 1,280 no longer (Zen 4: 1 MB, and 32 MB shared).
 constexpr int64_t kDense = 816, kDenseK = 16;
 constexpr int64_t kDenseChannels = 256;  // packed at a time then: 816 x 256 floats are 0.8 MB
 constexpr int64_t kBlock = 192;          // tokens per side of a tile of distances beyond
