@@ -343,23 +343,26 @@ def broadcastable(shape: torch.Size, to: tuple[int, ...]) -> bool:
     return True
 
 
+def rows_of_index(dims: int, batch: tuple[int, ...], H: int, Nq: int) -> tuple[int, ...] | None:
+    """What an index's dims but the last broadcast to: of a set, per query, or per head and query; None if it is neither."""
+    return {2: (batch[0],), len(batch) + 2: (*batch, Nq), len(batch) + 3: (*batch, H, Nq)}.get(dims)
+
+
+def fits_rows(index: Tensor, rows: tuple[int, ...]) -> bool:
+    """Whether an index has these rows. Sets and heads broadcast, queries do not."""
+    return broadcastable(index.shape[:-1], rows) and (len(rows) == 1 or index.shape[-2] == rows[-1])
+
+
 def _checked_index(index: Tensor, batch: tuple[int, ...], H: int, Nq: int, device: torch.device) -> Tensor:
     meanings = (
         "[B, M] (one set of keys per sample), [*batch, Nq, K] (per query) or [*batch, H, Nq, K] (per head and query)"
     )
     check_tensor(_OP, "index", index, meanings, INTEGER, device=device)
-    n = len(batch)
-    if index.dim() == 2:
-        full: tuple[int, ...] = (batch[0],)
-    elif index.dim() == n + 2:
-        full = (*batch, Nq)
-    elif index.dim() == n + 3:
-        full = (*batch, H, Nq)
-    else:
+    rows = rows_of_index(index.dim(), batch, H, Nq)
+    if rows is None:
         fail(_OP, "index", f"{meanings}, batch being {list(batch)}", list(index.shape))
-    query_dim = index.dim() - 2
-    if not broadcastable(index.shape[:-1], full) or (index.dim() > 2 and index.shape[query_dim] != Nq):
-        fail(_OP, "index", f"{[*full, 'slots']}".replace("'", ""), list(index.shape))
+    if not fits_rows(index, rows):
+        fail(_OP, "index", f"{[*rows, 'slots']}".replace("'", ""), list(index.shape))
     if index.shape[-1] < 1:
         fail(_OP, "index", "of at least one slot", list(index.shape))
     return index.long().contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import FUSED, fail, names
 from ...launcher import Launch, cdiv, launch, next_power_of_2, prepare
-from .api import MAX_HEAD_DIM, token_major
+from .api import MAX_HEAD_DIM, broadcastable, fits_rows, rows_of_index, token_major
 from .kernels import (
     gathered_attention_long_fwd_kernel,
     gathered_attention_per_query_fwd_kernel,
@@ -94,15 +94,13 @@ class Problem:
 
     def _take_index(self, op: str, index: Tensor) -> Strides:
         """Check it; its (b, j, h, q) strides."""
-        batch, n = self.batch, index.dim()
-        self.per_head = n == len(batch) + 3
-        self.per_query = n > 2
-        full = (batch[0], None) if n == 2 else (*batch, *([self.H] if self.per_head else []), self.Nq, None)
-        fits = n == len(full) and all(s in (1, f) or f is None for s, f in zip(index.shape, full, strict=True))
-        if not fits or (self.per_query and index.shape[-2] != self.Nq) or index.shape[-1] < 1:
+        batch, dims = self.batch, index.dim()
+        rows = rows_of_index(dims, batch, self.H, self.Nq)
+        if rows is None or not fits_rows(index, rows) or index.shape[-1] < 1:
             fail(
                 op, "index", f"[B, M], [*batch, Nq, K] or [*batch, H, Nq, K], batch = {list(batch)}", list(index.shape)
             )
+        self.per_query, self.per_head = dims > 2, dims == len(batch) + 3
         if index.dtype != torch.int64 or not index.is_contiguous():
             fail(op, "index", "a contiguous tensor of int64", f"{index.dtype} of strides {index.stride()}", TypeError)
         self.S = index.shape[-1]
@@ -116,7 +114,7 @@ class Problem:
         return b, j, rest[0] if rest else 0
 
     def _check_added(self, op: str, arg: str, t: Tensor, full: tuple[int, ...]) -> None:
-        if t.dim() != len(full) or not all(s in (1, f) for s, f in zip(t.shape, full, strict=True)):
+        if t.dim() != len(full) or not broadcastable(t.shape, full):
             fail(op, arg, f"broadcastable to {list(full)}", list(t.shape))
         if t.dtype != torch.float32:
             fail(op, arg, "a tensor of float32", t.dtype, TypeError)
