@@ -344,7 +344,7 @@ def broadcastable(shape: torch.Size, to: tuple[int, ...]) -> bool:
 
 
 def rows_of_index(dims: int, batch: tuple[int, ...], H: int, Nq: int) -> tuple[int, ...] | None:
-    """What an index's dims but the last broadcast to: of a set, per query, or per head and query; None if it is neither."""
+    """What the dims of an index but the last broadcast to: a set, per query, or per head and query; else None."""
     return {2: (batch[0],), len(batch) + 2: (*batch, Nq), len(batch) + 3: (*batch, H, Nq)}.get(dims)
 
 
