@@ -203,6 +203,22 @@ class NeedsMask(AttentionEager):
         return super().forward(x) * mask
 
 
+class AnyNumber(AttentionEager):
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        return super().forward(x) * (1 + len(more) - more.count(None))
+
+
+class DetachedMetric(published.ToMeAttention):
+    def forward(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, metric = super().forward(x, size)
+        return x, metric.detach()
+
+
+class ScaledUnlessNone(AttentionEager):
+    def forward(self, x: Tensor, by: float | None = 2.0) -> Tensor:
+        return super().forward(x) * (1.0 if by is None else by)
+
+
 class Window(AttentionEager):
     def forward(self, x: Tensor) -> Tensor:
         windows = x.unflatten(1, (-1, 7))
@@ -419,6 +435,8 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "to_qkv with another norm": (lambda: of_to_qkv(norm=nn.Identity()), "it has norm, a Identity"),
     "hooked softmax": (hooked_softmax, "attend has hooks, which would not run"),
     "needs a mask": (lambda: NeedsMask(32, 4), "its forward takes x, mask"),
+    "any number of arguments": (lambda: AnyNumber(32, 4), "its forward takes x, more"),
+    "second output detached": (lambda: DetachedMetric(32, 4), "it returns a tuple"),
     "windows": (lambda: Window(32, 4), "its forward or its gradient fails (RuntimeError)"),
     "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its mode is vanilla, not spatial or temporal"),
     "other default": (
@@ -748,6 +766,9 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], An
         lambda: type("Later", (LaterProjection, eager.Mlp), {})(32, 64),
         lambda m, x: (torch.manual_seed(1), later(m), m(x))[-1],
     ),
+    "no second argument": (lambda: ScaledUnlessNone(32, 4), lambda m, x: m(x)),
+    "another second argument": (lambda: ScaledUnlessNone(32, 4), lambda m, x: m(x, by=3.0)),
+    "None as second argument": (lambda: ScaledUnlessNone(32, 4), lambda m, x: m(x, None)),
     "no context": (lambda: SelfUnlessContext(32, 4), lambda m, x: m(x)),
     "None as context": (lambda: SelfUnlessContext(32, 4), lambda m, x: m(x, None)),
     "context by name": (lambda: SelfUnlessContext(32, 4), lambda m, x: m(x, context=x + 1)),

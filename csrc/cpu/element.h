@@ -89,7 +89,6 @@ inline __m256i first_lanes(int64_t count) {
   static constexpr int32_t kOnesThenZeros[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnesThenZeros + 8 - count));
 }
-
 #endif
 
 // The first `count` < lanes values; the rest is 0 and not read.

@@ -96,10 +96,14 @@ def _has(module: nn.Module, *children: str) -> bool:
 
 
 def _arguments(module: nn.Module) -> int:
-    """How many arguments its forward takes; a scripted one does not say, and gets 2, for a form to refuse it."""
+    """How many arguments its forward takes, -1 if any number.
+
+    A scripted module does not say. It gets 2, so that some form refuses it.
+    """
     if isinstance(module, torch.jit.ScriptModule):
         return 2
-    return len(inspect.signature(type(module).forward).parameters) - 1
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return -1 if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters) else len(parameters) - 1
 
 
 def _project(module: Any, attended: Tensor) -> Tensor:
@@ -206,7 +210,9 @@ class _PolicyAttention(_Published):
         _, _, policy = inspect.signature(type(module).forward).parameters
         return _described(f"{cls.kind}, where {policy} is None", "attn_drop", module.attn_drop)
 
-    def forward(self: Any, x: Tensor, policy: Any, /) -> Any:
+    def forward(self: Any, x: Tensor, policy: Any = _NOT_GIVEN, /) -> Any:
+        if policy is _NOT_GIVEN:
+            return super().forward(x)
         if policy is not None or not _served(self, (*_QKV, *_AFTER), (x,)):
             return super().forward(x, policy)
         return _project(self, self_attention(self, x))
