@@ -212,7 +212,7 @@ ADVERSARIAL: dict[str, Callable[[int], Tensor]] = {
 
 
 @pytest.mark.parametrize("data", ADVERSARIAL)
-@pytest.mark.parametrize(("N", "M", "k"), [(243, 61, 2), (500, 3, 2), (601, 300, 5), (450, 9, 17), (450, 9, 40)])
+@pytest.mark.parametrize(("N", "M", "k"), [(243, 61, 2), (840, 3, 2), (601, 300, 5), (450, 9, 17), (450, 9, 40)])
 def test_adversarial_data(backend: str, data: str, N: int, M: int, k: int) -> None:
     x = ADVERSARIAL[data](N)
     check_dpc_knn({"x": x, "num_clusters": M, "k": k}, dpc_knn(x, M, k, backend=backend))
@@ -221,6 +221,7 @@ def test_adversarial_data(backend: str, data: str, N: int, M: int, k: int) -> No
 @pytest.mark.parametrize("N", [48, DENSE - 1, DENSE, DENSE + 1, 1152])
 @pytest.mark.parametrize("k", [1, 2, 4, 6, 7, 8, 9, 12, 15, 16, 17, 18, 33])  # 3 and 5 are in cases.py
 def test_every_length_of_list(backend: str, N: int, k: int) -> None:
+    N = (N + 48) // 2 if backend == "cuda" else N  # its bounds are others, and emulated it takes long
     x = cloud(1, N, 6)
     check_dpc_knn({"x": x, "num_clusters": N // 4, "k": k}, dpc_knn(x, N // 4, k, backend=backend))
 
