@@ -242,13 +242,14 @@ class _ProportionalAttention(_Published):
     def forward(self: Any, x: Tensor, size: Any = None, /) -> Any:
         if x.dim() != 3 or not _served(self, (*_QKV, *_AFTER), (x,)):
             return super().forward(x, size)
-        qkv = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = unpack(qkv)
+        qkv = linear(self.qkv, x)
+        query, key, value = unpack(qkv.unflatten(-1, (3, self.num_heads, -1)))
         if size is None:
-            attended: Any = packed_attention(qkv, self.scale)
+            attended = _attend_packed(qkv, self.num_heads, self.scale)
         else:
-            attended = gathered_attention(query, key, value, key_bias=size.log()[..., 0], scale=self.scale)
-        return _project(self, attended.transpose(1, 2).flatten(2)), key.mean(1)
+            out: Any = gathered_attention(query, key, value, key_bias=size.log()[..., 0], scale=self.scale)
+            attended = out.transpose(1, 2).flatten(2)
+        return _project(self, attended), key.mean(1)
 
 
 @register_twin
@@ -285,8 +286,7 @@ class _QvBiasAttention(_Published):
         if not plain or not _served(self, (*_QKV, *_QV_BIASES, *_AFTER), (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = multiply(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
-        return _project(self, packed_attention(qkv, self.scale).transpose(1, 2).flatten(2))
+        return _project(self, _attend_packed(multiply(x, self.qkv.weight, bias), self.num_heads, self.scale))
 
 
 @register_twin
@@ -327,8 +327,7 @@ class _ToQkvAttention(_Published):
         if not plain or not _served(self, ("to_qkv", "to_out", "norm", "attend"), (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         qkv = linear(self.to_qkv, layers["norm"](x) if layers.get("norm") is not None else x)
-        attended = packed_attention(qkv.unflatten(-1, (3, self.heads, -1)), self.scale)
-        return self.to_out(attended.transpose(1, 2).flatten(2))
+        return self.to_out(_attend_packed(qkv, self.heads, self.scale))
 
 
 @register_twin
@@ -642,6 +641,11 @@ def _reduced(module: Any, pixels: Tensor) -> Tensor:
 
 def _pooled(module: Any, pixels: Tensor) -> Tensor:
     return F.avg_pool2d(pixels, module.sr_ratio).flatten(2).transpose(1, 2)
+
+
+def _attend_packed(qkv: Tensor, heads: int, scale: float) -> Tensor:
+    """Self-attention of a projection [B, N, 3 * C], before `proj`."""
+    return packed_attention(qkv.unflatten(-1, (3, heads, -1)), scale).transpose(1, 2).flatten(2)
 
 
 def _attend(module: Any, x: Tensor, keys: Tensor, score: Tensor | None) -> Tensor:
