@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from hotkernels import backends
+from hotkernels.nn import linear
 
 pytest.register_assert_rewrite("attention_cases", "cases", "dpc_knn_steps")
 
@@ -97,8 +98,22 @@ def threads() -> Iterator[None]:
 @pytest.fixture
 def small_layers_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear layers of any size are computed as only large ones are elsewhere."""
-    monkeypatch.setattr("hotkernels.nn.linear._LEAST", 1)
-    monkeypatch.setattr("hotkernels.nn.linear._LEAST_ROWS", 1)
+    monkeypatch.setattr(linear, "_LEAST", 1)
+    monkeypatch.setattr(linear, "_LEAST_ROWS", 1)
+
+
+@pytest.fixture(params=[True, False], ids=["Intel", "AMD"])
+def products(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small_layers_as_large_ones: None
+) -> list[bool]:
+    """Whether GELU is within the product, of all that oneDNN is asked for, of whatever size."""
+    if not linear._HAS_ONEDNN:
+        pytest.skip("torch has no oneDNN")
+    monkeypatch.setattr(linear, "_MKL_IS_FAST", request.param)
+    asked: list[bool] = []
+    product = linear._onednn
+    monkeypatch.setattr(linear, "_onednn", lambda *args: asked.append(len(args) > 3 and args[3]) or product(*args))
+    return asked
 
 
 def pytest_configure(config: pytest.Config) -> None:

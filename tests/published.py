@@ -284,3 +284,44 @@ class ViT(nn.Module):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+class TimmMlp(nn.Module):
+    """timm's."""
+
+    def __init__(self, act: nn.Module, drop: float = 0.0, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.fc1, self.act, self.drop1 = nn.Linear(32, 48), act, nn.Dropout(drop)
+        self.norm, self.fc2, self.drop2 = norm or nn.Identity(), nn.Linear(48, 24), nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+
+
+class ToQkvAttention(nn.Module):
+    """TokenPose's; with a norm and a softmax of its own, and its own width of heads, vit-pytorch's."""
+
+    def __init__(self, dim: int = 32, heads: int = 4, dim_head: int | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        inner = dim if dim_head is None else heads * dim_head
+        self.heads, self.scale = heads, dim**-0.5 if dim_head is None else dim_head**-0.5
+        self.to_qkv = nn.Linear(dim, 3 * inner, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(0.0))
+        if dim_head is not None:
+            self.norm, self.attend, self.dropout = nn.LayerNorm(dim), nn.Softmax(dim=-1), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.norm(x) if hasattr(self, "norm") else x
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.to_qkv(x).chunk(3, dim=-1))
+        logits = q @ k.mT * self.scale
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
+        probability = self.dropout(self.attend(logits)) if hasattr(self, "attend") else logits.softmax(-1)
+        return self.to_out((probability @ v).transpose(1, 2).flatten(2))
+
+
+class LowRank(nn.Linear):
+    """A layer that is adapted, as by LoRA."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean(-1, keepdim=True)

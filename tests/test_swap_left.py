@@ -1,8 +1,7 @@
-"""What hotkernels.swap recognises as attention, and what looks like it and is left alone, with which reason."""
+"""What looks like a module that hotkernels.swap knows, and is left alone, with which reason."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable
@@ -12,16 +11,15 @@ import published
 import published_tcformer
 import pytest
 import torch
-from published import VisionAttention
+from published import TimmMlp, ToQkvAttention, VisionAttention
 from published_tcformer import GridAttention, KeyValueAttention, TCAttention
 from torch import Tensor, nn
 
 import hotkernels
 from hotkernels.baselines import AttentionEager, CrossAttentionEager
 from hotkernels.models import eager
-from hotkernels.nn import linear
 from hotkernels.nn.linear import _HAS_ONEDNN
-from hotkernels.swap import classes, twins
+from hotkernels.swap import twins
 
 # What looks like plain attention and is not. All of it would pass a look at a fresh module's output or at its layers.
 
@@ -214,11 +212,6 @@ class DetachedMetric(published.ToMeAttention):
         return x, metric.detach()
 
 
-class ScaledUnlessNone(AttentionEager):
-    def forward(self, x: Tensor, by: float | None = 2.0) -> Tensor:
-        return super().forward(x) * (1.0 if by is None else by)
-
-
 class Window(AttentionEager):
     def forward(self, x: Tensor) -> Tensor:
         windows = x.unflatten(1, (-1, 7))
@@ -242,28 +235,6 @@ class AttentionOfContainers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(32, 96), nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.0))
-
-
-class ToQkvAttention(nn.Module):
-    """TokenPose's; with a norm and a softmax of its own, and its own width of heads, vit-pytorch's."""
-
-    def __init__(self, dim: int = 32, heads: int = 4, dim_head: int | None = None, dropout: float = 0.0) -> None:
-        super().__init__()
-        inner = dim if dim_head is None else heads * dim_head
-        self.heads, self.scale = heads, dim**-0.5 if dim_head is None else dim_head**-0.5
-        self.to_qkv = nn.Linear(dim, 3 * inner, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(0.0))
-        if dim_head is not None:
-            self.norm, self.attend, self.dropout = nn.LayerNorm(dim), nn.Softmax(dim=-1), nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.norm(x) if hasattr(self, "norm") else x
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.to_qkv(x).chunk(3, dim=-1))
-        logits = q @ k.mT * self.scale
-        if mask is not None:
-            logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
-        probability = self.dropout(self.attend(logits)) if hasattr(self, "attend") else logits.softmax(-1)
-        return self.to_out((probability @ v).transpose(1, 2).flatten(2))
 
 
 class NormOfOutput(ToQkvAttention):
@@ -461,7 +432,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "instance forward": (replaced_forward, "its forward was replaced on the instance"),
     "hooked probabilities": (hooked_probabilities, "attn_drop has hooks, which would not run"),
     "hooked norm": (hooked_norm, "k_norm has hooks, which would not run"),
-    "own dropout": (own_dropout, "attn_drop is test_swap_twins.OwnDropout"),
+    "own dropout": (own_dropout, "attn_drop is test_swap_left.OwnDropout"),
     "quantised": (
         lambda: with_qkv(torch.ao.nn.quantized.dynamic.Linear(32, 96)),
         "qkv is torch.ao.nn.quantized.dynamic.modules.linear.Linear",
@@ -534,270 +505,6 @@ def test_rounding_in_half_precision_of_16_blocks_is_no_difference(dtype: torch.d
     model = eager.HoTMixSTEEager(frames=81, token_num=27, layer_index=3, channels=64, depth=8).to(dtype)
     report = hotkernels.swap(model, example_inputs=torch.randn(2, 81, 17, 2, dtype=dtype))
     assert len(report.replaced) == 17
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("absent", [("q_bias", "v_bias"), ("q_bias",), ()])
-def test_biases_beside_qkv(absent: tuple[str, ...]) -> None:
-    """They are heeded as they are when the module is called; qkv has a bias of its own, which is not used."""
-    module, x = published.QvBiasAttention(32, 4), torch.randn(3, 5, 32)
-    module.qkv.bias = nn.Parameter(torch.randn(96))
-    assert hotkernels.swap(module).replaced
-    for name in absent:
-        setattr(module, name, None)
-    module.v_bias = nn.Parameter(torch.randn(32)) if module.v_bias is not None else None
-    torch.testing.assert_close(module(x), published.QvBiasAttention.forward(module, x))
-
-
-@torch.no_grad()
-def test_attention_without_a_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one, the module's own forward runs."""
-    module, x, policy = published.PolicyAttention(32, 4), torch.randn(3, 5, 32), torch.rand(3, 5, 1).round()
-    plain, masked = module(x, None), module(x, policy)
-    assert hotkernels.swap(module).replaced == [("", "attention, where policy is None")]
-    assert torch.equal(module(x, policy), masked)
-    monkeypatch.setattr(Tensor, "softmax", None)
-    torch.testing.assert_close(module(x, policy=None), plain)
-
-
-@pytest.mark.parametrize("dim_head", [None, 6])
-def test_attention_by_to_qkv(dim_head: int | None) -> None:
-    module = ToQkvAttention(dim_head=dim_head, dropout=0.5 * (dim_head is not None)).eval()
-    plain, x = copy.deepcopy(module), torch.randn(3, 7, 32)
-    report = hotkernels.swap(module, example_inputs=x)
-    said = "attention" if dim_head is None else "attention, in evaluation; training has dropout = 0.5"
-    assert ("", said) in report.replaced
-    with pytest.raises(RuntimeError):  # the original's own
-        module(torch.randn(2, 3, 7, 32))
-    results: list[list[Any]] = [[], []]
-    for each, found in zip((module, plain), results, strict=True):
-        out = each(x)
-        grads = torch.autograd.grad(out.square().sum(), each.parameters())
-        mask = torch.arange(7).expand(3, -1) < 5
-        torch.manual_seed(0)
-        found += [out, *grads, each(x, mask), each.train()(x), torch.get_rng_state()]
-        if dim_head is not None:
-            each.eval().attend.register_forward_hook(double)
-            found.append(each(x))
-            each.attend = nn.Sigmoid()
-            found.append(each(x))
-    torch.testing.assert_close(*results)
-
-
-# MLPs, which are fused where oneDNN serves them.
-
-
-class TimmMlp(nn.Module):
-    def __init__(self, act: nn.Module, drop: float = 0.0, norm: nn.Module | None = None) -> None:
-        super().__init__()
-        self.fc1, self.act, self.drop1 = nn.Linear(32, 48), act, nn.Dropout(drop)
-        self.norm, self.fc2, self.drop2 = norm or nn.Identity(), nn.Linear(48, 24), nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
-
-
-@pytest.fixture(params=[True, False], ids=["Intel", "AMD"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether GELU is within the product, of all that oneDNN is asked for, of whatever size."""
-    if not _HAS_ONEDNN:
-        pytest.skip("torch has no oneDNN")
-    monkeypatch.setattr(linear, "_LEAST", 1)
-    monkeypatch.setattr(linear, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(linear, "_MKL_IS_FAST", request.param)
-    asked: list[bool] = []
-    product = linear._onednn
-    monkeypatch.setattr(linear, "_onednn", lambda *args: asked.append(len(args) > 3 and args[3]) or product(*args))
-    return asked
-
-
-@pytest.mark.parametrize("act", [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.Identity()], ids=str)
-def test_mlp(act: nn.Module, products: list[bool]) -> None:
-    module = TimmMlp(act)
-    x = torch.randn(2, 5, 32, requires_grad=True)
-    wanted = [x, *module.parameters()]
-    expected = module(x)
-    grads = torch.autograd.grad(expected.square().sum(), wanted)
-    assert hotkernels.swap(module, example_inputs=x).replaced == [("", "MLP")]
-    out = module(x)
-    torch.testing.assert_close(out, expected)
-    for got, want in zip(torch.autograd.grad(out.square().sum(), wanted), grads, strict=True):
-        torch.testing.assert_close(got, want)
-    products.clear()
-    with torch.no_grad():
-        torch.testing.assert_close(module(x), expected)
-    gelu = str(act) == "GELU(approximate='none')"
-    intel = linear._MKL_IS_FAST
-    assert products == ([True] if intel and gelu else [] if intel else [gelu, False])
-
-
-def double(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-    return out * 2
-
-
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "dropout": lambda mlp: mlp.train(),
-    "act": lambda mlp: setattr(mlp, "act", nn.Tanh()),
-    "tanh": lambda mlp: setattr(mlp.act, "approximate", "tanh"),
-    "fc1": lambda mlp: setattr(mlp, "fc1", nn.Sequential(mlp.fc1, nn.Tanh())),
-    "fc2": lambda mlp: setattr(mlp, "fc2", nn.Sequential(mlp.fc2, nn.Tanh())),
-    "hook on fc1": lambda mlp: mlp.fc1.register_forward_hook(double),
-    "hook on act": lambda mlp: mlp.act.register_forward_hook(double),
-    "hook on drop": lambda mlp: mlp.drop1.register_forward_hook(double),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_mlp_heeds_what_happens_to_its_layers(change: str, products: list[bool]) -> None:
-    module, plain, x = TimmMlp(nn.GELU(), 0.5).eval(), TimmMlp(nn.GELU(), 0.5).eval(), torch.randn(2, 5, 32)
-    plain.load_state_dict(module.state_dict())
-    assert hotkernels.swap(module).replaced == [("", "MLP, in evaluation; training has drop = 0.5")]
-    products.clear()
-    module(x)
-    assert len(products) == (0 if linear._MKL_IS_FAST else 2)  # gradients are wanted
-    results = []
-    for each in (module, plain):
-        CHANGES[change](each)
-        torch.manual_seed(0)
-        results.append(each(x))
-    torch.testing.assert_close(*results)
-
-
-def test_mlp_calls_its_layers_where_all_modules_have_hooks(products: list[bool]) -> None:
-    module = TimmMlp(nn.GELU())
-    hotkernels.swap(module)
-    seen: list[type] = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
-    try:
-        module(torch.randn(2, 5, 32))
-    finally:
-        handle.remove()
-    assert seen[:-1] == [nn.Linear, nn.GELU, nn.Dropout, nn.Identity, nn.Linear, nn.Dropout]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_mlp_in_a_sequence(training: bool, products: list[bool]) -> None:
-    """Of whatever else lies in it; dropout draws as before."""
-    layers = [nn.LayerNorm(32), nn.Linear(32, 48), nn.GELU(), nn.Dropout(0.5), nn.Linear(48, 48), nn.GELU("tanh")]
-    module = nn.Sequential(*layers, nn.Linear(48, 16), double_layer := nn.Linear(16, 8)).train(training)
-    double_layer.register_forward_hook(double)
-    plain, x = copy.deepcopy(module), torch.randn(2, 5, 32)
-    assert hotkernels.swap(module).replaced == [("", "MLP")]
-    with torch.no_grad():
-        torch.manual_seed(0)
-        expected = plain(x)
-        torch.manual_seed(0)
-        torch.testing.assert_close(module(x), expected)
-    assert products == ([True] if linear._MKL_IS_FAST else [True, False, False])
-    torch.testing.assert_close(module[1:3](x), plain[1:3](x))
-    with pytest.raises(ValueError, match="swap: model must be one with a module that swap knows"):
-        hotkernels.swap(nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 3)))
-
-
-def test_mlps_that_gain_nothing_are_not_named(products: list[bool]) -> None:
-    class Own(TimmMlp):
-        def __init__(self) -> None:
-            super().__init__(nn.GELU())
-            self.gamma = nn.Parameter(torch.ones(24))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * self.gamma
-
-    class Gates(TimmMlp):
-        def __init__(self) -> None:
-            super().__init__(nn.GELU())
-            self.fc1 = nn.Linear(32, 96)
-
-        def forward(self, x: Tensor) -> Tensor:
-            gate, x = self.fc1(x).chunk(2, -1)
-            return self.fc2(self.act(gate) * x)
-
-    others = [TimmMlp(nn.GELU(), norm=nn.LayerNorm(48)), TimmMlp(nn.GELU()).bfloat16(), Own(), Gates()]
-    report = hotkernels.swap(nn.Sequential(AttentionEager(32, 4), *others))
-    assert report.replaced == [("0", "attention")]
-    assert report.left == []
-
-
-# What a published module may also do, and a fused forward must not lose.
-
-
-class ExtraX(eager.Mlp):
-    """Its second argument has the name that the twin gives the first."""
-
-    def forward(self, h: Tensor, x: Tensor | None = None) -> Tensor:
-        out = super().forward(h)
-        return out if x is None else out * x
-
-
-class ChannelsFirst(eager.Mlp):
-    """Takes [B, C, H, W], too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if x.dim() == 4 else super().forward(x)
-
-
-class LaterProjection(nn.Module):
-    """Of whatever it is derived from beside this."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        return self.proj(out) if hasattr(self, "proj") else out
-
-
-class SelfUnlessContext(KeyValueAttention):
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.attend(x, x if context is None else context)
-
-
-def later(mlp: Any) -> None:
-    mlp.proj = nn.Linear(32, 32)
-
-
-CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Any]]] = {
-    "both by name": (lambda: ExtraX(32, 64), lambda m, x: m(h=x, x=x + 1)),
-    "the second by name": (lambda: ExtraX(32, 64), lambda m, x: m(x, x=x + 1)),
-    "None by name": (lambda: ExtraX(32, 64), lambda m, x: m(h=x, x=None)),
-    "False for None": (lambda: ExtraX(32, 64), lambda m, x: m(x, False)),
-    "False for None by name": (lambda: ExtraX(32, 64), lambda m, x: m(x, x=False)),
-    "channels first": (lambda: ChannelsFirst(32, 64), lambda m, x: m(torch.randn(2, 32, 32, 32))),
-    "four dims": (lambda: eager.Mlp(32, 64), lambda m, x: m(torch.randn(2, 3, 5, 32))),
-    "one dim": (lambda: eager.Mlp(32, 64), lambda m, x: m(x[0, 0])),
-    "projection": (
-        lambda: type("Later", (LaterProjection, eager.Mlp), {})(32, 64),
-        lambda m, x: (torch.manual_seed(1), later(m), m(x))[-1],
-    ),
-    "no second argument": (lambda: ScaledUnlessNone(32, 4), lambda m, x: m(x)),
-    "another second argument": (lambda: ScaledUnlessNone(32, 4), lambda m, x: m(x, by=3.0)),
-    "None as second argument": (lambda: ScaledUnlessNone(32, 4), lambda m, x: m(x, None)),
-    "no context": (lambda: SelfUnlessContext(32, 4), lambda m, x: m(x)),
-    "None as context": (lambda: SelfUnlessContext(32, 4), lambda m, x: m(x, None)),
-    "context by name": (lambda: SelfUnlessContext(32, 4), lambda m, x: m(x, context=x + 1)),
-    "softmax of queries": (
-        lambda: ToQkvAttention(dim_head=6),
-        lambda m, x: (setattr(m, "attend", nn.Softmax(dim=-2)), m(x))[-1],
-    ),
-    "projection of to_qkv": (
-        lambda: type("Later", (LaterProjection, ToQkvAttention), {})(),
-        lambda m, x: (torch.manual_seed(1), later(m), m(x))[-1],
-    ),
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", CALLS)
-def test_calls_that_a_twin_must_not_change(name: str, products: list[bool]) -> None:
-    make, call = CALLS[name]
-    module = make().eval()
-    plain = copy.deepcopy(module)
-    assert len(hotkernels.swap(module).replaced) >= 1
-    products.clear()
-    results = []
-    for each in (module, plain):
-        torch.manual_seed(0)
-        results.append(call(each, torch.randn(2, 5, 32)))
-    torch.testing.assert_close(*results)
-    if name in ("four dims", "one dim"):
-        assert products  # fused: no method asks for a shape
 
 
 class FewKeys(ToQkvAttention):
@@ -882,24 +589,3 @@ def test_odd_modules_beside_others(name: str) -> None:
     report = hotkernels.swap(nn.ModuleDict({"odd": make(), "plain": AttentionEager(32)}))
     assert report.replaced == [("plain", "attention")]
     assert report.left == ([("odd", reason)] if reason else [])
-
-
-@pytest.mark.skipif(not _HAS_ONEDNN, reason="torch has no oneDNN")
-def test_a_sequence_is_not_tried_out() -> None:
-    """What it does follows from its class: no copy of what may be a whole model, no use of lazy layers."""
-
-    class Forbidden(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            raise AssertionError
-
-    module = nn.Sequential(
-        Forbidden(4, 4), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 0), nn.Linear(0, 4), nn.LazyLinear(3)
-    )
-    assert hotkernels.swap(module).replaced == [("", "MLP")]
-
-
-def test_twins_lend_no_names_that_a_class_may_have_itself() -> None:
-    """A twin comes before the class in the order in which names are found; `subclass` gives back those of _OF_TWINS."""
-    for twin in twins.TWINS:
-        lent = {name for cls in twin.__mro__[:-1] for name in vars(cls)} - {"forward", *classes._OF_TWINS}
-        assert [name for name in lent if not name.startswith(("__", "_hotkernels_"))] == []

@@ -1,0 +1,193 @@
+"""What the published forms share: their structure, the arguments of their forwards, and when a call is fused."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...nn.attention import Attention, CrossAttention
+from ...nn.linear import linear
+from ...nn.plain import DROPS, has_hooks, is_idle
+from ...ops.gathered_attention.api import MAX_HEAD_DIM
+from ..twins import Twin
+from ..watch import as_seen
+
+# Tokens of a long example: more than windows have (49, 196, 256), or attention that scales with log N was trained on.
+LONG = 300
+QKV = {"qkv": 3}  # linear layers -> how many times C they make of C channels
+AFTER = ("proj", "proj_drop")  # what `project` calls
+NOT_GIVEN = object()
+
+
+def attention_obstacle(module: Any, takes: int, linears: dict[str, int], weights: Iterable[str] = ()) -> str | None:
+    """What in its structure keeps a module from being plain attention; None if nothing does.
+
+    Args:
+        module: with the children that `linears` names.
+        takes: arguments of its forward; any further must be off, None or False, by default.
+        linears: which layers project, and how many times C they make of C channels.
+        weights: the parameters of its own that the twin knows.
+    """
+    if isinstance(module, (Attention, CrossAttention)):
+        return "it is fused as it is"
+    if obstacle := forward_obstacle(module, takes, weights):
+        return obstacle
+    if not isinstance(getattr(module, "sr_ratio", 1), int):
+        return f"sr_ratio is {module.sr_ratio}"
+    known = (*linears, *AFTER, "attn_drop")
+    reducing = _reducing(module, linears)
+    for name, child in module.named_children():
+        if name not in known and not isinstance(child, reducing.get(name, nn.Identity)):
+            return f"it has {name}, a {type(child).__name__}"
+        if name not in (*linears, *AFTER, *reducing) and has_hooks(child):
+            return f"{name} has hooks, which would not run"
+    for name in known:
+        child, kinds = getattr(module, name, None), DROPS if "drop" in name else (nn.Linear,)
+        if not isinstance(child, kinds) or (name == "attn_drop" and type(child) not in kinds):
+            return f"{name} is {torch.typename(child)}"
+    heads, scale = getattr(module, "num_heads", None), getattr(module, "scale", None)
+    if not isinstance(heads, int) or not isinstance(scale, (int, float)):
+        return f"num_heads and scale are {heads} and {scale}"
+    C = module.proj.in_features
+    for name, times in linears.items():
+        linear = getattr(module, name)
+        if (linear.in_features, linear.out_features) != (C, times * C):
+            return f"{name} makes {linear.out_features} channels of {linear.in_features} where proj takes {C}"
+    if C % heads != 0 or C // heads > MAX_HEAD_DIM:
+        return f"{heads} heads of {C} channels: a head has at most {MAX_HEAD_DIM}"
+    return None
+
+
+def forward_obstacle(module: Any, takes: int, weights: Iterable[str] = ()) -> str | None:
+    """What in its forward, or in weights of its own but these, keeps a module from being replaced."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is scripted"
+    if type(module).forward is nn.Module.forward:
+        return "it has no forward"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if hasattr(type(module).forward, "__wrapped__"):
+        return "its forward is decorated"
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    more = [p.name for p in parameters[takes:] if p.default is not None and p.default is not False]
+    if more or len(parameters) < takes:
+        return f"its forward takes {', '.join(p.name for p in parameters)}"
+    held = (*module._parameters.items(), *module._buffers.items())
+    own = [name for name, t in held if t is not None and name not in weights]
+    return f"it has {own[0]}" if own else None
+
+
+def has_layers(module: nn.Module, *children: str) -> bool:
+    """Whether a module has these children, and a proj."""
+    return all(name in module._modules for name in (*children, "proj"))
+
+
+def child_of(module: nn.Module, name: str) -> Any:
+    """The child of that name, None without one."""
+    return module._modules[name] if name in module._modules else None  # noqa: SIM401  (a ScriptModule's has no get)
+
+
+def arguments(module: nn.Module) -> int:
+    """How many arguments its forward takes, -1 if any number.
+
+    A scripted module does not say. It gets 2, so that some form refuses it.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return 2
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return -1 if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters) else len(parameters) - 1
+
+
+def project(module: Any, attended: Tensor) -> Tensor:
+    """What comes after the attention: proj, and its dropout."""
+    return module.proj_drop(linear(module.proj, attended))
+
+
+def served(module: Any, uses: Iterable[str], tokens: tuple[Tensor, ...], *more: Any) -> bool:
+    """Whether a call is fused: without further arguments, with tokens, and the module does what the probe saw.
+
+    `uses` names the layers, and parameters of the module's own, that the twin uses.
+
+    So nothing was set since the swap that its own forward may heed. That forward also runs what a twin would not call:
+    dropout on the probabilities, which draws random numbers in their layout, and whatever was put in the place of a
+    Dropout or an Identity, or hooked to it.
+    """
+    if not as_seen(module, uses):
+        return False
+    called = (*uses, *_reducing(module, uses))
+    for name, child in module._modules.items():
+        if name not in called and child is not None and not is_idle(child):
+            return False
+    return not more and all(x.numel() for x in tokens)
+
+
+def reduces(module: Any) -> bool:
+    """Whether a module attends to a reduced map of its keys."""
+    return getattr(module, "sr_ratio", 1) != 1
+
+
+def _reducing(module: Any, layers: Iterable[str]) -> dict[str, type[nn.Module]]:
+    """What reduces the keys of a module that projects them apart from the queries."""
+    return {"sr": nn.Conv2d, "norm": nn.LayerNorm} if "kv" in layers and reduces(module) else {}
+
+
+def random_tokens(linear: Any, *shape: int) -> Tensor:
+    """Random input [*shape, C] of a linear layer."""
+    weight = linear.weight
+    return torch.randn(*shape, linear.in_features, dtype=weight.dtype, device=weight.device)
+
+
+def described(kind: str, name: str, drop: nn.Module | None) -> str:
+    """A kind, with what keeps the module from being fused in training."""
+    p = getattr(drop, "p", 0)
+    return f"{kind}, in evaluation; training has {name} = {p}" if p else kind
+
+
+class Published(Twin):
+    """A twin that is called by the names that the original has for its arguments."""
+
+    _hotkernels_first: ClassVar[str]  # the layer that takes tokens [B, N, C], for twins without examples of their own
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        original = vars(cls).get("_hotkernels_original")
+        if original is None:
+            return
+        # A caller may pass arguments by the original's names for them, and further ones that are off.
+        twin = cls.forward
+        theirs, ours = ([*inspect.signature(f).parameters.values()][1:] for f in (original.forward, twin))
+        count = sum(p.kind is p.POSITIONAL_ONLY for p in ours)
+        names = [p.name for p in theirs[:count] if p.kind is p.POSITIONAL_OR_KEYWORD]
+        off = {p.name: p.default for p in theirs[count:]}
+        defaults = tuple(off.values())
+
+        def forward(self: Any, *args: Any, **named: Any) -> Any:
+            for name in names[len(args) :]:
+                if name not in named:
+                    break
+                args = (*args, named.pop(name))
+            more = args[count:]
+            if len(more) <= len(defaults) and all(map(operator.is_, more, defaults)):
+                args = args[:count]
+            if named and all(name in off and value is off[name] for name, value in named.items()):
+                named = {}
+            return twin(self, *args, **named)
+
+        cls.forward = forward
+
+    @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:  # noqa: D102  (as Twin)
+        return [(random_tokens(getattr(module, cls._hotkernels_first), 2, 5),)]
+
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:  # noqa: D102
+        return [(random_tokens(getattr(module, cls._hotkernels_first), 1, LONG),)]
+
+    @classmethod
+    def describe(cls, module: Any) -> str:  # noqa: D102
+        return described(cls.kind, "attn_drop", module.attn_drop)
