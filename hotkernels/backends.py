@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import check_probability, fail, names
+from .dtypes import names
+from .errors import check_probability, fail
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")  # fastest first
 FROM_ENVIRONMENT = os.environ.get("HOTKERNELS_BACKEND") or None

@@ -16,20 +16,11 @@ from torch._C import _get_dispatch_mode
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 
-HALF = (torch.float16, torch.bfloat16)
-FUSED = (torch.float32, torch.float16, torch.bfloat16)  # which kernels take
-FLOATING = (*FUSED, torch.float64)
-INTEGER = (torch.int64, torch.int32)
+from .dtypes import names
+
 INTS: Any = (int, torch.SymInt, numbers.Integral)  # the last are NumPy's
 _INT64_MAX, _FLOAT64_MAX = torch.iinfo(torch.int64).max, sys.float_info.max
 FLOATS: Any = (float, int, torch.SymFloat, numbers.Real)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over a dtype: float32, and float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _looking = contextvars.ContextVar("hotkernels_checked", default=False)
 
@@ -37,12 +28,6 @@ _looking = contextvars.ContextVar("hotkernels_checked", default=False)
 def fail(op: str, arg: str, expected: str, actual: object, kind: type[Exception] = ValueError) -> NoReturn:
     """Raise the one error form."""
     raise kind(f"{op}: {arg} must be {expected}, got {actual}")
-
-
-def names(dtypes: Sequence[torch.dtype]) -> str:
-    """`float32, float16 or bfloat16`."""
-    words = [str(d).removeprefix("torch.") for d in dtypes]
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
 
 
 def check_tensor(

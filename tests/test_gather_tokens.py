@@ -8,7 +8,7 @@ from cases import layouts
 
 from hotkernels import checked, gather_tokens
 from hotkernels.autograd import GatherTokens
-from hotkernels.errors import HALF
+from hotkernels.dtypes import HALF
 
 
 @pytest.mark.parametrize(

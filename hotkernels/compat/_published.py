@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FLOATING, HALF, INTEGER, check_int, check_tensor, fail
+from ..dtypes import FLOATING, HALF, INTEGER
+from ..errors import check_int, check_tensor, fail
 from ..ops.dpc_knn import dpc_knn
 from ..ops.gather_tokens import gather_tokens
 from ..ops.merge_tokens import merge_tokens

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FLOATING, INTEGER, check_bool, check_int, check_seed, check_tensor, fail
+from ..dtypes import FLOATING, INTEGER
+from ..errors import check_bool, check_int, check_seed, check_tensor, fail
 from ..ops.dpc_knn import dpc_knn
 from ..ops.gather_tokens import gather_tokens
 from .attention import CrossAttention, check_options

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import HALF, fail
+from ..dtypes import HALF
+from ..errors import fail
 from . import probe
 from .classes import Calls, Renames, hidden_names, is_swapped, look_up, subclass
 from .functions import differences, find_calls, find_held

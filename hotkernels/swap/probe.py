@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import HALF
+from ..dtypes import HALF
 
 # In half precision, swapped HoT-MixSTEs of 16 blocks differ by up to 3.3 epsilons of the largest output (bfloat16,
 # float16; 64 channels on 5 seeds, 256 on 2), smaller models by up to 1.7. The root of epsilon, 11 or 32 epsilons,

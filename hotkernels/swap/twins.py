@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import HALF, fail
+from ..dtypes import HALF
+from ..errors import fail
 from . import probe
 from .classes import subclass
 

@@ -9,19 +9,8 @@ import torch
 from torch import Tensor
 
 from ...backends import Kernel, call, choose, register
-from ...errors import (
-    FLOATING,
-    FUSED,
-    INTEGER,
-    INTS,
-    accumulator,
-    check_bool,
-    check_index,
-    check_int,
-    check_seed,
-    check_tensor,
-    fail,
-)
+from ...dtypes import FLOATING, FUSED, INTEGER, accumulator
+from ...errors import INTS, check_bool, check_index, check_int, check_seed, check_tensor, fail
 from ...operators import fake
 from .reference import dpc_knn_reference
 

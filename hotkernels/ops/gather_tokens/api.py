@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...backends import Kernel, choose, register
-from ...errors import FLOATING, HALF, INTEGER, check_index, check_tensor, fail, matches
+from ...dtypes import FLOATING, HALF, INTEGER
+from ...errors import check_index, check_tensor, fail, matches
 from ...operators import composite, differentiable_once, fake, wants_grad
 from .reference import gather_tokens_reference
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...backends import TRITON_DEVICE, Kernel, choose_attention, register
-from ...errors import FLOATING, FUSED, INTEGER, accumulator, check_bool, check_float, check_index, check_tensor, fail
+from ...dtypes import FLOATING, FUSED, INTEGER, accumulator
+from ...errors import check_bool, check_float, check_index, check_tensor, fail
 from ...operators import composite, differentiable_once, fake, implement_in_triton, wants_grad
 from ..invert_index import InvertedIndex
 from .reference import gathered_attention_reference

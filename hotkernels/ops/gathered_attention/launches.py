@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import FUSED, fail, names
+from ...dtypes import FUSED, names
+from ...errors import fail
 from ...launcher import Launch, cdiv, launch, next_power_of_2, prepare
 from .api import MAX_HEAD_DIM, broadcastable, fits_rows, rows_of_index, token_major
 from .kernels import (

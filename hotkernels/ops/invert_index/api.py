@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...backends import LIBRARIES, Kernel, call, choose, register
-from ...errors import INTEGER, check_index, check_int, check_tensor, fail
+from ...dtypes import INTEGER
+from ...errors import check_index, check_int, check_tensor, fail
 from ...operators import fake
 from .reference import invert_index_reference
 

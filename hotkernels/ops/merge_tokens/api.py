@@ -8,18 +8,8 @@ import torch
 from torch import Tensor
 
 from ...backends import Kernel, choose, register
-from ...errors import (
-    FLOATING,
-    HALF,
-    INTEGER,
-    accumulator,
-    check_float,
-    check_index,
-    check_int,
-    check_tensor,
-    fail,
-    matches,
-)
+from ...dtypes import FLOATING, HALF, INTEGER, accumulator
+from ...errors import check_float, check_index, check_int, check_tensor, fail, matches
 from ...operators import composite, differentiable_once, fake, wants_grad
 from .reference import merge_tokens_reference
 

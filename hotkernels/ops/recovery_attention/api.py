@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...backends import TRITON_DEVICE, Kernel, choose_attention, register
-from ...errors import FLOATING, FUSED
+from ...dtypes import FLOATING, FUSED
 from ...operators import composite, differentiable_once, fake, implement_in_triton, wants_grad
 from ..gathered_attention.api import (
     check_scale,
