@@ -292,10 +292,8 @@ AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_
   const Isa set = isa();
   if (p.index_per_query) {
     HK_CHECK(!shared_query, op, "query", "of key's batch where the index is per query", shape_of(like));
-    const std::vector<int64_t> shape = problem.per_head({p.Nq, p.S});
-    Tensor probabilities = allocate(like, shape, compute);
-    Tensor grad_logits = need_bias ? grads.bias : allocate(like, shape, compute);
-    p.probabilities = probabilities.mutable_data_ptr(), p.grad_logits = grad_logits.mutable_data_ptr();
+    Tensor pairs = allocate(like, {p.B, p.J, p.Nq, p.S, p.H, 2}, compute);
+    p.pairs = pairs.mutable_data_ptr();
     const int64_t bytes = HK_CPU_DISPATCH(set, attention_per_query_scratch)(p);
     run(p, p.B * p.J * p.Nq, 16, bytes, HK_CPU_DISPATCH(set, attention_per_query_bwd_queries), like);
     run(p, p.B * p.J * p.Nk, 16, bytes, HK_CPU_DISPATCH(set, attention_per_query_bwd_keys), like);

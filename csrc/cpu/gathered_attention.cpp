@@ -3,7 +3,8 @@
 // Queries with keys of their own share nothing, so each reads its keys where they lie, for all heads in turn: a token's
 // heads are neighbours in memory. The dot products of a register's worth of keys are summed across lanes together.
 // Backward walks the queries first (probabilities and grad_logits of their slots, grad_query), then the keys: each key
-// sums over the slots that name it, which the inverted index lists in ascending order.
+// sums over the slots that name it, which the inverted index lists in ascending order. It finds what a slot has for all
+// heads side by side, in one or two cache lines.
 #include "hotkernels/gathered_attention.h"
 
 #include "attention.h"
@@ -191,8 +192,8 @@ struct PerQuery {
     for (int64_t h = 0; h < p.H; ++h) {
       if (h == 0 || p.index_stride_h != 0) take_index(b, j, h, i);
       const int64_t at_row = ((b * p.J + j) * p.H + h) * p.Nq + i;
-      T* probabilities = static_cast<T*>(p.probabilities) + at_row * p.S;
-      T* grad_logits = static_cast<T*>(p.grad_logits) + at_row * p.S;
+      T* const pairs = static_cast<T*>(p.pairs) + (((b * p.J + j) * p.Nq + i) * p.S * p.H + h) * 2;
+      T* const grad_bias = p.grad_bias ? static_cast<T*>(p.grad_bias) + at_row * p.S : nullptr;
       const T log_sum = static_cast<const T*>(p.lse)[at_row];
       compute_logits(b, j, h, i);
       if (log_sum == static_cast<T>(-INFINITY)) fill(logits, keys, T{0}); else exponentials(log_sum);
@@ -205,12 +206,11 @@ struct PerQuery {
       // grad_out . out, from the probabilities: out may have been rounded to a half type.
       T delta = sum_of(keys, [&](int64_t key) { return logits[key] * other[key]; });
       if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[at_row];
-      fill(probabilities, p.S, T{0});
-      fill(grad_logits, p.S, T{0});
       for (int64_t key = 0; key < keys; ++key) {
         other[key] = logits[key] * (other[key] - delta);
-        probabilities[present[key]] = logits[key];
-        grad_logits[present[key]] = other[key];
+        T* pair = pairs + present[key] * p.H * 2;
+        pair[0] = logits[key], pair[1] = other[key];
+        if (grad_bias) grad_bias[present[key]] = other[key];
       }
       if (!p.grad_query.data) continue;
       S* grad = at(p.grad_query, b, j, h, i);
@@ -225,23 +225,22 @@ struct PerQuery {
     for (int64_t h = 0; h < p.H; ++h) {
       const int64_t* start = p.start + b * p.start_stride_b + j * p.start_stride_j + h * p.start_stride_h + n;
       const int64_t* slots = p.slots + b * p.slots_stride_b + j * p.slots_stride_j + h * p.slots_stride_h;
-      const int64_t head = ((b * p.J + j) * p.H + h) * p.Nq * p.S;
-      const auto sum = [&](const HeadsView& x, const void* weights_of, HeadsView to, T scale) {
+      const T* const pairs = static_cast<const T*>(p.pairs) + ((b * p.J + j) * p.Nq * p.S * p.H + h) * 2;
+      const int64_t* const mine = slots + start[0];
+      const int64_t count = absent ? 0 : start[1] - start[0];  // a masked key's pairs were not written
+      const auto sum = [&](const HeadsView& x, const T* weights, HeadsView to, T scale) {
         if (!to.data) return;
-        const T* weights = static_cast<const T*>(weights_of) + head;
         const S* base = at(x, b, j, h, 0);
-        const int64_t* mine = slots + start[0];
         sum_rows(
-            absent ? 0 : start[1] - start[0], [&](int64_t e) { return weights[mine[e]]; },
+            count, [&](int64_t e) { return weights[mine[e] * p.H * 2]; },
             [&](int64_t e) { return base + mine[e] / p.S * x.stride_n; },
             [&](int64_t d, vec value) { write(at(to, b, j, h, n), d, value * scale); });
       };
-      sum(p.query, p.grad_logits, p.grad_key, static_cast<T>(p.scale));
-      sum(p.grad_out, p.probabilities, p.grad_value, T{1});
+      sum(p.query, pairs + 1, p.grad_key, static_cast<T>(p.scale));
+      sum(p.grad_out, pairs, p.grad_value, T{1});
       if (p.grad_key_bias) {
-        const T* weights = static_cast<const T*>(p.grad_logits) + head;
         static_cast<T*>(p.grad_key_bias)[((b * p.J + j) * p.H + h) * p.Nk + n] =
-            sum_of(start[1] - start[0], [&](int64_t e) { return weights[slots[start[0] + e]]; });
+            sum_of(count, [&](int64_t e) { return pairs[mine[e] * p.H * 2 + 1]; });
       }
     }
   }

@@ -30,7 +30,7 @@ struct Attention {
   HeadsView grad_out, grad_key, grad_value;
   HeadsView grad_query;
   const void* grad_lse;     // [B, J, H, Nq] compute, contiguous; or null
-  void* grad_bias;          // [B, J, H, Nq, S] compute, contiguous; or null
+  void* grad_bias;          // [B, J, H, Nq, S] compute, contiguous, zeroed; or null
   void* grad_key_bias;      // [B, J, H, Nk] compute, contiguous, still to be summed over H; or null
   // The gradient of a query or bias without batch dims is summed over the batch, in an order that does not depend on
   // threads: the B * J sequences are cut into `parts` runs, each with sums of its own. 0 = nothing to sum.
@@ -40,8 +40,7 @@ struct Attention {
   const int64_t* start;     // with an index: its inverse (invert_index.h) over the entries of each set or (b, j, h),
   const int64_t* slots;     // [.., Nk + 1] and [.., Nq * S or S], with the strides below
   int64_t start_stride_b, start_stride_j, start_stride_h, slots_stride_b, slots_stride_j, slots_stride_h;
-  void* probabilities;      // index_per_query only: scratch [B, J, H, Nq, S] compute
-  void* grad_logits;        // index_per_query only: scratch [B, J, H, Nq, S] compute
+  void* pairs;              // index_per_query only: scratch [B, J, Nq, S, H, 2] compute, for (p, grad_logit) of a slot
 };
 
 // Dense, or one set of keys per b. Work items are the B * J * H pairs of sequence and head; backward with
