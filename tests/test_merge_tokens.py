@@ -74,6 +74,27 @@ def test_eps_counts(backend: str, options: dict[str, float], eps: float) -> None
     torch.testing.assert_close(out, torch.full((1, 1, 3), 2 / (2 + eps), dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1.0])
+def test_nothing_in_a_cluster_without_weight_matters(backend: str, dtype: torch.dtype, poison: float) -> None:
+    """With eps = 0: weights that are 0 or cancel make a cluster empty, an infinite one makes its mean NaN."""
+    x = torch.randn(1, 9, 5, dtype=dtype)
+    x[0, [0, 3], 2] = poison
+    assignment = torch.tensor([[0, 0, 2, 1, 1, 2, 3, 3, 2]])
+    weight = torch.tensor([[0.0, 0, 1, 1, -1, 2, torch.inf, 1, 3]], dtype=dtype)
+    x.requires_grad_(), weight.requires_grad_()
+    out = merge_tokens(x, assignment, 5, weight, eps=0.0, backend=backend)
+    exact = merge_tokens(x.double(), assignment, 5, weight.double(), eps=0.0, backend="torch").to(dtype)
+    torch.testing.assert_close(out, exact, equal_nan=True)
+    assert out[0, [0, 1, 4]].eq(0).all()
+    assert out[0, 3].isnan().all()
+    grad_out = torch.randn(out.shape, dtype=dtype)
+    grad_out[0, [0, 1]] = poison
+    for grad in torch.autograd.grad(out, (x, weight), grad_out):
+        assert grad[0, [0, 1, 3, 4]].eq(0).all()
+        assert grad[0, [2, 5, 8]].isfinite().all()
+
+
 def test_half_types_are_summed_in_float32(backend: str) -> None:
     """Ones beyond 256 would be lost in bfloat16, and beyond 65504 there is no float16."""
     for dtype, big in ((torch.bfloat16, 3.0), (torch.float16, 60000.0)):

@@ -22,6 +22,7 @@ void merge_tokens_total(const MergeTokens& p, int64_t begin, int64_t end) {
       }
       for (int64_t m = 0; m < p.M; ++m) {
         total[m] += static_cast<Sum>(p.eps);
+        if (std::isinf(total[m])) total[m] = static_cast<Sum>(NAN);
         // A total of 0, or one so small that it has no reciprocal: such a cluster counts as empty.
         if (std::isinf(Sum{1} / total[m])) total[m] = static_cast<Sum>(INFINITY);
       }
@@ -30,6 +31,12 @@ void merge_tokens_total(const MergeTokens& p, int64_t begin, int64_t end) {
 }
 
 namespace {
+
+// Whether a token of this cluster counts, of clusters with these totals.
+template <class Sum>
+bool counts(int64_t cluster, const Sum* total) {
+  return cluster >= 0 && !std::isinf(total[cluster]);
+}
 
 struct Scratch {
   int64_t* left;  // [M] tokens of each cluster still to come
@@ -58,9 +65,6 @@ void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t 
   const Scratch s(p, channels, scratch);
   memset(s.left, 0, static_cast<size_t>(p.M) * sizeof *s.left);
   memset(s.begun, 0, static_cast<size_t>(p.M));
-  for (int64_t n = 0; n < p.N; ++n) {
-    if (assignment[n] >= 0) ++s.left[assignment[n]];
-  }
   with_element(p.dtype, [&](auto element) {
     using E = decltype(element);
     using T = typename E::Stored;
@@ -69,6 +73,11 @@ void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t 
     const T* weight = static_cast<const T*>(p.weight);
     T* out = static_cast<T*>(p.out) + out_row;
     const Sum* total = static_cast<const Sum*>(p.total) + b * p.M;
+    // Nothing of a token is added whose cluster counts as empty: not 0 times NaN.
+    const auto cluster_of = [&](int64_t n) { return counts(assignment[n], total) ? assignment[n] : -1; };
+    for (int64_t n = 0; n < p.N; ++n) {
+      if (const int64_t m = cluster_of(n); m >= 0) ++s.left[m];
+    }
     const auto sums_of = [&](int64_t m) {
       if constexpr (in_place) return out + m * p.C; else return s.sums + m * channels;
     };
@@ -76,7 +85,7 @@ void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t 
       if (s.left[m] == 0 || !in_place) memset(sums_of(m), 0, static_cast<size_t>(channels) * sizeof(Sum));
     }
     for (int64_t n = 0; n < p.N; ++n) {
-      const int64_t m = assignment[n];
+      const int64_t m = cluster_of(n);
       if (m < 0) continue;
       const T* __restrict x = static_cast<const T*>(p.x) + b * p.x_stride_b + n * p.x_stride_n + c_begin;
       const Sum w = weight ? E::get(weight[b * p.N + n]) : Sum{1}, scale = Sum{1} / total[m];
@@ -120,13 +129,14 @@ void merge_tokens_bwd(const MergeTokens& p, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t b = n / p.N;
       T* __restrict grad_x = static_cast<T*>(p.grad_x) + n * p.C;
-      if (p.assignment[n] < 0) {
+      const Sum* total = static_cast<const Sum*>(p.total) + b * p.M;
+      if (!counts(p.assignment[n], total)) {
         for (int64_t c = 0; c < p.C; ++c) grad_x[c] = 0;  // not memset, which takes no null pointer where C = 0
         if (grad_weight) grad_weight[n] = 0;
         continue;
       }
       const int64_t m = b * p.M + p.assignment[n];
-      const Sum scale = Sum{1} / static_cast<const Sum*>(p.total)[m];
+      const Sum scale = Sum{1} / total[p.assignment[n]];
       const Sum w = weight ? E::get(weight[n]) : Sum{1};
       const T* __restrict grad = static_cast<const T*>(p.grad_out) + m * p.C;
       if (!grad_weight) {

@@ -20,7 +20,9 @@ def merge_tokens_reference(
     there = (assignment >= 0) & (assignment < num_clusters)
     w = torch.where(there, w, 0.0)  # then gradients, too, see nothing of these
     places = (torch.arange(B, device=x.device)[:, None], torch.where(there, assignment, num_clusters))
-    sums = w.new_zeros(B, num_clusters + 1, C).index_put(places, x.to(dtype) * w[..., None], accumulate=True)
-    total = w.new_zeros(B, num_clusters + 1).index_put(places, w, accumulate=True)[:, :-1, None] + eps
+    total = w.new_zeros(B, num_clusters + 1).index_put(places, w, accumulate=True) + eps
     empty = total.reciprocal().isinf()  # with eps = 0, or where it is next to nothing
-    return torch.where(empty, 0.0, sums[:, :-1] / torch.where(empty, 1.0, total)).to(x.dtype)
+    w = torch.where(empty[places], 0.0, w)
+    sums = w.new_zeros(B, num_clusters + 1, C).index_put(places, x.to(dtype) * w[..., None], accumulate=True)
+    empty, total, sums = (t[:, :-1] for t in (empty[..., None], total[..., None], sums))
+    return torch.where(empty, 0.0, sums / torch.where(empty, 1.0, total)).to(x.dtype)
