@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import published
 import published_tcformer
 import pytest
 import torch
-from published import LowRank, ToQkvAttention, VisionAttention
+from published import LowRank, TimmMlp, ToQkvAttention, VisionAttention
 from published_tcformer import GridAttention, KeyValueAttention, TCAttention
 from test_swap import first
 from torch import Tensor, nn
@@ -89,6 +90,47 @@ def test_arguments_by_the_names_that_the_original_has_for_them(name: str, monkey
     monkeypatch.setattr(original, "forward", None)  # fused, and not called
     torch.testing.assert_close(module(*args[:1], **dict(zip(names[1:], args[1:], strict=True))), expected)
     torch.testing.assert_close(module(**dict(zip(names, args, strict=True))), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", DROPS)
+def test_tokens_of_other_dims_go_to_the_original(name: str) -> None:
+    """Which may do with them what no probe has seen: flatten a grid, take joints for samples, fail."""
+    make, args = DROPS[name]
+    original = type(make())
+    parameters = [*inspect.signature(original.forward).parameters.values()][1:]
+    names = [p.name for p in parameters]
+    declared = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters]
+    tokens_of: Callable[[Any], Tensor] = (lambda a: a["x"]) if name == "TCFormer" else (lambda a: a)
+    several = {"HoT": 3, "keys and values": 2, "TCFormer": 2}.get(name, 1)
+    dims = [tokens_of(arg).dim() for arg in args[:several]]
+    scope: dict[str, Any] = {**vars(published_tcformer), "original": original, "tokens_of": tokens_of, "dims": dims}
+    exec(
+        f"def forward(self, {', '.join(declared)}):\n"
+        f"    first = [tokens_of(x) for x in ({', '.join(names[:several])},)]\n"
+        "    if [x.dim() for x in first] != dims: return first[0] * 2\n"
+        f"    return original.forward(self, {', '.join(names)})",
+        scope,
+    )
+    module = make()
+    module.__class__ = type("Other", (original,), {"forward": scope["forward"]})
+    assert len(hotkernels.swap(module).replaced) == 1
+    args = (*args, *[None] * (len(names) - len(args)))
+    for i in range(several):
+        for change in (lambda x: x[:, None], lambda x: x[0]):
+            changed = {**args[i], "x": change(args[i]["x"])} if name == "TCFormer" else change(args[i])
+            others = (*args[:i], changed, *args[i + 1 :])
+            assert torch.equal(module(*others), 2 * tokens_of(others[0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["MixSTE", "ViT", "VideoMAE", "MLP"])
+def test_fx_traces_the_original(name: str, small_layers_as_large_ones: None) -> None:
+    model, x = nn.Sequential(DROPS[name][0]() if name in DROPS else TimmMlp(nn.GELU())).eval(), torch.randn(2, 5, 32)
+    torch.fx.symbolic_trace(model)
+    expected = model(x)
+    hotkernels.swap(model)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
 
 
 @pytest.mark.parametrize("change", ["hook", "backward hook", "AlphaDropout"])

@@ -85,8 +85,7 @@ class _KeyValueAttention(Published):
     def forward(self: Any, x: Tensor, context: Any = NOT_GIVEN, /) -> Any:
         if context is NOT_GIVEN:
             return super().forward(x)
-        known = isinstance(context, Tensor) and x.dim() == context.dim() == 3
-        if not known or not served(self, (*_Q_KV, *AFTER), (x, context)):
+        if not served(self, (*_Q_KV, *AFTER), (x, context)):
             return super().forward(x, context)
         return _attend(self, x, context, None)
 

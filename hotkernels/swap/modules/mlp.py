@@ -51,10 +51,9 @@ class _Mlp(Published):
             cls._hotkernels_any_dims = not any(_OF_SHAPE & {*code.co_names} for code in found)
 
     def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
-        gelu = _is_gelu(self.act)
-        probed = x.dim() == 3 or self._hotkernels_any_dims
-        gains = in_probe(self) or (probed and calls_onednn(self.fc1, x, gelu))
-        if not (gains and served(self, _MLP, (x,), *more, *named.values())):
+        gelu, dims = _is_gelu(self.act), None if self._hotkernels_any_dims else 3
+        gains = in_probe(self) or calls_onednn(self.fc1, x, gelu)
+        if not (gains and served(self, _MLP, (x,), *more, *named.values(), dims=dims)):
             return super().forward(x, *more, **named)
         hidden = linear(self.fc1, x, gelu)
         return linear(self.fc2, hidden if gelu else self.act(hidden))

@@ -108,15 +108,20 @@ def project(module: Any, attended: Tensor) -> Tensor:
     return module.proj_drop(linear(module.proj, attended))
 
 
-def served(module: Any, uses: Iterable[str], tokens: tuple[Tensor, ...], *more: Any) -> bool:
+def served(module: Any, uses: Iterable[str], tokens: tuple[Any, ...], *more: Any, dims: int | None = 3) -> bool:
     """Whether a call is fused: without further arguments, with tokens, and the module does what the probe saw.
 
-    `uses` names the layers, and parameters of the module's own, that the twin uses.
+    `uses` names the layers, and parameters of the module's own, that the twin uses; `dims` is how many the tokens had
+    in the probe, None if their number means nothing. In torch.fx, which traces the module's own forward, they are no
+    tensors.
 
     So nothing was set since the swap that its own forward may heed. That forward also runs what a twin would not call:
     dropout on the probabilities, which draws random numbers in their layout, and whatever was put in the place of a
     Dropout or an Identity, or hooked to it.
     """
+    for x in tokens:
+        if not isinstance(x, Tensor) or dims not in (None, x.dim()):
+            return False
     if not as_seen(module, uses):
         return False
     called = (*uses, *_reducing(module, uses))

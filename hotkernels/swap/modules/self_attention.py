@@ -88,7 +88,7 @@ class _ProportionalAttention(Published):
         return [(x, 0.5 + torch.rand_like(x[..., :1]))]
 
     def forward(self: Any, x: Tensor, size: Any = None, /) -> Any:
-        if x.dim() != 3 or not served(self, (*QKV, *AFTER), (x,)):
+        if not served(self, (*QKV, *AFTER), (x,)):
             return super().forward(x, size)
         qkv = linear(self.qkv, x)
         query, key, value = unpack(qkv.unflatten(-1, (3, self.num_heads, -1)))
@@ -132,7 +132,7 @@ class _QvBiasAttention(Published):
         return biased and (attention_obstacle(module, 1, QKV, _QV_BIASES) or True)
 
     def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
-        plain = x.dim() == 3 and self.q_bias is not None and self.v_bias is not None
+        plain = self.q_bias is not None and self.v_bias is not None
         if not plain or not served(self, (*QKV, *_QV_BIASES, *AFTER), (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
@@ -173,11 +173,13 @@ class _ToQkvAttention(Published):
     def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
         layers = self._modules
         attend = layers.get("attend")
-        plain = x.dim() == 3 and (attend is None or (is_plain(attend, nn.Softmax) and attend.dim in (-1, 3)))
+        plain = attend is None or (is_plain(attend, nn.Softmax) and attend.dim in (-1, 3))
         if not plain or not served(self, ("to_qkv", "to_out", "norm", "attend"), (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         qkv = linear(self.to_qkv, layers["norm"](x) if layers.get("norm") is not None else x)
-        return self.to_out(_attend_packed(qkv, self.heads, self.scale))
+        attended = _attend_packed(qkv, self.heads, self.scale)
+        out = self.to_out(attended)
+        return out.clone() if out is attended else out  # autograd lets nobody write into this view
 
 
 @register_twin
@@ -203,7 +205,7 @@ class _FramesAttention(Published):
         return [(random_tokens(module.qkv, 1, *((2, LONG) if module.mode == "spatial" else (LONG, 2))),)]
 
     def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
-        if self.mode not in _ALONG or not served(self, (*QKV, *AFTER), (x,), *more, *named.values()):
+        if self.mode not in _ALONG or not served(self, (*QKV, *AFTER), (x,), *more, *named.values(), dims=4):
             return super().forward(x, *more, **named)
         return project(self, self_attention(self, x, _ALONG[self.mode]))
 
