@@ -357,6 +357,72 @@ def test_nothing_in_a_masked_key_or_its_value_or_bias_matters(backend: str, kind
         assert_equal(spoilt, clean)
 
 
+@each_kind
+@pytest.mark.parametrize("Nq", [5, 35])
+@pytest.mark.parametrize("H", [2, 1])
+def test_a_query_that_is_nan_and_attends_to_nothing(backend: str, kind: str, Nq: int, H: int) -> None:
+    """It gives 0 and an lse of -inf, and comes into no gradient: as a padded sample does, whose tokens may be NaN."""
+    query, key, value = heads(2, H=H, Nq=Nq, Nk=40)
+    index, key_bias = index_of(kind, (2,), H, Nq, 40, 20), torch.randn(2, 40)
+    bias = torch.randn(2, H, Nq, 40 if index is None else 20)
+    if kind in ("query", "head"):
+        index[1, ..., 2, :] = -1
+    else:
+        key_bias[1] = -torch.inf
+    rows = [2] if kind in ("query", "head") else list(range(Nq))
+    spoilt = query.clone()
+    query[1, :, rows], spoilt[1, :, rows] = 0.0, torch.nan
+    for biases in ((), (key_bias,), (key_bias, bias)):
+        if kind in ("dense", "set") and not biases:
+            continue
+
+        def call(q: Tensor, k: Tensor, v: Tensor, *b: Tensor) -> Any:
+            more = dict(zip(("key_bias", "bias"), b, strict=False))
+            return gathered_attention(q, k, v, index, **more, return_lse=True, backend=backend)
+
+        def without_lse(*a: Tensor) -> Tensor:  # whose gradient is that of -inf
+            return call(*a)[0]
+
+        out, lse = call(spoilt, key, value, *biases)
+        assert out[1, :, rows].eq(0).all()
+        assert lse[1, :, rows].eq(-torch.inf).all()
+        args = (key, value, *biases)
+        assert_equal(gradients(without_lse, spoilt, *args), gradients(without_lse, query, *args))
+
+
+@each_kind
+@pytest.mark.parametrize("Nq", [5, 35])
+def test_a_query_that_is_nan_comes_into_no_gradient_of_a_masked_key(backend: str, kind: str, Nq: int) -> None:
+    query, key, value = heads(2, Nq=Nq, Nk=40)
+    index, key_bias = index_of(kind, (2,), 2, Nq, 40, 20, 0.0), torch.randn(2, 40)
+    key_bias[:, 7:30] = -torch.inf
+    query[1, 0, 3, 5] = torch.nan
+    bias = torch.randn(2, 2, Nq, 40 if index is None else 20)
+    slots = torch.arange(40).expand(2, 40) if index is None else index
+    slots = slots.reshape(2, *[1] * (4 - slots.dim()), *slots.shape[1:]).expand_as(bias)
+    *_, grad_key, grad_value, grad_key_bias, grad_bias = gradients(
+        lambda q, k, v, kb, b: gathered_attention(q, k, v, index, bias=b, key_bias=kb, backend=backend),
+        *(query, key, value, key_bias, bias),
+    )
+    for grad in (grad_key[:, :, 7:30], grad_value[:, :, 7:30], grad_key_bias[:, 7:30]):
+        assert grad.eq(0).all()
+    assert grad_bias[(slots >= 7) & (slots < 30)].eq(0).all()
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["key_bias", "bias"])
+def test_the_lowest_number_is_no_mask(backend: str, kind: str, dtype: torch.dtype, name: str) -> None:
+    """A row whose every slot has it attends to all alike, where -inf would have it attend to none."""
+    args, index = [t.to(dtype) for t in heads(2)], index_of(kind, (2,), 2, 17, 9, 5, 0.0)
+    shape = (2, 9) if name == "key_bias" else (2, 2, 17, 9 if index is None else 5)
+    biases: dict[str, Tensor] = {name: torch.full(shape, torch.finfo(dtype).min, dtype=dtype)}
+    out, lse = gathered_attention(*args, index, **biases, return_lse=True, backend=backend)
+    exact, _ = attend(*upcast(args), index, **{name: torch.zeros(shape)}, scale=0.0)
+    torch.testing.assert_close(out.double(), exact.double(), rtol=1e-2, atol=1e-2 if dtype.itemsize == 2 else 1e-5)
+    assert lse.isfinite().all()
+
+
 @pytest.mark.parametrize("other", [9, slice(None, None, 2)], ids=["nothing", "other keys"])
 @pytest.mark.parametrize("index", [None, [[3, 0, 3, 8, -1]]], ids=["dense", "set"])
 @pytest.mark.parametrize("Nq", [5, 99])

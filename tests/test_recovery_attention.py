@@ -48,6 +48,15 @@ def test_a_sample_depends_on_nothing_but_itself(backend: str) -> None:
         assert torch.equal(out, gathered_attention(query[:1], key, value, backend=backend))
 
 
+def test_no_heads(backend: str) -> None:
+    query, key, value = heads(2, H=0, Nq=63, Nk=40)
+    bias = torch.randn(1, 0, 63, 40)
+    for call, first in ((recovery_attention, query[0]), (gathered_attention, query)):
+        assert not any(t.numel() for t in gradients(lambda *a: call(*a, backend=backend), first, key, value))  # noqa: B023
+    *_, grad = gradients(lambda *a: gathered_attention(*a[:3], bias=a[3], backend=backend), query, key, value, bias)
+    assert grad.shape == bias.shape
+
+
 def test_masked_keys(backend: str) -> None:
     """As if they were not there; with none left 0, and no gradient."""
     query, key, value = heads(3, Nq=63, Nk=40)

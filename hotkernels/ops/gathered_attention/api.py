@@ -256,7 +256,9 @@ def gathered_attention(
     float32 in three TF32 ones, or in one where ``torch.backends.cuda.matmul`` allows TF32, and half types round the
     probabilities to their own precision, backward the gradients of the logits, too; so does bfloat16, without keys per
     query, on AMD CPUs with AVX512-BF16. On GPUs, backward takes lse as float32 has it, as SDPA's does: where it is
-    1,000, probabilities are known to 3e-5. On GPUs, a slot whose index is out of range counts as absent.
+    1,000, probabilities are known to 3e-5. So mask with -inf: a query whose every logit is some large negative number
+    attends to all keys alike, and its lse has no digits left for their gradients. On GPUs, a slot whose index is out of
+    range counts as absent.
 
     Cost: no [Nq, Nk] tensor and no gathered copy of the keys, forward or backward; under an index per query, backward
     keeps two floats per slot.

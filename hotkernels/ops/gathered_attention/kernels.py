@@ -16,6 +16,7 @@ from ... import launcher
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
+LOWEST: tl.constexpr = tl.constexpr(-2.3e38)  # whose product with log2(e) is finite, and comes back from lse
 INTERPRETED: tl.constexpr = tl.constexpr(launcher.INTERPRETED)
 
 # ---- what kernels share ----------------------------------------------------------------------------------------------
@@ -41,6 +42,12 @@ def offsets(row, stride):
 
 
 @triton.jit
+def in_base_2(x):
+    """x * log2(e), -inf where x is and nowhere else: the lowest float32, a usual mask, must not become it."""
+    return tl.where(x == float("-inf"), x, tl.maximum(x, LOWEST) * LOG2E)
+
+
+@triton.jit
 def rows_of_slots(index_at, slot, valid, Nk):
     """(row, valid): the row of key that each slot names, and whether it is in [0, Nk); if not, the slot is absent.
 
@@ -58,14 +65,28 @@ def rows_of_slots(index_at, slot, valid, Nk):
 def logit_addend(key_bias_ptr, row, valid, key_bias_stride_n):
     """(addend, valid): key_bias of each slot in base 2, -inf where the slot is absent; valid if not absent or masked.
 
-    Other keys are loaded as zeros, so adding the addend is all the masking that logits need. Any shape.
+    Other keys are loaded as zeros. Any shape.
     """
     if key_bias_ptr is None:
         addend = tl.where(valid, 0.0, float("-inf"))
     else:
-        addend = tl.load(key_bias_ptr + offsets(row, key_bias_stride_n), mask=valid, other=float("-inf")) * LOG2E
+        addend = in_base_2(tl.load(key_bias_ptr + offsets(row, key_bias_stride_n), mask=valid, other=float("-inf")))
         valid = valid & (addend != float("-inf"))
     return addend, valid
+
+
+@triton.jit
+def masked(logits, addend, valid, index_ptr, key_bias_ptr):
+    """logits + addend, -inf where not valid; all arguments broadcast to logits.
+
+    Slots of a query without any must not be NaN if the query is: it attends to nothing. Without index and key_bias,
+    every query has slots, so its NaN may show, and adding is all the masking that slots beyond the last one need.
+    """
+    if index_ptr is None or key_bias_ptr is not None:
+        logits += addend
+    if index_ptr is not None or key_bias_ptr is not None:
+        logits = tl.where(valid, logits, float("-inf"))
+    return logits
 
 
 @triton.jit
@@ -93,7 +114,7 @@ def store_rows(ptr, row, valid, stride_n, values, HEAD_DIM: tl.constexpr, BLOCK_
 def load_bias(bias_ptr, m, slot, valid, bias_stride_q, bias_stride_s):
     """bias[m, slot] in base 2, 0 where not valid; m and slot broadcast."""
     at = bias_ptr + offsets(m, bias_stride_q) + offsets(slot, bias_stride_s)
-    return tl.load(at, mask=valid, other=0.0) * LOG2E
+    return in_base_2(tl.load(at, mask=valid, other=0.0))
 
 
 @triton.jit
@@ -169,7 +190,8 @@ def gathered_attention_long_fwd_kernel(
         row, valid = rows_of_slots(None if index_ptr is None else index_base + slot, slot, slot < S, Nk)
         addend, valid = logit_addend(key_bias_base, row, valid, key_bias_stride_n)
         k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
-        logits = product(q, tl.trans(k), None, PRECISION) * logit_scale + addend[None, :]
+        logits = product(q, tl.trans(k), None, PRECISION) * logit_scale
+        logits = masked(logits, addend[None, :], valid[None, :], index_ptr, key_bias_ptr)
         if bias_ptr is not None:
             both = q_valid[:, None] & valid[None, :]
             logits += load_bias(bias_base, m[:, None], slot[None, :], both, bias_stride_q, bias_stride_s)
@@ -225,7 +247,8 @@ def gathered_attention_short_fwd_kernel(
     q = load_rows(q_base, q_row, q_valid, stride_qn, HEAD_DIM, BLOCK_D)
     k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, row, valid, stride_vn, HEAD_DIM, BLOCK_D)
-    logits = product(q, tl.permute(k, 0, 2, 1), None, PRECISION) * logit_scale + addend[:, None, :]
+    logits = product(q, tl.permute(k, 0, 2, 1), None, PRECISION) * logit_scale
+    logits = masked(logits, addend[:, None, :], valid[:, None, :], index_ptr, key_bias_ptr)
     if bias_ptr is not None:
         bias_base = bias_ptr + (b * bias_stride_b + j * bias_stride_j + h * bias_stride_h)[:, None, None]
         both = q_valid[:, :, None] & valid[:, None, :]
@@ -293,7 +316,7 @@ def gathered_attention_per_query_fwd_kernel(
         k = tl.load(k_at[None, :] + offsets(row, stride_kn)[:, None], mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_at[None, :] + offsets(row, stride_vn)[:, None], mask=mask, other=0.0).to(tl.float32)
         products = tl.reshape(q[None, :] * k, [BLOCK_S, BLOCK_H, BLOCK_D])
-        logits = tl.sum(products, 2) * logit_scale + addend[:, None]
+        logits = masked(tl.sum(products, 2) * logit_scale, addend[:, None], valid[:, None], index_ptr, key_bias_ptr)
         if bias_ptr is not None:
             bias_base = bias_ptr + b * bias_stride_b + j * bias_stride_j + (h * bias_stride_h)[None, :]
             both = valid[:, None] & live[None, :]

@@ -12,7 +12,7 @@ base 2, as in the forward pass.
 import triton
 import triton.language as tl
 
-from .kernels import LOG2E, load_rows, product, rows_of_slots, sequence_of, store_rows, within
+from .kernels import LOG2E, in_base_2, load_rows, product, rows_of_slots, sequence_of, store_rows, within
 
 # ---- what the kernels share ------------------------------------------------------------------------------------------
 # Vectors over rows or columns are [N], or [G, N] in a program of G sequences; tiles have one dim more.
@@ -100,8 +100,17 @@ def _key_bias(key_bias_ptr, stride_n, token, valid):
     if key_bias_ptr is None:
         return 0.0, valid
     else:
-        bias = tl.load(key_bias_ptr + token * stride_n, mask=valid, other=float("-inf")) * LOG2E
+        bias = in_base_2(tl.load(key_bias_ptr + token * stride_n, mask=valid, other=float("-inf")))
         return bias, valid & (bias != float("-inf"))
+
+
+@triton.jit
+def _of_attended(grads, attended, key_bias_ptr):
+    """Gradients of keys, 0 for masked ones, whose sums hold 0 * NaN where a query is NaN."""
+    if key_bias_ptr is None:
+        return grads
+    else:
+        return tl.where(attended, grads, 0.0)
 
 
 @triton.jit
@@ -113,7 +122,7 @@ def _probabilities(logits, lse, row_valid, attended, entry, copies, bias_ptr, st
             p *= copies.to(tl.float32)
     elif slots_ptr is None:
         bias = tl.load(bias_ptr + entry * stride_s, mask=attended & row_valid, other=0.0)
-        p = tl.where(attended, tl.exp2(logits + bias * LOG2E - lse), 0.0)
+        p = tl.where(attended, tl.exp2(logits + in_base_2(bias) - lse), 0.0)
     else:
         p = tl.zeros_like(logits)
         for copy in range(0, tl.max(tl.where(attended, copies, 0)).to(tl.int32)):
@@ -121,7 +130,7 @@ def _probabilities(logits, lse, row_valid, attended, entry, copies, bias_ptr, st
             slot = tl.load(slots_ptr + entry + copy, mask=valid, other=-1)
             valid &= within(slot, S)
             bias = tl.load(bias_ptr + slot * stride_s, mask=valid & row_valid, other=0.0)
-            p += tl.where(valid, tl.exp2(logits + bias * LOG2E - lse), 0.0)
+            p += tl.where(valid, tl.exp2(logits + in_base_2(bias) - lse), 0.0)
     return p
 
 
@@ -232,13 +241,16 @@ def gathered_attention_fused_bwd_kernel(
                 None if index_ptr is None else _rows_of(slots_base, G), S,
             )  # fmt: skip
             grad_v = product(_transposed(p.to(q.dtype)), grad_out, None, PRECISION)
+            grad_v = _of_attended(grad_v, _per_row(attended), key_bias_ptr)
             store_rows(_rows_of(grad_v_base, G), token, valid, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
             grad_p = product(grad_out, _transposed(v), None, PRECISION)
             grad_logits = p * (grad_p - _per_row(delta))
             if grad_key_bias_ptr is not None:
-                tl.store(grad_key_bias_base + token, tl.sum(grad_logits, -2), mask=valid)
+                grad_key_bias = _of_attended(tl.sum(grad_logits, -2), attended, key_bias_ptr)
+                tl.store(grad_key_bias_base + token, grad_key_bias, mask=valid)
             grad_logits = grad_logits.to(q.dtype)
             grad_k = product(_transposed(grad_logits), q, None, PRECISION) * scale
+            grad_k = _of_attended(grad_k, _per_row(attended), key_bias_ptr)
             store_rows(_rows_of(grad_k_base, G), token, valid, stride_grad_kn, grad_k, HEAD_DIM, BLOCK_D)
             grad_q = product(grad_logits, k, grad_q, PRECISION)
         if index_ptr is not None:
@@ -406,6 +418,8 @@ def gathered_attention_keys_bwd_kernel(
         if grad_key_bias_ptr is not None:
             grad_key_bias += tl.sum(grad_logits, -1)
         grad_k = product(grad_logits.to(q.dtype), q, grad_k, PRECISION)
+    grad_v = _of_attended(grad_v, attended[:, None], key_bias_ptr)
+    grad_k = _of_attended(grad_k, attended[:, None], key_bias_ptr)
     grad_at = b * stride_grad_kb + j * stride_grad_kj + h * stride_grad_kh
     grad_k_base, grad_v_base = grad_k_ptr + grad_at, grad_v_ptr + grad_at
     store_rows(grad_v_base, token, valid, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
@@ -413,7 +427,7 @@ def gathered_attention_keys_bwd_kernel(
     grad_key_bias_base = None
     if grad_key_bias_ptr is not None:
         grad_key_bias_base = grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk
-        tl.store(grad_key_bias_base + token, grad_key_bias, mask=valid)
+        tl.store(grad_key_bias_base + token, _of_attended(grad_key_bias, attended, key_bias_ptr), mask=valid)
     if index_ptr is not None:
         for block in range(0, (Nk - 1) // (blocks * BLOCK_N) + 1):  # range(0, Nk, blocks * BLOCK_N) could pass 2^31
             token = block * (blocks * BLOCK_N) + entry
@@ -484,7 +498,8 @@ def gathered_attention_bias_bwd_kernel(
             logits, lse[:, None], row_valid[:, None], attended[None, :], slot[None, :],
             1, bias_rows[:, None], bias_stride_s, None, S,
         )  # fmt: skip
-        grad_bias += p * (grad_p - delta[:, None])
+        grad_logits = p * (grad_p - delta[:, None])
+        grad_bias += tl.where(attended[None, :], grad_logits, 0.0)  # not 0 * NaN, where a query is NaN
     grad_rows = grad_bias_ptr + ((partial.to(tl.int64) * H + h) * Nq + i) * S
     mask = row_valid[:, None] & (slot < S)[None, :]
     tl.store(grad_rows[:, None] + slot[None, :], grad_bias, mask=mask)
@@ -553,7 +568,7 @@ def gathered_attention_per_query_queries_bwd_kernel(
         )  # fmt: skip
         grad_logits = p * (tl.sum(grad_out[:, None, :] * v, -1) - delta[:, None])
         if grad_bias_ptr is not None:
-            tl.store((grad_bias_ptr + stat * S)[:, None] + slot, grad_logits, mask=asked)
+            tl.store((grad_bias_ptr + stat * S)[:, None] + slot, tl.where(attended, grad_logits, 0.0), mask=asked)
         grad_q += tl.sum(grad_logits[:, :, None] * k, 1)
     grad_q_base = (grad_q_ptr + b * stride_grad_qb + j * stride_grad_qj + h * stride_grad_qh)[:, None]
     store_rows(grad_q_base, i, row_valid, stride_grad_qn, grad_q * scale, HEAD_DIM, BLOCK_D)

@@ -270,7 +270,7 @@ class Backward:
     def _partials(self, programs: int) -> tuple[int, int]:
         """(num_partials, sequences_per_program) of a sum over sequences with so many programs per partial sum."""
         sequences = self.problem.sequences
-        sequences_per_program = max(1, cdiv(sequences, max(1, self.programs // programs)))
+        sequences_per_program = max(1, cdiv(sequences, max(1, self.programs // max(1, programs))))
         return cdiv(sequences, sequences_per_program), sequences_per_program
 
     def _partials_of_query(self, programs: int) -> tuple[int, int]:
