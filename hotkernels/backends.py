@@ -105,6 +105,8 @@ def choose(op: str, x: Tensor, backend: str | None, first: str = "x") -> str:
     named = "backend"
     if backend is None and FROM_ENVIRONMENT is not None:
         backend, named = FROM_ENVIRONMENT, "HOTKERNELS_BACKEND"
+    if backend is None and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        backend = "torch"  # ONNX has no operators of ours
     if backend is None:
         kernels = OPS[op]
         for name in BACKENDS:

@@ -503,6 +503,21 @@ def test_exports(op: OpCase, backend: str) -> None:
         assert_same(theirs, gradients(lambda **a: op.function(**a, backend=backend), args, wanted))
 
 
+@each_op_on("torch")
+def test_exports_to_onnx_in_pytorchs_operators(op: OpCase, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = op.inputs["small"](torch.float32)
+    given = {name: value for name, value in args.items() if isinstance(value, Tensor)}
+
+    class Module(torch.nn.Module):
+        def forward(self, **kwargs: Tensor) -> list[Tensor]:
+            return tensors(op.function(**args | kwargs))
+
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    program = torch.export.export(Module(), (), given)
+    assert not [node for node in program.graph.nodes if "hotkernels" in str(node.target)]
+    assert_same(program.module()(**given), op.function(**args, backend="torch"))
+
+
 @each_op_on("torch", *FUSED)
 def test_vmap(op: OpCase, backend: str) -> None:
     args = op.inputs["small"](torch.float32)

@@ -488,8 +488,24 @@ def test_what_a_hook_sees_is_not_overwritten() -> None:
             lambda: CrossAttention(16)(torch.zeros(5, 16), torch.zeros(2, 5, 8), torch.zeros(2, 5, 16)),
             r"^CrossAttention: x_2 must be \[\.\.\., C\] with C = dim = 16, got \[2, 5, 8\]$",
         ),
-        (lambda: Attention(16)(torch.zeros(5, 16)), r"^Attention: x must be \[.+, got \[5, 16\]$"),
+        (lambda: Attention(16)(torch.zeros(5, 16)), r"^Attention: x must be \[B, \.\.\., N, C\] .+, got \[5, 16\]$"),
         (lambda: Attention(16)(torch.zeros(2, 5, 16), along=-3), r"^Attention: x must be \[.+, got \[2, 5, 16\]$"),
+        (
+            lambda: Attention(16)(torch.zeros(2, 0, 16)),
+            r"^Attention: x must be of at least one token, got \[2, 0, 16\]$",
+        ),
+        (
+            lambda: Attention(16)(torch.zeros(2, 0, 5, 16), along=-3),
+            r"^Attention: x must be of at least one token, got \[2, 0, 5, 16\]$",
+        ),
+        (
+            lambda: CrossAttention(16)(torch.zeros(0, 16), *torch.zeros(2, 2, 5, 16)),
+            r"^CrossAttention: x_1 must be of at least one token, got \[0, 16\]$",
+        ),
+        (
+            lambda: CrossAttention(16)(torch.zeros(2, 5, 16), *torch.zeros(2, 2, 0, 16)),
+            r"^CrossAttention: x_2 must be of at least one token, got \[2, 0, 16\]$",
+        ),
         (lambda: Attention(16)(torch.zeros(2, 5, 3, 1, 16), along=-3), r"^Attention: x must be .+ \[2, 5, 3, 1, 16\]$"),
         (
             lambda: CrossAttention(16)(torch.zeros(1, 5, 16).expand(2, -1, -1), *torch.zeros(2, 3, 4, 16)),

@@ -156,9 +156,11 @@ def self_attention(module: Any, x: Tensor, along: int = -2) -> Tensor:
     if along not in (-2, -3):
         fail("Attention", "along", "-2 or -3", along)
     if not isinstance(x, Tensor) or x.dim() < 3 or (along == -3 and x.dim() != 4):
-        layout = "[..., N, C] with along = -2, or [B, F, J, C] with along = -3"
+        layout = "[B, ..., N, C] with along = -2, or [B, F, J, C] with along = -3"
         check_tensor("Attention", "x", x, layout, None)
         fail("Attention", "x", layout, list(x.shape))
+    if x.shape[along] < 1:
+        fail("Attention", "x", "of at least one token", list(x.shape))
     done = [_attend(module, piece, along) for piece in _pieces(x, module)]
     return done[0] if len(done) == 1 else torch.cat(done)
 
@@ -183,6 +185,9 @@ def cross_attention(module: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tenso
             x_1 = x_1[0]
     if x_1.dim() not in (2, x_2.dim()):
         fail("CrossAttention", "x_1", "[B, L, C] or [L, C]", list(x_1.shape))
+    for arg, x in {"x_1": x_1, "x_2": x_2}.items():
+        if x.shape[0 if x.dim() == 2 else 1] < 1:
+            fail("CrossAttention", arg, "of at least one token", list(x.shape))
     # [B, L, (J,) C] -> [B, (J,) H, L, D], a view
     query, key, value = (
         _split_heads(t, module.num_heads) for t in (linear(module.linear_q, x_1), *_keys_and_values(module, x_2, x_3))

@@ -124,6 +124,9 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     inside an object that an attribute holds, attributes set on the class, and new definitions of a clustering function
     or of a method that calls one. With a twin of your own, all this is up to its forward.
 
+    A call that no probe has seen goes to the module's own forward, too: with tokens of other dims than [B, N, C]
+    (MotionAGFormer's: [B, T, J, C]), with further arguments, or traced by torch.fx.
+
     Swap before DDP or `torch.compile`, or after.
 
     Outputs differ by rounding, and where a clustering chooses between tokens whose densities float32 cannot tell apart:
