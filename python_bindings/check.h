@@ -91,15 +91,21 @@ inline void check_tensor(const Tensor& t, const Tensor& beside, const char* op, 
                << name_of(t.scalar_type()) << " tensor " << shape_of(t) << " on " << device_of(t));
 }
 
-// An uninitialised tensor. On failure, rethrows with PyTorch's message where available (2.13+).
-template <class... Type>
-Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, Type... type) {
+// What a call of PyTorch returns. On failure, rethrows with PyTorch's message where available (2.13+).
+template <class Call>
+auto with_message(const Call& call) {
   try {
-    return torch::stable::new_empty(like, shape, type...);
+    return call();
   } catch (const std::runtime_error&) {
     if (torch_exception_get_what_without_backtrace == nullptr) throw;
     throw std::runtime_error(torch_exception_get_what_without_backtrace());
   }
+}
+
+// An uninitialised tensor.
+template <class... Type>
+Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, Type... type) {
+  return with_message([&] { return torch::stable::new_empty(like, shape, type...); });
 }
 
 // Memory for a CPU kernel, 64-byte aligned.
@@ -120,15 +126,15 @@ inline void check_index_range(const Tensor& index, int64_t size, const char* op,
   }
 }
 
-// Runs body(begin, end) over [0, count) on torch's threads.
+// Runs body(begin, end) over [0, count) on torch's threads, each with at least `grain` of it.
 template <class Body>
-inline void parallel(int64_t count, const Body& body) {
-  torch::stable::parallel_for(0, count, 1, body);
+inline void parallel(int64_t count, int64_t grain, const Body& body) {
+  with_message([&] { torch::stable::parallel_for(0, count, grain, body); });
 }
 
 inline Runner torch_runner() {
   return {[](int64_t count, void (*task)(void*, int64_t, int64_t), void* state) {
-            parallel(count, [&](int64_t begin, int64_t end) { task(state, begin, end); });
+            parallel(count, 1, [&](int64_t begin, int64_t end) { task(state, begin, end); });
           },
           static_cast<int32_t>(torch::stable::get_num_threads())};
 }

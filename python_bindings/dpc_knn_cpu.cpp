@@ -16,7 +16,7 @@ Peaks dpc_knn(const Tensor& x, int64_t num_clusters, int64_t k, const std::optio
   const auto fwd = HK_CPU_DISPATCH(set, dpc_knn_fwd);
   const Runner runner = torch_runner();
   if (p.B >= runner.threads) {  // samples share nothing: the cheapest cut
-    parallel(p.B, [&](int64_t begin, int64_t end) {
+    parallel(p.B, 1, [&](int64_t begin, int64_t end) {
       const Scratch scratch(x, scratch_bytes(p, 1));
       for (int64_t b = begin; b < end; ++b) fwd(p, b, scratch.data, kSerial);
     });

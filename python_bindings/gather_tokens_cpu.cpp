@@ -12,7 +12,7 @@ Tensor forward(const Tensor& x, const Tensor& index, const std::optional<Tensor>
   check_index_range(index, call.p.N, kGatherTokens, "index");
   const auto kernel = HK_CPU_DISPATCH(isa(), gather_tokens_fwd);
   const int64_t tokens = call.out.numel() == 0 ? 0 : call.p.B * call.p.M;  // C = 0 leaves no memory to point at
-  torch::stable::parallel_for(0, tokens, kGrain, [&](int64_t begin, int64_t end) { kernel(call.p, begin, end); });
+  parallel(tokens, kGrain, [&](int64_t begin, int64_t end) { kernel(call.p, begin, end); });
   return call.out;
 }
 
@@ -22,7 +22,7 @@ Tensor backward(const Tensor& grad_out, const Tensor& index, int64_t num_tokens)
   const auto inverse = take_inverse(p, index, num_tokens);
   const auto sum = HK_CPU_DISPATCH(isa(), gather_tokens_bwd);
   const int64_t tokens = call.grad_x.numel() == 0 ? 0 : p.B * p.N;
-  torch::stable::parallel_for(0, tokens, kGrain, [&](int64_t begin, int64_t end) { sum(p, begin, end); });
+  parallel(tokens, kGrain, [&](int64_t begin, int64_t end) { sum(p, begin, end); });
   return call.grad_x;
 }
 

@@ -191,7 +191,7 @@ using Kernel = void (*)(const Attention&, int64_t, int64_t, void*);
 
 // Runs a kernel over its work items, each thread with scratch of its own.
 void run(const Attention& p, int64_t items, int64_t grain, int64_t scratch_bytes, Kernel kernel, const Tensor& like) {
-  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+  parallel(items, grain, [&](int64_t begin, int64_t end) {
     kernel(p, begin, end, Scratch(like, scratch_bytes).data);
   });
 }
@@ -201,7 +201,7 @@ Tensor sum_parts(const Tensor& parts, const std::vector<int64_t>& shape) {
   Tensor sum = allocate(parts, shape);
   const int64_t count = parts.size(0), size = sum.numel();
   const auto add = [&](auto* to, const auto* from) {
-    torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
+    parallel(size, 4096, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) to[i] = from[i];
       for (int64_t part = 1; part < count; ++part) {
         for (int64_t i = begin; i < end; ++i) to[i] += from[part * size + i];

@@ -28,10 +28,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& assign
   const Isa set = isa();
   const auto sum_weights = HK_CPU_DISPATCH(set, merge_tokens_total);
   const auto kernel = HK_CPU_DISPATCH(set, merge_tokens_fwd);
-  parallel(p.B, [&](int64_t begin, int64_t end) { sum_weights(p, begin, end); });
+  parallel(p.B, 1, [&](int64_t begin, int64_t end) { sum_weights(p, begin, end); });
   const int64_t channels = channels_per_task(p), chunks = (p.C + channels - 1) / channels;
   const int64_t bytes = HK_CPU_DISPATCH(set, merge_tokens_scratch)(p, channels);
-  parallel(p.B * chunks, [&](int64_t begin, int64_t end) {
+  parallel(p.B * chunks, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(x, bytes);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t c = t % chunks * channels;
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& mean, 
   const MergeTokens& p = call.p;
   check_index_range(assignment, p.M, kMergeTokens, "assignment");
   const auto kernel = HK_CPU_DISPATCH(isa(), merge_tokens_bwd);
-  torch::stable::parallel_for(0, p.B * p.N, kGrain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  parallel(p.B * p.N, kGrain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return {call.grad_x, call.grad_weight};
 }
 

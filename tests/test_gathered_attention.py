@@ -485,6 +485,17 @@ def test_gradcheck(backend: str, kind: str, batch: tuple[int, ...]) -> None:
     assert gradcheck(call, args, nondet_tol=0.0)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="PyTorch tells from 2.13 on")
+@only_cpp
+@pytest.mark.parametrize("number", [1, 2])
+def test_too_little_memory_is_told(backend: str, number: int, threads: None) -> None:
+    """Also where threads ask for it."""
+    torch.set_num_threads(number)
+    query, key = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 1, 8).expand(-1, -1, 1 << 42, -1)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        gathered_attention(query, key, key, backend=backend)
+
+
 # ---- layouts and sizes -----------------------------------------------------------------------------------------------
 
 
