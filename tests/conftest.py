@@ -16,6 +16,7 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
+from emulation.processes import Process, start
 
 from hotkernels import backends
 from hotkernels.nn import linear
@@ -51,6 +52,23 @@ def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(number)
     if EMULATED == "cuda":
         emulation.configure(compute_capability=(90, 80, 90, 86, 90, 120)[number % 6])
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Process]]:
+    """What runs the tests of GPU backends without a GPU."""
+    running = start(tmp_path_factory.mktemp("emulation"))
+    yield running
+    for process in running.values():
+        process.popen.kill()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _emulated_first(request: pytest.FixtureRequest) -> None:
+    """They take minutes, beside which the other tests run. What keeps them from it is their tests' error."""
+    if any("emulated" in getattr(item, "fixturenames", ()) for item in request.session.items) and not EMULATED:
+        with contextlib.suppress(RuntimeError):
+            request.getfixturevalue("emulated")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -114,6 +132,10 @@ def products(
     product = linear._onednn
     monkeypatch.setattr(linear, "_onednn", lambda *args: asked.append(len(args) > 3 and args[3]) or product(*args))
     return asked
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "emulated" in getattr(item, "fixturenames", ()))  # what waits for processes is last
 
 
 def pytest_configure(config: pytest.Config) -> None:

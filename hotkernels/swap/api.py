@@ -101,8 +101,8 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
 
     What is replaced, whatever the file or the class is called:
 
-    - the attention of timm's ViT, MixSTE, MHFormer, MotionBERT, MotionAGFormer, TCFormer, PVT, TokenPose, PPT,
-      VideoMAE, vit-pytorch, DynamicViT (without a policy) and of timm's ViT that ToMe has patched;
+    - the attention of timm's ViT, MixSTE, MHFormer, MotionBERT, MotionAGFormer, TCFormer, PVT (which takes x, H, W),
+      TokenPose, PPT, VideoMAE, vit-pytorch, DynamicViT (without a policy) and of timm's ViT that ToMe has patched;
     - HoT's cross-attention, and that with one layer for keys and values;
     - MLPs in float32 on a CPU, by oneDNN: an fc1, an act and an fc2, or an nn.Sequential;
     - modules of the forms that `register_twin` adds;

@@ -1,0 +1,57 @@
+"""The processes that run the tests of GPU backends without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import emulation
+from hotkernels import backends
+
+TESTS = Path(__file__).parents[1]
+# How a process is told to emulate a backend, and which of its tests to run. The interpreter is slow, so two share them;
+# and half types are little else than float32 to it: all shapes for float32, forward for float16 too.
+CUDA, TRITON = {"HOTKERNELS_EMULATE_CUDA": "1"}, {"TRITON_INTERPRET": "1"}
+EMULATE = {
+    "cuda": (CUDA, "cuda"),
+    "triton ops": (TRITON, "triton and not conformance"),
+    "triton conformance": (
+        TRITON,
+        "triton and conformance and not (bfloat16 and not small) and not (test_gradients and float16 and not small)",
+    ),
+}
+
+
+class Process:
+    """A command that writes what it says to a file."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("wb") as file:
+            self.popen = subprocess.Popen(command, cwd=TESTS.parent, env=environment, stdout=file, stderr=file)
+
+    def finished(self) -> tuple[int, str]:
+        """Its status and all that it said."""
+        return self.popen.wait(), self.log.read_text()
+
+
+def start(folder: Path) -> dict[str, Process]:
+    """One of each that can run here."""
+    if backends.LIBRARIES["_C_cpu"] is not None or torch.cuda.is_available():
+        return {}
+    emulation.build()  # once, not by two at a time
+    running = {}
+    for name, (environment, expression) in EMULATE.items():
+        backend = name.partition(" ")[0]
+        if backend == "triton" and importlib.util.find_spec("triton") is None:
+            continue
+        ops = [op for op, kernels in backends.OPS.items() if backend in kernels]
+        files = sorted({path for op in ("conformance", *ops) for path in TESTS.glob(f"test_{op}*.py")})
+        command = [sys.executable, "-m", "pytest", "-q", "-k", expression, *map(str, files)]
+        running[name] = Process(command, os.environ | environment | {"OMP_NUM_THREADS": "1"}, folder / name)
+    return running
