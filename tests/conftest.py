@@ -80,7 +80,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name, _, isa = request.param.partition("-")
     if EMULATED and name != EMULATED:
         pytest.skip(f"this process emulates {EMULATED}")
-    op = request.node.path.stem.removeprefix("test_")
+    op = next((op for op in backends.OPS if request.node.path.stem.startswith(f"test_{op}")), "")
     if name not in backends.OPS.get(op, {name: None}):
         pytest.skip(f"{op} has no {name} kernel")
     if name in GPU_BACKENDS:
