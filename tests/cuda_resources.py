@@ -86,8 +86,10 @@ def over(kernels: Resources, limits: Resources) -> dict[tuple[str, str, str], tu
 if __name__ == "__main__":
     compile_library()
     kernels = measured()
-    for source in sys.argv[1:]:
+    if sources := sys.argv[1:]:
         limits = json.loads(TABLE.read_text())["kernels"]
-        kernels = {name: needs for name, needs in limits.items() if name in kernels} | measured(source)
+        kernels = {name: needs for name, needs in limits.items() if name in kernels}
+        for source in sources:
+            kernels |= measured(source)
     TABLE.write_text(json.dumps({"nvcc": nvcc_release(), "kernels": kernels}, indent=1, sort_keys=True) + "\n")
     print(f"wrote {TABLE.relative_to(ROOT)}: {len(kernels)} kernels")
