@@ -76,8 +76,11 @@ def test_more_neighbours_than_a_list_holds(backend: str, data: str, k: int) -> N
 
 
 @emulated
-@pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize(("B", "N", "C", "k", "M"), [(1, 640, 39, 5, 160), (2, 513, 8, 18, 20), (1, 400, 8, 3, 400)])
+@pytest.mark.parametrize(
+    ("data", "B", "N", "C", "k", "M"),
+    [(data, *shape) for data in DATA for shape in ((1, 640, 39, 5, 160), (1, 400, 8, 3, 400))]
+    + [(data, 2, 513, 8, 18, 20) for data in ("cloud", "two places", "ever denser")],  # which take seconds each
+)
 def test_every_way_gives_the_same_bits(
     backend: str,
     gpu: Callable[..., None],
