@@ -22,9 +22,7 @@ void merge_tokens_total(const MergeTokens& p, int64_t begin, int64_t end) {
       }
       for (int64_t m = 0; m < p.M; ++m) {
         total[m] += static_cast<Sum>(p.eps);
-        if (std::isinf(total[m])) total[m] = static_cast<Sum>(NAN);
-        // A total of 0, or one so small that it has no reciprocal: such a cluster counts as empty.
-        if (std::isinf(Sum{1} / total[m])) total[m] = static_cast<Sum>(INFINITY);
+        if (std::isinf(Sum{1} / total[m])) total[m] = 0;  // too small to have a reciprocal
       }
     }
   });
@@ -35,7 +33,7 @@ namespace {
 // Whether a token of this cluster counts, of clusters with these totals.
 template <class Sum>
 bool counts(int64_t cluster, const Sum* total) {
-  return cluster >= 0 && !std::isinf(total[cluster]);
+  return cluster >= 0 && total[cluster] != 0;
 }
 
 struct Scratch {
@@ -108,7 +106,7 @@ void merge_tokens_fwd(const MergeTokens& p, int64_t b, int64_t c_begin, int64_t 
       }
     }
     for (int64_t m = 0; m < p.M && !in_place; ++m) {
-      const Sum scale = Sum{1} / total[m];
+      const Sum scale = total[m] == 0 ? Sum{0} : Sum{1} / total[m];
       Sum* mean_row = p.mean ? static_cast<Sum*>(p.mean) + out_row + m * p.C : nullptr;
       each_vector<E>(channels, [&](int64_t c, auto count) {
         const Vec<E> mean = load_as<SumOf<E>>(sums_of(m) + c, count) * scale;

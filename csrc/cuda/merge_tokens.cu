@@ -21,8 +21,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t b = first_sample + sample, t = first_sample * p.N + number, m = exists ? p.assignment[t] : -1;
   const bool named = m >= 0 && m < p.M;
   const int64_t cluster = named ? b * p.M + m : 0;
-  const Sum scale = named ? Sum{1} / static_cast<const Sum*>(p.total)[cluster] : Sum{0};
-  const bool there = scale != 0;  // not where the cluster counts as empty either
+  const Sum total = named ? static_cast<const Sum*>(p.total)[cluster] : Sum{0};
+  const bool there = total != 0;  // not where the cluster counts as empty either
+  const Sum scale = there ? Sum{1} / total : Sum{0};
   const Sum weight = there && p.weight ? get(static_cast<const T*>(p.weight)[t]) : Sum{1};
   const Packed* grad = static_cast<const Packed*>(p.grad_out) + cluster * packs;
   const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b + (number - sample * N) * p.x_stride_n;

@@ -107,11 +107,10 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSM) segment_sum_kern
       }
       if constexpr (kMean) {
         total += static_cast<Sum>(p.eps);
-        constexpr Sum kInfinite = static_cast<Sum>(INFINITY);
-        if (total == kInfinite || total == -kInfinite) total = static_cast<Sum>(NAN);
         const Sum scale = Sum{1} / total;
+        constexpr Sum kInfinite = static_cast<Sum>(INFINITY);
         const bool empty = scale == kInfinite || scale == -kInfinite;  // nothing, or too little to have a reciprocal
-        if (empty) total = kInfinite;
+        if (empty) total = 0;
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] = empty ? Sum{0} : sum[v] * scale;
         if (j == 0) static_cast<Sum*>(p.total)[segment] = total;

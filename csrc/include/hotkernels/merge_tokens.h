@@ -15,8 +15,8 @@ struct MergeTokens {
   DType dtype;
   void* out;                  // [B, M, C] contiguous, of x's type
   void* mean;                 // out before rounding, in total's type; forward: null if not wanted or if x has that type
-  void* total;                // [B, M] sum_i w_i + eps: float64 if x is, else float32; infinite where that has no
-                              // reciprocal: the cluster counts as empty (NaN where the sum itself is infinite)
+  void* total;                // [B, M] sum_i w_i + eps: float64 if x is, else float32; 0 where that has no
+                              // reciprocal, and the cluster counts as empty
 
   // Backward only.
   const void* grad_out;       // [B, M, C] contiguous; mean (for grad_weight) and total are read, too
