@@ -333,6 +333,20 @@ class ScaledUnlessNone(AttentionEager):
         return super().forward(x) * (1.0 if by is None else by)
 
 
+def test_an_output_may_be_written_into() -> None:
+    """Also where nothing comes after the heads; autograd forbids it for a view of what a Function returned."""
+    module, x = ToQkvAttention(dim_head=8), torch.randn(2, 5, 32, requires_grad=True)
+    module.to_out = nn.Identity()
+    plain = copy.deepcopy(module)
+    assert hotkernels.swap(module).replaced == [("", "attention")]
+    results = []
+    for each in (module, plain):
+        out = each(x)
+        out += x
+        results.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    torch.testing.assert_close(*results)
+
+
 class ExtraX(eager.Mlp):
     """Its second argument has the name that the twin gives the first."""
 
