@@ -432,7 +432,7 @@ def test_rows_are_done_in_blocks(rows: int, monkeypatch: pytest.MonkeyPatch) -> 
     """Of PyTorch's distances; with all rows in one block nothing else is tested."""
     args = hard_sample(39, 5)
     whole = dpc_knn(**args, backend="torch")
-    monkeypatch.setattr("hotkernels.ops.dpc_knn.reference._ROWS_AT_ONCE", rows * 3 * 39)
+    monkeypatch.setattr("hotkernels.ops.dpc_knn.reference._DISTANCES_AT_ONCE", rows * 3 * 39)
     out = dpc_knn(**args, backend="torch")
     check_dpc_knn(args, out)
     assert_same(out, whole)

@@ -27,7 +27,7 @@ struct DpcKnn {
   float *density, *delta, *score;  // [B, N]
 };
 
-// Bytes of scratch that one call of dpc_knn_fwd needs: O(N (k + C)), and at most 0.6 MB of distances. 64-byte aligned.
+// Bytes of scratch that one call of dpc_knn_fwd needs: O(N (k + C)), and at most 2.7 MB of distances. 64-byte aligned.
 HK_CPU_KERNEL(int64_t dpc_knn_scratch(const DpcKnn& p, int32_t threads))
 
 // Clusters sample b.

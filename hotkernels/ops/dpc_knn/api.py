@@ -105,7 +105,8 @@ def dpc_knn(
     the batch.
 
     Cost: half of :math:`N^2 C` multiply-adds; O(N (k + C)) memory beyond the input. N x N distances are held only of
-    few tokens: by "cpp" up to 816 (2.7 MB per thread) if k is at most 16, by "torch" in compiled code up to 2,048.
+    few tokens: by "cpp" up to 816 (2.7 MB per thread) if k is at most 16, by "cuda" up to 352 on chips without
+    clusters, by "torch" where the batch has 4 million at most, and in compiled code up to 2,048 tokens.
 
     Source: density peaks: Rodriguez & Laio, Science 344 (2014), eq. 1-2; the kNN density: Du, Ding & Jia,
     Knowl.-Based Syst. 99 (2016); in transformers: TCFormer (Zeng et al., CVPR 2022, eq. 1-3) and the Token Pruning

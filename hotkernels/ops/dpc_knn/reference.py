@@ -7,7 +7,7 @@ from torch import Tensor
 
 # A token counts only if its squared norm is at most this: then no sum of its squared distances overflows in float32.
 NORM_LIMIT = 2.0**93
-_ROWS_AT_ONCE = 1 << 22  # distances held at a time: rows are done in blocks, N x N does not exist
+_DISTANCES_AT_ONCE = 1 << 22  # held at a time, or one row of every sample: more rows are done in blocks
 _COMPILED_AT_ONCE = 2048  # but of so few tokens in compiled code, which could not serve another N if it had blocks
 
 
@@ -58,7 +58,7 @@ def dpc_knn_reference(
 
     blocks = [slice(None)]
     if not torch.compiler.is_compiling() or N > _COMPILED_AT_ONCE:
-        step = max(1, _ROWS_AT_ONCE // max(1, B * N))
+        step = max(1, _DISTANCES_AT_ONCE // max(1, B * N))
         blocks = [slice(first, first + step) for first in range(0, N, step)]
 
     # 2. r: mean of the k smallest squared distances, the token itself included.
