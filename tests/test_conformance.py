@@ -504,7 +504,7 @@ def test_exports(op: OpCase, backend: str) -> None:
 
 
 @each_op_on("torch")
-def test_exports_to_onnx_in_pytorchs_operators(op: OpCase, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_onnx_export_gets_is_pytorchs(op: OpCase, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = op.inputs["small"](torch.float32)
     given = {name: value for name, value in args.items() if isinstance(value, Tensor)}
 

@@ -43,7 +43,7 @@ def offsets(row, stride):
 
 @triton.jit
 def in_base_2(x):
-    """x * log2(e), -inf where x is and nowhere else: the lowest float32, a usual mask, must not become it."""
+    """x * log2(e), -inf where x is and nowhere else: the lowest float32, a usual mask, counts as LOWEST."""
     return tl.where(x == float("-inf"), x, tl.maximum(x, LOWEST) * LOG2E)
 
 
@@ -79,8 +79,8 @@ def logit_addend(key_bias_ptr, row, valid, key_bias_stride_n):
 def masked(logits, addend, valid, index_ptr, key_bias_ptr):
     """logits + addend, -inf where not valid; all arguments broadcast to logits.
 
-    Slots of a query without any must not be NaN if the query is: it attends to nothing. Without index and key_bias,
-    every query has slots, so its NaN may show, and adding is all the masking that slots beyond the last one need.
+    Where none is valid, a query attends to nothing, and if it is NaN that must not show. Without index and key_bias
+    some always are, and adding is all the masking that slots beyond the last one need.
     """
     if index_ptr is None or key_bias_ptr is not None:
         logits += addend
