@@ -90,15 +90,10 @@ class Bench:
 
 def functions(work: Workload, row: Row) -> dict[str, Callable[..., Any]]:
     """Everyone who takes part in a row; `ours` first."""
-    several: dict[str, Callable[..., Any]] = {"ours": work.ours}
-    if "eager" in row.contenders:
-        several["eager"] = work.eager
-    if "compile" in row.contenders:
-        several["compile"] = torch.compile(work.eager, dynamic=False)
-        if not row.backward:
-            several["compile graphs"] = torch.compile(work.eager, dynamic=False, mode="reduce-overhead")
-    if "sdpa" in row.contenders and work.sdpa is not None:
-        several["sdpa"] = work.sdpa
+    several = {"ours": work.ours} | work.contenders(row.contenders)
+    if "compile" in several and not row.backward:
+        several["compile graphs"] = torch.compile(work.eager, dynamic=False, mode="reduce-overhead")
+    if "sdpa" in several and work.sdpa is not None:
         several |= {name: functools.partial(_with_kernel, work.sdpa, kernel) for name, kernel in SDPA.items()}
         if work.flex is not None:
             several["flex"] = torch.compile(work.flex, dynamic=False)

@@ -124,10 +124,7 @@ def _checked(row: Row) -> str | None:
 def _thunks(row: Row) -> dict[str, Callable[[], Any]]:
     work = _workload(row)
     torch._dynamo.reset()  # rows share code: their shapes would pile up to the recompilation limit
-    functions: dict[str, Any] = {"eager": work.eager, "sdpa": work.sdpa, "ours": work.ours}
-    if "compile" in row.contenders:
-        functions["compile"] = torch.compile(work.eager, dynamic=False)
-    return {name: work.thunk(functions[name], row.backward) for name in row.contenders}
+    return {name: work.thunk(function, row.backward) for name, function in work.contenders(row.contenders).items()}
 
 
 def run(row: Row, seconds: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import contextvars
 import numbers
@@ -111,6 +112,14 @@ def check_bool(op: str, arg: str, value: Any) -> None:
     """Check that `value` is a bool, of Python or NumPy."""
     if value is not True and value is not False and not isinstance(value, np.bool_):
         fail(op, arg, "a bool", type(value).__name__, TypeError)
+
+
+def count(text: str) -> int:
+    """The type of an option that counts something, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def _can_look(values: Tensor) -> bool:

@@ -51,26 +51,29 @@ struct MergeTokensCall : MergeTokensInputs {
 struct MergeTokensGradCall : MergeTokensInputs {
   Tensor grad_out, grad_x, grad_weight;
 
-  // Only the weight's gradient reads mean, and needs it in the type of sums.
-  MergeTokensGradCall(const Tensor& grad, const Tensor& mean, const Tensor& total, const Tensor& given,
+  MergeTokensGradCall(const Tensor& grad, const std::optional<Tensor>& mean, const Tensor& total, const Tensor& given,
                       const Tensor& assignment, const std::optional<Tensor>& weight, bool need_weight)
-      : MergeTokensInputs(given, assignment, clusters_of(mean), weight), grad_out(torch::stable::contiguous(grad)) {
-    const ScalarType compute = compute_type(p.dtype), type_of_mean = need_weight ? compute : mean.scalar_type();
+      : MergeTokensInputs(given, assignment, clusters_of(total), weight), grad_out(torch::stable::contiguous(grad)) {
+    const ScalarType compute = compute_type(p.dtype);
     check_tensor(grad_out, x, kMergeTokens, "grad_out", x.scalar_type(), {p.B, p.M, p.C});
-    check_tensor(mean, x, kMergeTokens, "mean", type_of_mean, {p.B, p.M, p.C});
     check_tensor(total, x, kMergeTokens, "total", compute, {p.B, p.M});
+    HK_CHECK(mean || !need_weight, kMergeTokens, "mean", "given, for the gradient of weight", "None");
+    if (mean) {
+      check_tensor(*mean, x, kMergeTokens, "mean", compute, {p.B, p.M, p.C});
+      p.mean = const_cast<void*>(mean->const_data_ptr());
+    }
     grad_x = allocate(x, {p.B, p.N, p.C});
     grad_weight = allocate(x, {p.B, need_weight ? p.N : 0});
     p.grad_out = grad_out.const_data_ptr();
-    p.mean = const_cast<void*>(mean.const_data_ptr()), p.total = const_cast<void*>(total.const_data_ptr());
+    p.total = const_cast<void*>(total.const_data_ptr());
     p.grad_x = grad_x.mutable_data_ptr();
     p.grad_weight = need_weight ? grad_weight.mutable_data_ptr() : nullptr;
   }
 
  private:
-  static int64_t clusters_of(const Tensor& mean) {
-    HK_CHECK(mean.dim() == 3, kMergeTokens, "mean", "[B, M, C]", shape_of(mean));
-    return mean.size(1);
+  static int64_t clusters_of(const Tensor& total) {
+    HK_CHECK(total.dim() == 2, kMergeTokens, "total", "[B, M]", shape_of(total));
+    return total.size(1);
   }
 };
 

@@ -41,8 +41,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& assign
   return {call.out, call.total, call.mean};
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& mean, const Tensor& total, const Tensor& x,
-                                    const Tensor& assignment, const std::optional<Tensor>& weight, bool need_weight) {
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const std::optional<Tensor>& mean, const Tensor& total,
+                                    const Tensor& x, const Tensor& assignment, const std::optional<Tensor>& weight,
+                                    bool need_weight) {
   const MergeTokensGradCall call(grad_out, mean, total, x, assignment, weight, need_weight);
   const MergeTokens& p = call.p;
   check_index_range(assignment, p.M, kMergeTokens, "assignment");

@@ -11,8 +11,8 @@ STABLE_TORCH_LIBRARY(hotkernels, m) {
       "merge_tokens_fwd(Tensor x, Tensor assignment, SymInt num_clusters, Tensor? weight, float eps, bool need_mean) "
       "-> (Tensor out, Tensor total, Tensor mean)");
   m.def(
-      "merge_tokens_bwd(Tensor grad_out, Tensor mean, Tensor total, Tensor x, Tensor assignment, Tensor? weight, bool "
-      "need_weight) -> (Tensor grad_x, Tensor grad_weight)");
+      "merge_tokens_bwd(Tensor grad_out, Tensor? mean, Tensor total, Tensor x, Tensor assignment, Tensor? weight, "
+      "bool need_weight) -> (Tensor grad_x, Tensor grad_weight)");
   m.def("invert_index(Tensor index, SymInt num_tokens) -> (Tensor start, Tensor slots)");
   m.def(
       "gathered_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? index, Tensor? bias, Tensor? key_bias, "

@@ -293,7 +293,7 @@ def _merge_raw(args: Args) -> list[tuple[str, tuple]]:
         ("merge_tokens_fwd", (x, assignment, M, None, 1e-6, False)),
         ("merge_tokens_fwd", (x, assignment, M, weight, 1e-6, True)),
         ("merge_tokens_fwd", (x.half(), assignment, M, weight.half(), 1e-6, True)),
-        ("merge_tokens_bwd", (torch.randn_like(out), out, total, x, assignment, None, False)),
+        ("merge_tokens_bwd", (torch.randn_like(out), None, total, x, assignment, None, False)),
         ("merge_tokens_bwd", (torch.randn_like(out), out, total, x, assignment, weight, True)),
     ]
 
@@ -335,10 +335,11 @@ def _merge_bad_raw() -> list[BadRaw]:
     backward = [
         Bad("grad_out", lambda a: {"grad_out": a["grad_out"][:, :2]}, expected=mean),
         Bad("mean", lambda a: {"mean": a["mean"][..., :3].contiguous()}, expected=mean),
-        Bad("mean", lambda a: {"mean": a["mean"][0]}, expected="[B, M, C]"),
+        Bad("mean", lambda a: {"mean": a["mean"][0]}, expected=mean),
+        Bad("mean", lambda a: {"mean": None}, expected="given, for the gradient of weight", got="None"),
         Bad("mean", lambda a: {"mean": a["mean"].double()}, expected=mean),
         Bad("total", lambda a: {"total": a["total"][:1]}, expected=total),
-        Bad("total", lambda a: {"total": a["total"][..., None]}, expected=total),
+        Bad("total", lambda a: {"total": a["total"][..., None]}, expected="[B, M]"),
         Bad("total", lambda a: {"total": a["total"].repeat(1, 2)[:, ::2]}, expected=total),
         Bad("total", lambda a: {"total": a["total"].double()}, expected=total),
         *out_of_range,

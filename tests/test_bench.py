@@ -84,6 +84,12 @@ def test_backward_is_that_of_every_floating_argument(op: str, keys: int, options
     assert work.grad_of == tuple(i for i, arg in enumerate(work.args) if arg.is_floating_point())
 
 
+@pytest.mark.parametrize(("op", "keys", "options"), [*ATTENTION, *((op, 10, {}) for op in FLOATING)])
+def test_no_argument_repeats_the_numbers_of_another(op: str, keys: int, options: dict[str, Any]) -> None:
+    args = [arg.flatten()[:8] for arg in WORKLOADS[op](SMALL[op], keys, **options).args if arg.is_floating_point()]
+    assert not [(a, b) for a, b in itertools.combinations(args, 2) if torch.equal(a, b) or torch.equal(a.exp(), b)]
+
+
 def test_tokens_are_chosen_as_hot_does() -> None:
     """Gathered in ascending order; the centre among them, where one is asked for."""
     work = WORKLOADS["dpc_knn"]((2, 40, 8), 10, center=20)
@@ -399,7 +405,7 @@ def test_command_names_the_call(op: str, options: list[str], told: str, capsys: 
         (["--shape", "2,40,8", "--seconds", "nan"], "invalid seconds value"),
         (["--shape", "2,40,8", "--seconds", "inf"], "invalid seconds value"),
         (["--shape", "2,40,8", "--seconds", "-1"], "invalid seconds value"),
-        (["--shape", "2,40,8", "--threads", "0"], "invalid count value"),
+        (["--shape", "2,40,8", "--threads", "0"], "must be at least 1, got 0"),
         (["--shape", "2,40,8", "--backward"], "has no backward"),
         (["--op", "merge_tokens", "--shape", "2,40,8", "-k", "3"], "has no option 'k'"),
         (

@@ -523,22 +523,26 @@ def test_vmap(op: OpCase, backend: str) -> None:
     args = op.inputs["small"](torch.float32)
     stacked = {name: torch.stack([v, v.roll(1, -1)]) for name, v in args.items() if isinstance(v, Tensor)}
 
-    def first(given: dict[str, Tensor]) -> Tensor:
-        return tensors(op.function(**{**args, **given}, backend=backend))[0]
+    def call(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(tensors(op.function(**{**args, **given}, backend=backend)))
 
-    vmapped, exactly = torch.func.vmap(first), backend != "torch"
+    vmapped, exactly = torch.func.vmap(call), backend != "torch"
+
+    def sample(samples: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+        return {name: v[i] for name, v in samples.items()}
+
     for some in [*([name] for name in stacked), list(stacked)]:
         samples = {name: stacked[name].clone() for name in some}
         wanted = [samples[name].requires_grad_() for name in some if name in op.differentiable]
-        one_by_one = torch.stack([first({name: v[i] for name, v in samples.items()}) for i in range(2)])
+        one_by_one = [torch.stack(same) for same in zip(*(call(sample(samples, i)) for i in range(2)), strict=True)]
         if wanted:
-            expected = torch.autograd.grad(one_by_one.square().sum(), wanted)
+            grad_out = random_like(one_by_one)
+            expected = torch.autograd.grad(one_by_one, wanted, grad_out)
         torch._dynamo.reset()
-        for call in (vmapped, torch.compile(vmapped, backend="aot_eager", fullgraph=True)):
-            at_once = call(samples)
+        for at_once in (vmapped(samples), torch.compile(vmapped, backend="aot_eager", fullgraph=True)(samples)):
             assert_same(at_once, one_by_one, exactly)
             if wanted:
-                assert_same(torch.autograd.grad(at_once.square().sum(), wanted), expected, exactly)
+                assert_same(torch.autograd.grad(at_once, wanted, grad_out), expected, exactly)
 
     if op.index is not None and backend in ("torch", "cpp"):
         name, tokens = op.index

@@ -494,7 +494,7 @@ def test_compiles_with_one_tensor_as_several_arguments(backend: str, op: Any) ->
 def test_one_projection_in_one_piece(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """packed_attention gives the bits of gathered_attention on the three views, and one gradient."""
     qkv = torch.randn(shape).to(dtype)
-    out, grad = gradients(lambda x: packed_attention(x, 0.3), qkv)
+    out, grad = gradients(lambda x: packed_attention(x, 0.3, backend=backend), qkv)
     plain, *grads = gradients(lambda *a: gathered_attention(*a, scale=0.3, backend=backend), *unpack(qkv))
     assert_equal((out,), (plain,))
     assert_equal(unpack(grad), tuple(grads))

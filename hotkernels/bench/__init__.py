@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..errors import count
 from .timing import EventClock, interleaved, machine, mebibytes, peak_memory
 from .workloads import WORKLOADS
 
@@ -29,12 +30,6 @@ def _shape(text: str) -> tuple[int, ...]:
     if min(sizes) < 1:
         raise ValueError
     return sizes
-
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def _seconds(text: str) -> float:
@@ -55,7 +50,7 @@ def _device(text: str) -> str:
 
 
 # argparse: "invalid shape value".
-_shape.__name__, _count.__name__, _seconds.__name__, _device.__name__ = "shape", "count", "seconds", "device"
+_shape.__name__, _seconds.__name__, _device.__name__ = "shape", "seconds", "device"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,17 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--clusters",
-        type=_count,
+        type=count,
         metavar="M",
         help="tokens kept, gathered, merged into, attended to (N: all) or recovered from, default N / 4; invert_index: "
         "that the index points to, default Nq",
     )
     parser.add_argument(
         "-k",
-        type=_count,
+        type=count,
         help="dpc_knn: neighbours per density, itself included (default 5); gathered_attention: keys per query",
     )
-    parser.add_argument("--heads", type=_count, help="of attention (default 8)")
+    parser.add_argument("--heads", type=count, help="of attention (default 8)")
     parser.add_argument("--smooth", action="store_true", default=None, help="dpc_knn: a random walk instead of noise")
     dtypes = ("float32", "float16", "bfloat16", "float64")
     parser.add_argument("--dtype", choices=dtypes, help="of x (default float32); an index is int64")
@@ -93,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", help="of ours: cuda, triton, cpp or torch (default: the fastest that serves it)")
     parser.add_argument("--backward", action="store_true", help="time forward + backward")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the eager code")
-    parser.add_argument("--threads", type=_count, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--threads", type=count, default=1, help="CPU threads (default 1)")
     parser.add_argument("--seconds", type=_seconds, default=2.0, help="time per contender (default 2)")
     return parser
 
@@ -137,12 +132,8 @@ def main(argv: Sequence[str]) -> int:
         if wrong:
             print(f"WRONG: {wrong}")
             return 1
-        functions = {"eager": work.eager, "ours": work.ours}
-        if work.sdpa is not None:
-            functions["sdpa"] = work.sdpa
-        if args.compile:
-            functions["compile"] = torch.compile(work.eager, dynamic=False)
-        thunks = {name: work.thunk(function, args.backward) for name, function in functions.items()}
+        contenders = work.contenders(["eager", "ours", "sdpa", *["compile"] * args.compile])
+        thunks = {name: work.thunk(function, args.backward) for name, function in contenders.items()}
         clock = EventClock() if device.type == "cuda" else None
         timings = interleaved(thunks, args.seconds, clock=clock)
         for name, timing in timings.items():

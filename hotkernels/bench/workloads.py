@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,13 @@ class Workload:
     """The call around PyTorch's own fused attention; None if it has no part in the op."""
     flex: Callable[..., Any] | None = None
     """The same around FlexAttention, to be compiled."""
+
+    def contenders(self, names: Collection[str]) -> dict[str, Callable[..., Any]]:
+        """The calls of these names, of those that there are: "eager", "compile" (of eager), "sdpa", "ours"."""
+        several = {"eager": self.eager, "sdpa": self.sdpa, "ours": self.ours}
+        if "compile" in names:
+            several["compile"] = torch.compile(self.eager, dynamic=False)
+        return {name: call for name in names if (call := several[name]) is not None}
 
     def thunk(self, function: Callable[..., Any], backward: bool, dtype: torch.dtype | None = None) -> Thunk:
         """The call without arguments: forward alone, or the gradients of one forward and backward pass."""
@@ -110,9 +117,12 @@ def _sizes(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _tokens(shape: Sequence[int], dtype: torch.dtype, device: str, smooth: bool = False) -> Tensor:
-    """Normal tokens; smooth: a random walk along N, normalised per token as a transformer's features are."""
-    x = torch.randn(*shape, generator=torch.Generator(device).manual_seed(0), device=device)
+def _tokens(shape: Sequence[int], dtype: torch.dtype, device: str, *, smooth: bool = False, seed: int = 0) -> Tensor:
+    """Normal tokens; smooth: a random walk along N, normalised per token as a transformer's features are.
+
+    Each argument of a call has a seed of its own: else one would start with the numbers of the other.
+    """
+    x = torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device)
     if smooth:
         x = torch.nn.functional.layer_norm(x.mul(0.3).cumsum(1), (shape[-1],))
     return x.to(dtype)
@@ -131,7 +141,7 @@ def dpc_knn_workload(
 ) -> Workload:
     """Clustering of [B, N, C]. With `center`, the published code chooses one less and its caller appends the centre."""
     B, N, _ = shape
-    x = _tokens(shape, dtype, device, smooth)
+    x = _tokens(shape, dtype, device, smooth=smooth)
     noise = (torch.rand(B, N, generator=torch.Generator().manual_seed(2)) * 1e-6).to(device)
 
     def eager(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +189,7 @@ def gather_tokens_workload(
     if not pos:
         args: tuple[Any, ...] = (x, index)
     else:
-        args = (x, index, _tokens((1, clusters, shape[-1]), dtype, device))
+        args = (x, index, _tokens((1, clusters, shape[-1]), dtype, device, seed=3))
 
     def ours(*args: Tensor) -> Tensor:
         return gather_tokens(*args, backend=backend)
@@ -203,7 +213,7 @@ def merge_tokens_workload(
     assignment = dpc_knn(x, clusters, min(5, N)).assignment
     args: tuple[Any, ...] = (x, assignment)
     if weighted:
-        args = (*args, _tokens((B, N, 1), dtype, device).exp())
+        args = (*args, _tokens((B, N, 1), dtype, device, seed=3).exp())
 
     def eager(x: Tensor, assignment: Tensor, weight: Tensor | None = None) -> Tensor:
         return merge_tokens_eager(x, assignment, clusters, weight)
@@ -267,8 +277,8 @@ def gathered_attention_workload(
         return merge(attention_eager(*parts(qkv, index), D**-0.5))
 
     def ours(qkv: Tensor, index: Tensor | None = None) -> Tensor:
-        if index is None and backend is None:
-            return merge(packed_attention(qkv.unflatten(-1, (3, heads, D)), D**-0.5))
+        if index is None:
+            return merge(packed_attention(qkv.unflatten(-1, (3, heads, D)), D**-0.5, backend=backend))
         query, key, value = parts(qkv)
         return merge(gathered_attention(query, key, value, index if inverse is None else inverse, backend=backend))
 
@@ -305,7 +315,7 @@ def recovery_attention_workload(
     D = _head_dim("recovery_attention", C, heads)
     what = f"{_sizes((B, clusters, J, C))} -> {F} H{heads}" + (", core" if core else "")
     if core or backend is not None:
-        args = (_tokens((heads, F, D), dtype, device), _tokens((B, clusters, J, 2 * C), dtype, device))
+        args = (_tokens((heads, F, D), dtype, device), _tokens((B, clusters, J, 2 * C), dtype, device, seed=3))
 
         def attend(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def call(query: Tensor, key_value: Tensor) -> Tensor:

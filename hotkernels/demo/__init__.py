@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..backends import choose, instruction_set
-from ..errors import check_int, fail
+from ..errors import check_int, count, fail
 from .frames import (
     CHOOSERS,
     CHUNK,
@@ -102,13 +102,6 @@ def run(keypoints: Keypoints, args: argparse.Namespace) -> tuple[Result, Prepare
     return result, p, chosen, exact.score
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -122,16 +115,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--allow-pickle", action="store_true", help="also read VideoPose3D's pickled {subject: {action: [cameras]}}. "
         "Unpickling runs code from the file: only for files that you trust")  # fmt: skip
     add("--sequence", metavar="SUBJECT/ACTION/CAMERA", help="which sequence of a pickled file (default: the first)")
-    add("--width", type=_positive, help="of the image in pixels (default: the file's image_size, or 1000)")
-    add("--height", type=_positive, help="of the image in pixels (default: the file's image_size, or 1000)")
+    add("--width", type=count, help="of the image in pixels (default: the file's image_size, or 1000)")
+    add("--height", type=count, help="of the image in pixels (default: the file's image_size, or 1000)")
     add("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="for demo.png and demo.json (%(default)s)")
     add("--seed", type=int, default=0, help="of the weights, the noise and the generated motion (%(default)s)")
     add("--seconds", type=float, default=20.0, help="of generated motion, at 50 Hz (%(default)s)")
-    add("--frames", type=_positive, default=243, help="per window (%(default)s)")
-    add("--keep", type=_positive, default=81, help="frames kept of each window (%(default)s)")
-    add("-k", type=_positive, default=2, help="nearest neighbours in the density, itself included (%(default)s)")
-    add("--channels", type=_positive, default=512, help="of a token, a multiple of 8 (%(default)s)")
-    add("--rounds", type=_positive, default=7, help="timed runs of each, at least 2 (%(default)s)")
+    add("--frames", type=count, default=243, help="per window (%(default)s)")
+    add("--keep", type=count, default=81, help="frames kept of each window (%(default)s)")
+    add("-k", type=count, default=2, help="nearest neighbours in the density, itself included (%(default)s)")
+    add("--channels", type=count, default=512, help="of a token, a multiple of 8 (%(default)s)")
+    add("--rounds", type=count, default=7, help="timed runs of each, at least 2 (%(default)s)")
     args = parser.parse_args(argv)
     check_int("demo", "--keep", args.keep, 1, args.frames, "--frames = ")
     check_int("demo", "-k", args.k, 1, args.frames, "--frames = ")

@@ -19,7 +19,7 @@ struct MergeTokens {
                               // reciprocal, and the cluster counts as empty
 
   // Backward only.
-  const void* grad_out;       // [B, M, C] contiguous; mean (for grad_weight) and total are read, too
+  const void* grad_out;       // [B, M, C] contiguous; total is read too, and mean if grad_weight is wanted
   void* grad_x;               // [B, N, C] contiguous
   void* grad_weight;          // [B, N] contiguous, or null
 

@@ -107,9 +107,9 @@ def unpack(qkv: Tensor) -> tuple[Tensor, ...]:
     return qkv.permute((2, 0, 3, 1, 4) if qkv.dim() == 5 else (3, 0, 2, 4, 1, 5)).unbind(0)
 
 
-def packed_attention(qkv: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
+def packed_attention(qkv: Tensor, scale: float, dropout_p: float = 0.0, backend: str | None = None) -> Tensor:
     """`gathered_attention` of the three parts of qkv [B, N, 3, H, D] or [B, N, J, 3, H, D], without an index."""
-    if choose_attention(_OP, qkv, dropout_p, None) == "torch":
+    if choose_attention(_OP, qkv, dropout_p, backend) == "torch":
         query, key, value = unpack(qkv)
         return gathered_attention_reference(query, key, value, scale=scale, dropout_p=dropout_p)[0]
     return _packed(qkv, scale)

@@ -42,10 +42,8 @@ class MergeTokens(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         """Give each token its cluster's gradient, scaled."""
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        mean, *saved = ctx.saved_tensors
-        grad_out = grad_out.contiguous()
-        mean = grad_out if mean is None else mean  # then only its shape is read
-        grad_x, grad_weight = torch.ops.hotkernels.merge_tokens_bwd(grad_out, mean, *saved, need_weight)
+        saved = ctx.saved_tensors
+        grad_x, grad_weight = torch.ops.hotkernels.merge_tokens_bwd(grad_out.contiguous(), *saved, need_weight)
         return grad_x if need_x else None, None, None, grad_weight if need_weight else None, None
 
 
@@ -138,7 +136,7 @@ def _merge_tokens_fwd_fake(
 @fake("merge_tokens_bwd")
 def _merge_tokens_bwd_fake(
     grad_out: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     total: Tensor,
     x: Tensor,
     assignment: Tensor,
