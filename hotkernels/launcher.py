@@ -3,7 +3,7 @@
 Triton's own launcher inspects every argument of every call, and compiles again when a length becomes divisible by 16.
 Here the annotations of a kernel's parameters say what they are, and no value of a number specialises it:
 
-- `*_ptr` without annotation is a tensor, or None, which is a constant;
+- `*_ptr` without annotation is a tensor, or None, which is a constant; these come first;
 - `tl.int32`, `tl.int64` and `tl.float32` are numbers, passed at run time;
 - `tl.constexpr` parameters come last; each combination of values is compiled by itself.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,8 +31,6 @@ from .backends import TRITON_DEVICE
 
 INTERPRETED = TRITON_DEVICE == "cpu"
 VECTOR_BYTES = 16  # the widest load of a thread
-# Tensors of which kernels read or write whole rows of channels; their strides are the parameters stride_*.
-ROWS = {f"{name}_ptr" for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")}
 MAX_PROGRAMS = 2**31 - 1
 
 _POINTERS = {
@@ -53,7 +51,7 @@ class Variant(NamedTuple):
     constants: tuple[Any, ...]
     num_warps: int
     num_stages: int
-    aligned: bool  # addresses of tensors in ROWS, and stride_* in the first one's dtype, are multiples of 16 bytes
+    aligned: tuple[int, ...]  # tensors whose addresses, and stride_* in the first's dtype, are multiples of 16 bytes
 
     def source(self) -> tuple[ASTSource, dict[str, int]]:
         """The source and the options that triton.compile takes."""
@@ -74,7 +72,7 @@ class Variant(NamedTuple):
                 signature[parameter.name], constants[parameter.name] = "constexpr", None
             else:
                 signature[parameter.name] = _POINTERS[dtype]
-                if self.aligned and parameter.name in ROWS:
+                if i in self.aligned:
                     attributes[(i,)] = [["tt.divisibility", VECTOR_BYTES]]
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return ASTSource(self.kernel, signature, constants, attributes), options
@@ -102,18 +100,15 @@ class Launch:
     constants: tuple[Any, ...]
     num_warps: int
     num_stages: int
-    aligned: bool  # what Variant.aligned says of strides
+    rows: tuple[int, ...]  # places of the tensors whose rows are read or written whole
+    aligned: bool  # whether the strides of those rows are multiples of 16 bytes
     compiled: dict[tuple[int, bool], Any] = field(default_factory=dict)  # (device, aligned) -> compiled kernel
-    rows: tuple[int, ...] = field(init=False)  # positions of the tensors in ROWS
-
-    def __post_init__(self) -> None:
-        self.rows = tuple(i for i, name in enumerate(self.kernel.arg_names) if name in ROWS)
 
     def aligned_on(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Variant.aligned: whether rows in these tensors can be read 16 bytes at once.
+        """Whether rows in these tensors can be read 16 bytes at once.
 
-        Addresses of index, bias and lse, which are read element by element, are left out: they must not change how rows
-        are read, and with that the order of sums.
+        Addresses of what is read element by element are left out: they must not change how rows are read, and with that
+        the order of sums.
         """
         addresses = [t.data_ptr() for i in self.rows if (t := tensors[i]) is not None]
         return self.aligned and math.gcd(VECTOR_BYTES, *addresses) == VECTOR_BYTES
@@ -121,7 +116,7 @@ class Launch:
     def variant(self, tensors: Sequence[Tensor | None]) -> Variant:
         """What is compiled for a launch on these tensors."""
         dtypes = tuple([None if t is None else t.dtype for t in tensors])
-        aligned = self.aligned_on(tensors)
+        aligned = self.rows if self.aligned_on(tensors) else ()
         return Variant(self.kernel, dtypes, self.constants, self.num_warps, self.num_stages, aligned)
 
 
@@ -133,8 +128,12 @@ def prepare(
     num_warps: int,
     num_stages: int,
     dtype: torch.dtype,  # of its first tensor
+    rows: Collection[str],  # pointers to rows that are read or written whole, of which some are its parameters
 ) -> Launch:
-    """A launch of a kernel with those of the numbers and constants that its parameters name."""
+    """A launch of a kernel with those of the numbers and constants that its parameters name.
+
+    Numbers named stride_* are the strides of its rows.
+    """
     names = [name for name in kernel.arg_names if not name.endswith("_ptr")]
     taken = {name: numbers[name] for name in names if name not in constants}
     elements = VECTOR_BYTES // dtype.itemsize
@@ -146,6 +145,7 @@ def prepare(
         tuple([constants[name] for name in names if name in constants]),
         num_warps,
         num_stages,
+        rows=tuple([i for i, name in enumerate(kernel.arg_names) if name in rows]),
         aligned=math.gcd(elements, *strides) == elements,
     )
 

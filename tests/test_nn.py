@@ -131,6 +131,21 @@ def test_cross_attention(options: dict[str, Any], same: bool) -> None:
 
 
 @each_option
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_joint_attends_by_itself(options: dict[str, Any], shared: bool) -> None:
+    """As [B * J, N, C] does in the published module; x_1 is [L, C] or [B, L, J, C]."""
+    ours, eager = pair(CrossAttention, CrossAttentionEager, 32, **options)
+    x_1, x = torch.randn(27, 32) if shared else torch.randn(3, 27, 5, 32), torch.randn(3, 9, 5, 32)
+
+    def one_by_one(m: nn.Module, x_1: Tensor, x: Tensor) -> Tensor:
+        rows = x.transpose(1, 2).flatten(0, 1)
+        queries = x_1.expand(len(rows), -1, -1) if shared else x_1.transpose(1, 2).flatten(0, 1)
+        return m(queries, rows, rows).unflatten(0, (3, 5)).transpose(1, 2)
+
+    assert_as_published(ours, eager, lambda m, x_1, x: m(x_1, x, x), [x_1, x], one_by_one)
+
+
+@each_option
 def test_a_query_that_is_the_same_for_the_whole_batch(options: dict[str, Any]) -> None:
     """Expanded, repeated or of batch 1: the same answer and gradients."""
     ours, eager = pair(CrossAttention, CrossAttentionEager, 32, **options)
@@ -517,7 +532,15 @@ def test_what_a_hook_sees_is_not_overwritten() -> None:
         ),
         (
             lambda: CrossAttention(16)(torch.zeros(16), *torch.zeros(2, 3, 4, 16)),
-            r"^CrossAttention: x_1 must be \[B, L, C\] or \[L, C\], got \[16\]$",
+            r"^CrossAttention: x_1 must be \[L, C\], or \[B, L, C\] as x_2, got \[16\]$",
+        ),
+        (
+            lambda: CrossAttention(16)(torch.zeros(2, 5, 16), *torch.zeros(2, 2, 4, 3, 16)),
+            r"^CrossAttention: x_1 must be \[L, C\], or \[B, L, J, C\] as x_2, got \[2, 5, 16\]$",
+        ),
+        (
+            lambda: CrossAttention(16)(torch.zeros(2, 5, 4, 16), *torch.zeros(2, 2, 4, 3, 16)),
+            r"^CrossAttention: x_1 must be \[B = 2, L, J = 3, C\] as x_2, got \[2, 5, 4, 16\]$",
         ),
         (
             lambda: CrossAttention(16)(*[torch.zeros(2, 5, 16)] * 2, torch.zeros(2, 5, 3, 16)),

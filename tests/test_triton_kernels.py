@@ -258,7 +258,7 @@ def test_each_device_and_alignment_has_machine_code_of_its_own(driver: StubDrive
             (seen,) = driver.seen(job, addresses)
             assert (seen.parameters, seen.stream) == (meant(job, addresses), STREAM + device)
             assert entered.called or device == 0  # the current one
-    made = [(variant.aligned, device) for (variant, device), _ in compiled.call_args_list]
+    made = [(bool(variant.aligned), device) for (variant, device), _ in compiled.call_args_list]
     assert made == [(True, 0), (False, 0), (True, 1)]
 
 
@@ -289,7 +289,7 @@ def test_alignment_is_looked_at_in_every_call() -> None:
         for start in (0, 1, 8, 2):
             query, key, value = memory[start:][: 2 * 17 * 3 * 2 * 64].view(2, 17, 3, 2, 64).permute(2, 0, 3, 1, 4)
             triton_resources.forward.gathered_attention_fwd(query, key, value, None, None, None, 1.0)
-    assert [launch.variant.aligned for launch in launches] == [True, False, True, False]
+    assert [bool(launch.variant.aligned) for launch in launches] == [True, False, True, False]
 
 
 def test_where_an_index_or_a_bias_starts_changes_nothing_in_how_rows_are_read() -> None:

@@ -142,7 +142,8 @@ class CrossAttention(nn.Module):
 
         Args:
             x_1: [B, L, C], or [L, C] for the whole batch.
-            x_2, x_3: [B, M, C], or [B, M, J, C] where every joint attends by itself; x_1 is then [L, C].
+            x_2, x_3: [B, M, C], or [B, M, J, C] where every joint attends by itself; x_1 is then [L, C] or
+                [B, L, J, C].
 
         Returns:
             [B, L, C] or [B, L, J, C].
@@ -184,7 +185,11 @@ def cross_attention(module: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tenso
         if x_1.shape[0] == 1 or (x_1.shape[0] > 0 and x_1.stride(0) == 0 and not _is_watched(x_1)):
             x_1 = x_1[0]
     if x_1.dim() not in (2, x_2.dim()):
-        fail("CrossAttention", "x_1", "[B, L, C] or [L, C]", list(x_1.shape))
+        full = "[B, L, C]" if x_2.dim() == 3 else "[B, L, J, C]"
+        fail("CrossAttention", "x_1", f"[L, C], or {full} as x_2", list(x_1.shape))
+    if x_1.dim() == 4 and (x_1.shape[0], x_1.shape[2]) != (x_2.shape[0], x_2.shape[2]):
+        expected = f"[B = {x_2.shape[0]}, L, J = {x_2.shape[2]}, C] as x_2"
+        fail("CrossAttention", "x_1", expected, list(x_1.shape))
     for arg, x in {"x_1": x_1, "x_2": x_2}.items():
         if x.shape[0 if x.dim() == 2 else 1] < 1:
             fail("CrossAttention", arg, "of at least one token", list(x.shape))

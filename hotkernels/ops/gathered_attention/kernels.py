@@ -62,30 +62,32 @@ def rows_of_slots(index_at, slot, valid, Nk):
 
 
 @triton.jit
-def logit_addend(key_bias_ptr, row, valid, key_bias_stride_n):
-    """(addend, valid): key_bias of each slot in base 2, -inf where the slot is absent; valid if not absent or masked.
+def load_key_bias(key_bias_ptr, row, valid, stride_n):
+    """(key_bias, attended): that of each valid row in base 2, 0 where there is none; the rows not masked by it.
 
-    Other keys are loaded as zeros. Any shape.
+    Only keys that are attended to may be read. Any shape.
     """
     if key_bias_ptr is None:
-        addend = tl.where(valid, 0.0, float("-inf"))
+        key_bias = tl.zeros(valid.shape, tl.float32)
     else:
-        addend = in_base_2(tl.load(key_bias_ptr + offsets(row, key_bias_stride_n), mask=valid, other=float("-inf")))
-        valid = valid & (addend != float("-inf"))
-    return addend, valid
+        key_bias = in_base_2(tl.load(key_bias_ptr + offsets(row, stride_n), mask=valid, other=float("-inf")))
+        valid = valid & (key_bias != float("-inf"))
+    return key_bias, valid
 
 
 @triton.jit
-def masked(logits, addend, valid, index_ptr, key_bias_ptr):
-    """logits + addend, -inf where not valid; all arguments broadcast to logits.
+def masked(logits, key_bias, attended, index_ptr, key_bias_ptr):
+    """logits + key_bias, -inf where not attended to; all arguments broadcast to logits.
 
-    Where none is valid, a query attends to nothing, and if it is NaN that must not show. Without index and key_bias
-    some always are, and adding is all the masking that slots beyond the last one need.
+    Where none is, a query attends to nothing, and if it is NaN that must not show. Without index and key_bias some
+    always are, and adding is all the masking that slots beyond the last one need.
     """
-    if index_ptr is None or key_bias_ptr is not None:
-        logits += addend
-    if index_ptr is not None or key_bias_ptr is not None:
-        logits = tl.where(valid, logits, float("-inf"))
+    if key_bias_ptr is not None:
+        logits += key_bias
+    if index_ptr is None and key_bias_ptr is None:
+        logits += tl.where(attended, 0.0, float("-inf"))
+    else:
+        logits = tl.where(attended, logits, float("-inf"))
     return logits
 
 
@@ -111,10 +113,9 @@ def store_rows(ptr, row, valid, stride_n, values, HEAD_DIM: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def load_bias(bias_ptr, m, slot, valid, bias_stride_q, bias_stride_s):
-    """bias[m, slot] in base 2, 0 where not valid; m and slot broadcast."""
-    at = bias_ptr + offsets(m, bias_stride_q) + offsets(slot, bias_stride_s)
-    return in_base_2(tl.load(at, mask=valid, other=0.0))
+def load_bias(bias_rows, slot, valid, stride_s):
+    """The bias of slots in base 2, 0 where not valid; bias_rows points at slot 0 of each query's. Any shape."""
+    return in_base_2(tl.load(bias_rows + offsets(slot, stride_s), mask=valid, other=0.0))
 
 
 @triton.jit
@@ -178,7 +179,10 @@ def gathered_attention_long_fwd_kernel(
     k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
     v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
     index_base = None if index_ptr is None else index_ptr + b * index_stride_b
-    bias_base = None if bias_ptr is None else bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h
+    bias_rows = None
+    if bias_ptr is not None:
+        bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h
+        bias_rows += offsets(m, bias_stride_q)[:, None]
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
     q = load_rows(q_base, q_row, q_valid, stride_qn, HEAD_DIM, BLOCK_D)
 
@@ -188,13 +192,13 @@ def gathered_attention_long_fwd_kernel(
     for start in range(0, S, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         row, valid = rows_of_slots(None if index_ptr is None else index_base + slot, slot, slot < S, Nk)
-        addend, valid = logit_addend(key_bias_base, row, valid, key_bias_stride_n)
+        key_bias, valid = load_key_bias(key_bias_base, row, valid, key_bias_stride_n)
         k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
         logits = product(q, tl.trans(k), None, PRECISION) * logit_scale
-        logits = masked(logits, addend[None, :], valid[None, :], index_ptr, key_bias_ptr)
+        logits = masked(logits, key_bias[None, :], valid[None, :], index_ptr, key_bias_ptr)
         if bias_ptr is not None:
             both = q_valid[:, None] & valid[None, :]
-            logits += load_bias(bias_base, m[:, None], slot[None, :], both, bias_stride_q, bias_stride_s)
+            logits += load_bias(bias_rows, slot[None, :], both, bias_stride_s)
         new_max = tl.maximum(row_max, tl.max(logits, 1))
         shift = softmax_shift(new_max)
         p = tl.exp2(logits - shift[:, None])
@@ -240,7 +244,7 @@ def gathered_attention_short_fwd_kernel(
     key_bias_base = None
     if key_bias_ptr is not None:
         key_bias_base = key_bias_ptr + (b * key_bias_stride_b + j * key_bias_stride_j)[:, None]
-    addend, valid = logit_addend(key_bias_base, row, valid, key_bias_stride_n)
+    key_bias, valid = load_key_bias(key_bias_base, row, valid, key_bias_stride_n)
     q_base = q_ptr + (b * stride_qb + j * stride_qj + h * stride_qh)[:, None, None]
     k_base = k_ptr + (b * stride_kb + j * stride_kj + h * stride_kh)[:, None, None]
     v_base = v_ptr + (b * stride_vb + j * stride_vj + h * stride_vh)[:, None, None]
@@ -248,11 +252,12 @@ def gathered_attention_short_fwd_kernel(
     k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, row, valid, stride_vn, HEAD_DIM, BLOCK_D)
     logits = product(q, tl.permute(k, 0, 2, 1), None, PRECISION) * logit_scale
-    logits = masked(logits, addend[:, None, :], valid[:, None, :], index_ptr, key_bias_ptr)
+    logits = masked(logits, key_bias[:, None, :], valid[:, None, :], index_ptr, key_bias_ptr)
     if bias_ptr is not None:
-        bias_base = bias_ptr + (b * bias_stride_b + j * bias_stride_j + h * bias_stride_h)[:, None, None]
+        bias_rows = bias_ptr + (b * bias_stride_b + j * bias_stride_j + h * bias_stride_h)[:, None, None]
+        bias_rows += offsets(m[:, :, None], bias_stride_q)
         both = q_valid[:, :, None] & valid[:, None, :]
-        logits += load_bias(bias_base, m[:, :, None], slot[:, None, :], both, bias_stride_q, bias_stride_s)
+        logits += load_bias(bias_rows, slot[:, None, :], both, bias_stride_s)
 
     row_max = tl.max(logits, 2)
     p = tl.exp2(logits - softmax_shift(row_max)[:, :, None])
@@ -311,16 +316,18 @@ def gathered_attention_per_query_fwd_kernel(
     for start in range(0, S, BLOCK_S):
         slot = start + tl.arange(0, BLOCK_S)
         row, valid = rows_of_slots(index_base + slot, slot, slot < S, Nk)
-        addend, valid = logit_addend(key_bias_base, row, valid, key_bias_stride_n)
+        key_bias, valid = load_key_bias(key_bias_base, row, valid, key_bias_stride_n)
         mask = valid[:, None] & column_valid[None, :]
         k = tl.load(k_at[None, :] + offsets(row, stride_kn)[:, None], mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_at[None, :] + offsets(row, stride_vn)[:, None], mask=mask, other=0.0).to(tl.float32)
         products = tl.reshape(q[None, :] * k, [BLOCK_S, BLOCK_H, BLOCK_D])
-        logits = masked(tl.sum(products, 2) * logit_scale, addend[:, None], valid[:, None], index_ptr, key_bias_ptr)
+        logits = tl.sum(products, 2) * logit_scale
+        logits = masked(logits, key_bias[:, None], valid[:, None], index_ptr, key_bias_ptr)
         if bias_ptr is not None:
-            bias_base = bias_ptr + b * bias_stride_b + j * bias_stride_j + (h * bias_stride_h)[None, :]
+            bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + (h * bias_stride_h)[None, :]
+            bias_rows += m * bias_stride_q
             both = valid[:, None] & live[None, :]
-            logits += load_bias(bias_base, m, slot[:, None], both, bias_stride_q, bias_stride_s)
+            logits += load_bias(bias_rows, slot[:, None], both, bias_stride_s)
         new_max = tl.maximum(row_max, tl.max(logits, 0))
         shift = softmax_shift(new_max)
         p = tl.exp2(logits - shift[None, :])

@@ -12,7 +12,17 @@ base 2, as in the forward pass.
 import triton
 import triton.language as tl
 
-from .kernels import LOG2E, in_base_2, load_rows, product, rows_of_slots, sequence_of, store_rows, within
+from .kernels import (
+    LOG2E,
+    load_bias,
+    load_key_bias,
+    load_rows,
+    product,
+    rows_of_slots,
+    sequence_of,
+    store_rows,
+    within,
+)
 
 # ---- what the kernels share ------------------------------------------------------------------------------------------
 # Vectors over rows or columns are [N], or [G, N] in a program of G sequences; tiles have one dim more.
@@ -87,21 +97,10 @@ def _tokens(entry, valid, S, Nk, index_ptr, start_ptr, slots_ptr):
     else:
         slot = tl.load(slots_ptr + entry, mask=valid, other=-1)
         valid &= within(slot, S)
-        token = tl.load(index_ptr + slot, mask=valid, other=-1)
-        valid &= within(token, Nk)
+        token, valid = rows_of_slots(index_ptr + slot, slot, valid, Nk)
         begin = tl.load(start_ptr + token, mask=valid, other=-1)
         end = tl.load(start_ptr + token + 1, mask=valid, other=0)
         return token, valid & (begin == entry), tl.minimum(end, S) - entry
-
-
-@triton.jit
-def _key_bias(key_bias_ptr, stride_n, token, valid):
-    """(bias, attended): each token's key_bias in base 2; and which are valid and not masked, the only keys to read."""
-    if key_bias_ptr is None:
-        return 0.0, valid
-    else:
-        bias = in_base_2(tl.load(key_bias_ptr + token * stride_n, mask=valid, other=float("-inf")))
-        return bias, valid & (bias != float("-inf"))
 
 
 @triton.jit
@@ -114,23 +113,23 @@ def _of_attended(grads, attended, key_bias_ptr):
 
 
 @triton.jit
-def _probabilities(logits, lse, row_valid, attended, entry, copies, bias_ptr, stride_s, slots_ptr, S):
+def _probabilities(logits, lse, row_valid, attended, entry, copies, bias_rows, stride_s, slots_ptr, S):
     """A tile of exp2(logits + bias - lse), summed over the slots of a column's token; all arguments broadcast to it."""
-    if bias_ptr is None:
+    if bias_rows is None:
         p = tl.where(attended, tl.exp2(logits - lse), 0.0)
         if slots_ptr is not None:
             p *= copies.to(tl.float32)
     elif slots_ptr is None:
-        bias = tl.load(bias_ptr + entry * stride_s, mask=attended & row_valid, other=0.0)
-        p = tl.where(attended, tl.exp2(logits + in_base_2(bias) - lse), 0.0)
+        bias = load_bias(bias_rows, entry, attended & row_valid, stride_s)
+        p = tl.where(attended, tl.exp2(logits + bias - lse), 0.0)
     else:
         p = tl.zeros_like(logits)
         for copy in range(0, tl.max(tl.where(attended, copies, 0)).to(tl.int32)):
             valid = attended & (copy < copies)
             slot = tl.load(slots_ptr + entry + copy, mask=valid, other=-1)
             valid &= within(slot, S)
-            bias = tl.load(bias_ptr + slot * stride_s, mask=valid & row_valid, other=0.0)
-            p += tl.where(valid, tl.exp2(logits + in_base_2(bias) - lse), 0.0)
+            bias = load_bias(bias_rows, slot, valid & row_valid, stride_s)
+            p += tl.where(valid, tl.exp2(logits + bias - lse), 0.0)
     return p
 
 
@@ -229,7 +228,7 @@ def gathered_attention_fused_bwd_kernel(
             entry = (block + column).to(tl.int64)
             valid = _in_batch(entry < S, sequence, sequences, G)
             token, valid, copies = _tokens(entry, valid, S, Nk, index_base, start_base, slots_base)
-            key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, valid)
+            key_bias, attended = load_key_bias(key_bias_base, token, valid, key_bias_stride_n)
             k = load_rows(_rows_of(k_base, G), token, attended, stride_kn, HEAD_DIM, BLOCK_D)
             v = load_rows(_rows_of(v_base, G), token, attended, stride_vn, HEAD_DIM, BLOCK_D)
             logits = product(q, _transposed(k), None, PRECISION) * logit_scale
@@ -333,7 +332,7 @@ def gathered_attention_queries_bwd_kernel(
         for block in range(0, S, BLOCK_N):
             entry = (block + tl.arange(0, BLOCK_N)).to(tl.int64)
             token, valid, copies = _tokens(entry, entry < S, S, Nk, index_base, start_base, slots_base)
-            key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, valid)
+            key_bias, attended = load_key_bias(key_bias_base, token, valid, key_bias_stride_n)
             k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D)
             v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D)
             logits = product(q, tl.trans(k), None, PRECISION) * logit_scale
@@ -383,7 +382,7 @@ def gathered_attention_keys_bwd_kernel(
     start_base = None if index_ptr is None else start_ptr + b * start_stride_b
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
     token, valid, copies = _tokens(entry, entry < S, S, Nk, index_base, start_base, slots_base)
-    key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, valid)
+    key_bias, attended = load_key_bias(key_bias_base, token, valid, key_bias_stride_n)
     k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
     v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
     k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D)
@@ -473,7 +472,7 @@ def gathered_attention_bias_bwd_kernel(
         index_at = None if index_ptr is None else index_ptr + b * index_stride_b + slot
         token, valid = rows_of_slots(index_at, slot, slot < S, Nk)
         key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
-        key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, valid)
+        key_bias, attended = load_key_bias(key_bias_base, token, valid, key_bias_stride_n)
         q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
         k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
         v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
@@ -556,8 +555,8 @@ def gathered_attention_per_query_queries_bwd_kernel(
     for block in range(0, S, BLOCK_N):
         slot = (block + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
         asked = row_valid[:, None] & (slot < S)
-        token = tl.load(index_rows[:, None] + slot, mask=asked, other=-1)
-        key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, asked & within(token, Nk))
+        token, attended = rows_of_slots(index_rows[:, None] + slot, slot, asked, Nk)
+        key_bias, attended = load_key_bias(key_bias_base, token, attended, key_bias_stride_n)
         k = load_rows(k_base, token, attended, stride_kn, HEAD_DIM, BLOCK_D).to(tl.float32)
         v = load_rows(v_base, token, attended, stride_vn, HEAD_DIM, BLOCK_D).to(tl.float32)
         logits = tl.sum(q[:, None, :] * k, -1) * logit_scale
@@ -604,7 +603,7 @@ def gathered_attention_per_query_keys_bwd_kernel(
     valid = sequence < sequences
     b, j = sequence_of(sequence, J)
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
-    key_bias, attended = _key_bias(key_bias_base, key_bias_stride_n, token, valid)
+    key_bias, attended = load_key_bias(key_bias_base, token, valid, key_bias_stride_n)
     k_base = (k_ptr + b * stride_kb + j * stride_kj + h * stride_kh)[:, None]
     v_base = (v_ptr + b * stride_vb + j * stride_vj + h * stride_vh)[:, None]
     start_rows = start_ptr + b * start_stride_b + j * start_stride_j + h * start_stride_h + token

@@ -22,6 +22,8 @@ from .kernels import (
 
 Strides = tuple[int, ...]
 Layouts = tuple[Any, ...]
+# Pointers to rows of channels, whose strides are the parameters stride_*.
+ROWS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_out_ptr", "grad_q_ptr", "grad_k_ptr", "grad_v_ptr")
 PLANS = 512  # planning takes longer than the rest of a call: the last so many plans are kept, by layouts
 MAX_INT32_COUNT = 2**31 - 4097  # kernels count in 32 bits, up to the end of the last block of 4,096
 
@@ -280,7 +282,7 @@ def forward_launch(p: Problem, out: Tensor, scale: float, precision: str) -> Lau
         blocks = long_blocks(p)
         kernel, programs = gathered_attention_long_fwd_kernel, p.sequences * p.H * cdiv(p.Nq, blocks.M)
         constants |= {"BLOCK_M": blocks.M, "BLOCK_N": blocks.N}
-    return prepare(kernel, programs, numbers, constants, blocks.num_warps, blocks.num_stages, p.query.dtype)
+    return prepare(kernel, programs, numbers, constants, blocks.num_warps, blocks.num_stages, p.query.dtype, ROWS)
 
 
 def gathered_attention_fwd(

@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -25,6 +25,7 @@ from .kernels_backward import (
 )
 from .launches import (
     PLANS,
+    ROWS,
     Blocks,
     Layouts,
     Problem,
@@ -134,19 +135,39 @@ def _rows_and_entries(p: Problem, count: int, elements: int) -> tuple[int, int]:
     return most // entries, entries
 
 
-# What a backward pass is given, in Backward's order, and what it makes; a kernel's parameter adds _ptr to the name.
-GIVEN = ("grad_out", "grad_lse", "q", "k", "v", "out", "lse", "index", "start", "slots", "bias", "key_bias")
+class Given(NamedTuple):
+    """The tensors that a backward pass is given. A kernel's parameter adds _ptr to the name."""
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    index: Tensor | None = None  # type: ignore[assignment]  # tuple has a method of this name
+    start: Tensor | None = None
+    slots: Tensor | None = None
+    bias: Tensor | None = None
+    key_bias: Tensor | None = None
+
+    def as_read(self) -> Given:
+        """Copied where kernels cannot read their strides."""
+        rows = {name: with_contiguous_last(getattr(self, name)) for name in ("grad_out", "q", "k", "v", "out")}
+        return self._replace(grad_lse=None if self.grad_lse is None else self.grad_lse.contiguous(), **rows)
+
+
+class Wanted(NamedTuple):
+    """What a backward pass is asked for, beside the gradients of query, key and value."""
+
+    scale: float  # of the logits
+    bias: bool = False
+    key_bias: bool = False
+    packed: bool = False  # grad_query, grad_key and grad_value in one [B, N, (J,) 3, H, D]
+
+
 PACKED = ("grad_q", "grad_k", "grad_v")  # views of grad_qkv, where there is one
 RESULTS = (*PACKED, "grad_bias", "grad_key_bias", "grad_qkv")
-LSE = GIVEN.index("lse")
-
-
-def as_read(given: Sequence[Any]) -> tuple[Any, ...]:
-    """The tensors given to a backward pass, copied where kernels cannot read their strides."""
-    grad_out, grad_lse, query, key, value, out, *others = given
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    query, key, value, out = (with_contiguous_last(t) for t in (query, key, value, out))
-    return with_contiguous_last(grad_out), grad_lse, query, key, value, out, *others
 
 
 class Backward:
@@ -155,39 +176,36 @@ class Backward:
     def __init__(
         self,
         op: str,
-        given: Sequence[Tensor | None],
+        wanted: Wanted,
+        given: Given,
         shared_bytes: float,  # of a block, at most
         programs: int,  # about so many of a kernel that sums over sequences
         precision: str,  # of matrix products
-        scale: float,
-        need_bias: bool,
-        need_key_bias: bool,
-        packed: bool = False,  # grad_query, grad_key and grad_value in one [B, N, (J,) 3, H, D]
     ) -> None:
-        read = as_read(given)
+        read = given.as_read()
         self._copies = any(a is not b for a, b in zip(given, read, strict=True))
-        t: dict[str, Any] = dict(zip(GIVEN, read, strict=True))
-        self.tensors = t
-        p = self.problem = Problem(op, t["q"], t["k"], t["v"], t["index"], t["bias"], t["key_bias"], shared_bytes)
-        self.lse, self.packed, self.programs, self.precision = t["lse"], packed, programs, precision
+        self.tensors: dict[str, Any] = read._asdict()
+        p = self.problem = Problem(op, read.q, read.k, read.v, read.index, read.bias, read.key_bias, shared_bytes)
+        self.lse, self.packed, self.programs, self.precision = read.lse, wanted.packed, programs, precision
         self.shared_query = p.query.dim() == 3
         self._check(op)
-        if packed and p.Nq != p.Nk:
+        if wanted.packed and p.Nq != p.Nk:
             fail(op, "query", f"of as many tokens as key, {p.Nk}", p.Nq)
-        need_bias = need_bias and p.bias is not None
+        need_bias = wanted.bias and p.bias is not None
         self._partial_results = [RESULTS.index("grad_q")] if self.shared_query else []
         self.jobs: list[tuple[Launch, list[str]]] = []  # each with its tensors' names
         self.numbers = {
             **p.numbers,
-            **p.row_strides("stride_g", t["grad_out"]),
-            **p.row_strides("stride_o", t["out"]),
+            **p.row_strides("stride_g", read.grad_out),
+            **p.row_strides("stride_o", read.out),
             **self._leading("start"),
             **self._leading("slots"),
-            "scale": scale,
-            "logit_scale": scale * math.log2(math.e),
+            "scale": wanted.scale,
+            "logit_scale": wanted.scale * math.log2(math.e),
         }
 
-        if packed:
+        t = self.tensors
+        if wanted.packed:
             t["grad_qkv"] = p.query.new_empty(p.B, p.Nq, *p.batch[1:], 3, p.H, p.D)
             for name, view in zip(PACKED, unpack(t["grad_qkv"]), strict=True):
                 self._make_rows(name, view)
@@ -196,7 +214,7 @@ class Backward:
             self._make_rows("grad_v", p.token_major(p.value, p.Nk))
             if not self.shared_query:
                 self._make_rows("grad_q", p.token_major(p.query, p.Nq))
-        if need_key_bias:
+        if wanted.key_bias:
             t["grad_key_bias"] = self.lse.new_empty(*p.batch, p.H, p.Nk)
         if p.per_query:
             self._per_query(need_bias)
@@ -208,10 +226,11 @@ class Backward:
                 self._split()
             if need_bias:
                 self._bias()
-        views = PACKED if packed else ()
-        made = [name for name in t if name not in (*GIVEN, *views)]
+        views = PACKED if wanted.packed else ()
+        made = [name for name in t if name not in (*Given._fields, *views)]
         self._made = layouts([t[name] for name in made])
-        place = {name: i for i, name in enumerate((*GIVEN, *made, *views))}  # in the list of `on`, which ends with None
+        order = (*Given._fields, *made, *views)
+        place = {name: i for i, name in enumerate(order)}  # in the list of `on`, which ends with None
 
         def taking(names: Sequence[str]) -> Callable[[list[Any]], tuple[Any, ...]]:
             return operator.itemgetter(*[place.get(name, -1) for name in names])
@@ -219,14 +238,14 @@ class Backward:
         self._launches = [(job, taking(names)) for job, names in self.jobs]
         self._results = taking(RESULTS)
 
-    def on(self, given: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    def on(self, given: Given) -> tuple[Any, ...]:
         """Launch it on these tensors; returns RESULTS. Of those not made grad_qkv is None, and the others are empty."""
         if self._copies:
-            given = as_read(given)
-        lse: Any = given[LSE]
+            given = given.as_read()
+        lse = given.lse
         tensors: list[Any] = [*given, *empty(lse, self._made)]
         if self.packed:
-            tensors += unpack(tensors[len(GIVEN)])
+            tensors += unpack(tensors[len(given)])
         tensors.append(None)
         for job, its in self._launches:
             launch(job, *its(tensors))
@@ -289,7 +308,7 @@ class Backward:
         constants |= {"HEAD_DIM": p.D, "BLOCK_D": p.BLOCK_D, "BLOCK_M": blocks.M, "BLOCK_N": blocks.N}
         constants |= {"PRECISION": self.precision, "SHARED_QUERY": self.shared_query}
         dtype = p.query.dtype
-        job = prepare(kernel, programs * p.H, numbers, constants, blocks.num_warps, blocks.num_stages, dtype)
+        job = prepare(kernel, programs * p.H, numbers, constants, blocks.num_warps, blocks.num_stages, dtype, ROWS)
         self.jobs.append((job, [name.removesuffix("_ptr") for name in kernel.arg_names if name.endswith("_ptr")]))
 
     def _fuse(self, blocks: Blocks, delta: bool) -> None:
@@ -345,17 +364,14 @@ class Backward:
 
 
 @functools.lru_cache(maxsize=PLANS)
-def _planned(
-    op: str, options: tuple[Any, ...], of: Layouts, shared_bytes: float, programs: int, precision: str
-) -> Backward:
-    return Backward(op, without_data(of), shared_bytes, programs, precision, *options)
+def _planned(op: str, wanted: Wanted, of: Layouts, shared_bytes: float, programs: int, precision: str) -> Backward:
+    return Backward(op, wanted, Given(*without_data(of)), shared_bytes, programs, precision)
 
 
-def attention_backward(op: str, options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """RESULTS of a call. given is GIVEN, and options are the last ones of Backward: scale, need_bias and so on."""
-    query = given[2]
-    shared, precision = shared_bytes(query.get_device()), dot_precision(query.dtype)
-    return _planned(op, options, layouts(given), shared, PROGRAMS, precision).on(given)
+def attention_backward(op: str, wanted: Wanted, given: Given) -> tuple[Any, ...]:
+    """RESULTS of a call."""
+    shared, precision = shared_bytes(given.q.get_device()), dot_precision(given.q.dtype)
+    return _planned(op, wanted, layouts(given), shared, PROGRAMS, precision).on(given)
 
 
 def gathered_attention_bwd(
@@ -376,17 +392,16 @@ def gathered_attention_bwd(
     need_key_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(grad_query, grad_key, grad_value, grad_bias, grad_key_bias)."""
-    options = (scale, need_bias, need_key_bias)
-    tensors = (grad_out, grad_lse, query, key, value, out, lse, index, start, slots, bias, key_bias)
-    return attention_backward("gathered_attention", options, tensors)[:5]
+    given = Given(grad_out, grad_lse, query, key, value, out, lse, index, start, slots, bias, key_bias)
+    return attention_backward("gathered_attention", Wanted(scale, need_bias, need_key_bias), given)[:5]
 
 
 def gathered_attention_packed_bwd(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> Tensor:
     """grad_qkv [B, N, (J,) 3, H, D] of a projection of which query, key and value are views."""
-    tensors = (grad_out, None, query, key, value, out, lse, None, None, None, None, None)
-    return attention_backward("gathered_attention", (scale, False, False, True), tensors)[5]
+    given = Given(grad_out, None, query, key, value, out, lse)
+    return attention_backward("gathered_attention", Wanted(scale, packed=True), given)[5]
 
 
 def recovery_attention_bwd(
@@ -400,5 +415,5 @@ def recovery_attention_bwd(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_query, grad_key, grad_value); grad_query of a query without batch is the batch's sum, in float32."""
-    tensors = (grad_out, None, query, key, value, out, lse, None, None, None, None, key_bias)
-    return attention_backward("recovery_attention", (scale, False, False), tensors)[:3]
+    given = Given(grad_out, None, query, key, value, out, lse, key_bias=key_bias)
+    return attention_backward("recovery_attention", Wanted(scale), given)[:3]
