@@ -38,7 +38,7 @@ if EMULATED:
 elif torch.cuda.is_available():
     BACKENDS += GPU_BACKENDS
 # What stands in for our kernels where one instruction set is enough: for tests of what plain PyTorch does not promise.
-FUSED: tuple[str, ...] = tuple(dict.fromkeys(b.partition("-")[0] for b in BACKENDS if b != "torch"))
+FUSED_BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(b.partition("-")[0] for b in BACKENDS if b != "torch"))
 CAPTURED = Path(__file__).resolve().parents[2] / "shared/data/cmu_01_01_17joints.npz"  # a walk; not in the repository
 # cuBLAS is deterministic, and allowed where tests ask for determinism, with a workspace of this size.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

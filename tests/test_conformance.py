@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import OPS, Args, Bad, BadRaw, OpCase, layouts, tensors, upcast
-from conftest import BACKENDS, EMULATED, FUSED, GPU_BACKENDS
+from conftest import BACKENDS, EMULATED, FUSED_BACKENDS, GPU_BACKENDS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
@@ -359,7 +359,7 @@ def _bad_calls() -> list[Any]:
     return [
         pytest.param(op, name, bad, id=f"{op.name}-{name}-{i}-{bad.arg}")
         for op in OPS
-        for name in ("torch", *FUSED)
+        for name in ("torch", *FUSED_BACKENDS)
         for i, bad in enumerate(op.bad)
         if name in KERNELS[op.name]
     ]
@@ -395,7 +395,7 @@ def test_raw_operators_check_for_themselves(op: OpCase, backend: str, raw: BadRa
         operator(*{**good, **bad.change(good)}.values())
 
 
-@each_op_on("torch", *FUSED)
+@each_op_on("torch", *FUSED_BACKENDS)
 def test_sparse_and_nested_tensors_are_refused(op: OpCase, backend: str) -> None:
     args = op.inputs["small"](torch.float32)
     for name, value in args.items():
@@ -405,7 +405,7 @@ def test_sparse_and_nested_tensors_are_refused(op: OpCase, backend: str) -> None
                     op.function(**{**args, name: other}, backend=backend)
 
 
-@each_op_on(*FUSED)
+@each_op_on(*FUSED_BACKENDS)
 def test_raw_operators(op: OpCase, backend: str) -> None:
     for name, args in op.raw(op.inputs["small"](torch.float32)):
         torch.library.opcheck(getattr(torch.ops.hotkernels, name).default, args)
@@ -426,12 +426,12 @@ def _compiled(op: OpCase, backend: str, compiler: str, sizes: list[str], dynamic
                 torch.testing.assert_close(ours, plain)
 
 
-@each_op_on("torch", *FUSED)
+@each_op_on("torch", *FUSED_BACKENDS)
 def test_compiles_without_graph_breaks(op: OpCase, backend: str) -> None:
     _compiled(op, backend, "aot_eager", ["small"])
 
 
-@each_op_on(*FUSED)
+@each_op_on(*FUSED_BACKENDS)
 def test_compiles_with_changing_sizes(op: OpCase, backend: str) -> None:
     _compiled(op, backend, "aot_eager", ["small", "39" if "39" in op.inputs else "117"], dynamic=True)
 
@@ -481,12 +481,12 @@ def test_traced_by_make_fx(op: OpCase, backend: str) -> None:
         assert torch.equal(got, expected)
 
 
-@each_op_on(*FUSED)
+@each_op_on(*FUSED_BACKENDS)
 def test_compiles_with_inductor(op: OpCase, backend: str) -> None:
     _compiled(op, backend, "inductor", ["small"])
 
 
-@each_op_on("torch", *FUSED)
+@each_op_on("torch", *FUSED_BACKENDS)
 def test_exports(op: OpCase, backend: str) -> None:
     args = op.inputs["small"](torch.float32)
     given = {name: value for name, value in args.items() if isinstance(value, Tensor)}
@@ -518,7 +518,7 @@ def test_what_onnx_export_gets_is_pytorchs(op: OpCase, backend: str, monkeypatch
     assert_same(program.module()(**given), op.function(**args, backend="torch"))
 
 
-@each_op_on("torch", *FUSED)
+@each_op_on("torch", *FUSED_BACKENDS)
 def test_vmap(op: OpCase, backend: str) -> None:
     args = op.inputs["small"](torch.float32)
     stacked = {name: torch.stack([v, v.roll(1, -1)]) for name, v in args.items() if isinstance(v, Tensor)}
@@ -552,7 +552,7 @@ def test_vmap(op: OpCase, backend: str) -> None:
             vmapped({name: bad})
 
 
-@each_op_on(*FUSED)
+@each_op_on(*FUSED_BACKENDS)
 def test_other_transforms_are_refused(op: OpCase, backend: str) -> None:
     args = op.inputs["small"](torch.float32)
     for name in wanted_by(op, args):
@@ -568,7 +568,7 @@ def test_other_transforms_are_refused(op: OpCase, backend: str) -> None:
             torch.compile(torch.func.grad(total), backend="aot_eager", fullgraph=True)(args[name])
 
 
-@each_op_on("torch", *FUSED)
+@each_op_on("torch", *FUSED_BACKENDS)
 @pytest.mark.filterwarnings("error")
 def test_numbers_of_numpy(op: OpCase, backend: str) -> None:
     args = op.inputs["small"](torch.float32)
@@ -582,7 +582,7 @@ def test_numbers_of_numpy(op: OpCase, backend: str) -> None:
     assert_same(op.function(**given, backend=backend), op.function(**args, backend=backend))
 
 
-@each_op_on("torch", *FUSED)
+@each_op_on("torch", *FUSED_BACKENDS)
 def test_fake_tensors(op: OpCase, backend: str) -> None:
     """Shapes, dtypes and strides are known without running anything."""
     args = op.inputs["small"](torch.float32)

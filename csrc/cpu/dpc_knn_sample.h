@@ -63,7 +63,7 @@ struct Sample {
   Rank* order;             // [N]
   Candidate* candidates;   // [N]
   int32_t* kept;           // [M] chosen tokens, in the order of index
-  int32_t* slot;           // [Np] place of a token in index, or -1
+  int32_t* slot;           // [Np] place of a token in index, or -1; while they are chosen, 0 for those of `keep`
   int32_t* nearest;        // [N] place in index of the nearest kept token; before that, tokens to gather
   int32_t* pending;        // [N] tokens that need a second search
   int64_t gathered_max;    // tokens that fit in:
@@ -128,9 +128,25 @@ struct Sample {
   }
 };
 
-float median(float a, float b, float c) {
-  const float low = a < b ? a : b, high = a < b ? b : a;
-  return c < low ? low : c > high ? high : c;
+// Calls body(Element{}) for the element type of tokens, which are never float64.
+template <class Body>
+inline void with_float_element(DType dtype, const Body& body) {
+  with_element(dtype, [&](auto element) {
+    if constexpr (std::is_same_v<typename decltype(element)::Compute, float>) body(element);
+  });
+}
+
+// out[c] = channel c of the token at a position of sample b.
+void load_token(const DpcKnn& p, int64_t b, int64_t position, float* out) {
+  with_float_element(p.dtype, [&](auto element) {
+    using E = decltype(element);
+    const auto* x = static_cast<const typename E::Stored*>(p.x) + b * p.x_stride_b + position * p.x_stride_n;
+    if (p.x_stride_c == 1) {
+      each_vector<E>(p.C, [&](int64_t c, auto count) { store_as<F32>(out + c, load_as<E>(x + c, count), count); });
+    } else {
+      for (int64_t c = 0; c < p.C; ++c) out[c] = E::get(x[c * p.x_stride_c]);
+    }
+  });
 }
 
 // Finds the valid tokens and the pivot (dpc_knn_order.h). A token is valid if the mask has it, its noise is a number,
@@ -140,7 +156,7 @@ void find_valid(const DpcKnn& p, int64_t b, Sample& s) {
   for (int64_t i = 0; i < p.N; ++i) {
     if (p.mask && !p.mask[b * p.N + i]) continue;
     if (p.noise && std::isnan(p.noise[b * p.N + i])) continue;
-    load_row(p.x, p.dtype, b * p.x_stride_b + i * p.x_stride_n, p.x_stride_c, p.C, s.row);
+    load_token(p, b, i, s.row);
     float square = 0;
 #pragma omp simd reduction(+ : square)
     for (int64_t c = 0; c < p.C; ++c) square += s.row[c] * s.row[c];
@@ -149,10 +165,9 @@ void find_valid(const DpcKnn& p, int64_t b, Sample& s) {
   if (s.n == 0) return;
   float* const rows[] = {s.pivot, s.row, s.third};
   for (int t = 0; t < 3; ++t) {
-    const int64_t token = s.position[dpc::pivot_token(static_cast<int>(s.n), t)];
-    load_row(p.x, p.dtype, b * p.x_stride_b + token * p.x_stride_n, p.x_stride_c, p.C, rows[t]);
+    load_token(p, b, s.position[dpc::pivot_token(static_cast<int>(s.n), t)], rows[t]);
   }
-  for (int64_t c = 0; c < p.C; ++c) s.pivot[c] = median(s.pivot[c], s.row[c], s.third[c]);
+  for (int64_t c = 0; c < p.C; ++c) s.pivot[c] = dpc::median(s.pivot[c], s.row[c], s.third[c]);
 }
 
 // Channels [begin, end) of P tokens, centred and transposed, and their share of the norms.
@@ -191,11 +206,7 @@ void pack_panel(const DpcKnn& p, int64_t b, const Sample& s, int64_t first, int6
 void pack(const DpcKnn& p, int64_t b, Sample& s, int64_t begin, int64_t end, const Runner& runner) {
   s.each_part(runner, [&](int64_t q) {
     for (int64_t first = q * P; first < s.n; first += s.parts * P) {
-      switch (p.dtype) {
-        case DType::f16: pack_panel<F16>(p, b, s, first, begin, end); break;
-        case DType::bf16: pack_panel<BF16>(p, b, s, first, begin, end); break;
-        default: pack_panel<F32>(p, b, s, first, begin, end); break;
-      }
+      with_float_element(p.dtype, [&](auto element) { pack_panel<decltype(element)>(p, b, s, first, begin, end); });
     }
   });
 }
@@ -204,25 +215,23 @@ void pack(const DpcKnn& p, int64_t b, Sample& s, int64_t begin, int64_t end, con
 float distance_by_differences(const Sample& s, int64_t i, int64_t j) {
   const DpcKnn& p = *s.call;
   float total = 0;
-  with_element(p.dtype, [&](auto element) {
+  with_float_element(p.dtype, [&](auto element) {
     using E = decltype(element);
-    if constexpr (std::is_same_v<typename E::Compute, float>) {
-      const auto* x = static_cast<const typename E::Stored*>(p.x) + s.b * p.x_stride_b;
-      const auto *xi = x + s.position[i] * p.x_stride_n, *xj = x + s.position[j] * p.x_stride_n;
-      int64_t c = 0;
-      if (p.x_stride_c == 1) {
-        vf even{}, odd{};
-        for (; c + 2 * W <= p.C; c += 2 * W) {
-          const vf d = load_as<E>(xi + c) - load_as<E>(xj + c), e = load_as<E>(xi + c + W) - load_as<E>(xj + c + W);
-          even += d * d, odd += e * e;
-        }
-        even += odd;
-        for (int l = 0; l < W; ++l) total += even[l];
+    const auto* x = static_cast<const typename E::Stored*>(p.x) + s.b * p.x_stride_b;
+    const auto *xi = x + s.position[i] * p.x_stride_n, *xj = x + s.position[j] * p.x_stride_n;
+    int64_t c = 0;
+    if (p.x_stride_c == 1) {
+      vf even{}, odd{};
+      for (; c + 2 * W <= p.C; c += 2 * W) {
+        const vf d = load_as<E>(xi + c) - load_as<E>(xj + c), e = load_as<E>(xi + c + W) - load_as<E>(xj + c + W);
+        even += d * d, odd += e * e;
       }
-      for (; c < p.C; ++c) {
-        const float d = E::get(xi[c * p.x_stride_c]) - E::get(xj[c * p.x_stride_c]);
-        total += d * d;
-      }
+      even += odd;
+      for (int l = 0; l < W; ++l) total += even[l];
+    }
+    for (; c < p.C; ++c) {
+      const float d = E::get(xi[c * p.x_stride_c]) - E::get(xj[c * p.x_stride_c]);
+      total += d * d;
     }
   });
   return total;

@@ -20,7 +20,6 @@ constexpr int W = 8;
 #else
 constexpr int W = 4;
 #endif
-constexpr uint32_t kAllLanes = (1u << W) - 1;
 
 // Vectors of T as wide as a register, and the same unaligned and free to alias: what a load or store goes through.
 template <class T>
@@ -130,25 +129,6 @@ inline U to_f16(F x) {
   const U magnitude = a < 0x1p-14f ? subnormal : normal;
   const U inf_or_nan = a == a ? U{} + 0x7c00u : U{} + 0x7e00u;
   return sign | (a < 65520.0f ? magnitude : inf_or_nan);
-}
-
-// out[c] = float(x[c * stride]) for c < count.
-inline void load_row(const void* x, DType dtype, int64_t offset, int64_t stride, int64_t count, float* out) {
-  if (dtype == DType::f32) {
-    const float* p = static_cast<const float*>(x) + offset;
-    if (stride == 1) {
-      memcpy(out, p, static_cast<size_t>(count) * sizeof(float));
-    } else {
-      for (int64_t c = 0; c < count; ++c) out[c] = p[c * stride];
-    }
-    return;
-  }
-  const uint16_t* p = static_cast<const uint16_t*>(x) + offset;
-  if (dtype == DType::bf16) {
-    for (int64_t c = 0; c < count; ++c) out[c] = from_bf16<float, uint32_t>(p[c * stride]);
-  } else {
-    for (int64_t c = 0; c < count; ++c) out[c] = from_f16<float, uint32_t>(p[c * stride]);
-  }
 }
 
 }  // namespace

@@ -12,8 +12,6 @@ namespace hotkernels::dpc {
 
 constexpr float kInf = __builtin_inff();
 
-__device__ inline float median(float a, float b, float c) { return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c)); }
-
 // ---- warps --------------------------------------------------------------------------------------------------------
 
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }

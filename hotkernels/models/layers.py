@@ -61,31 +61,31 @@ def stochastic_depth(x: Tensor, along: int, drop_path: float) -> Tensor | None:
     return x.new_empty(rows).bernoulli_(1 - drop_path).div_(1 - drop_path)
 
 
-def add_branch(residual: Tensor, branch: Tensor, depth: Tensor | None, out: Tensor | None) -> Tensor:
-    """residual + branch, the branch times `depth` if there is any; without autograd into `out` if given."""
-    if depth is None:
+def add_branch(residual: Tensor, branch: Tensor, factor: Tensor | None, out: Tensor | None) -> Tensor:
+    """residual + branch, the branch times `factor` if there is any; without autograd into `out` if given."""
+    if factor is None:
         return torch.add(residual, branch, out=out)
-    return torch.addcmul(residual, branch, depth, out=out)
+    return torch.addcmul(residual, branch, factor, out=out)
 
 
 def add_layer(
-    residual: Tensor, layer: nn.Module, x: Tensor, drop: nn.Module, depth: Tensor | None, out: Tensor | None
+    residual: Tensor, layer: nn.Module, x: Tensor, drop: nn.Module, factor: Tensor | None, out: Tensor | None
 ) -> Tensor:
     """`add_branch` of drop(layer(x)), in one step where possible."""
-    if depth is None and is_idle(drop):
+    if factor is None and is_idle(drop):
         return add_linear(residual, layer, x, out)
-    return add_branch(residual, drop(linear(layer, x)), depth, out)
+    return add_branch(residual, drop(linear(layer, x)), factor, out)
 
 
 def after_attention(
     x: Tensor, attended: Tensor, attention: Attention, norm2: nn.Module, mlp: nn.Module,
-    depths: Sequence[Tensor | None], out: Tensor | None = None,
+    factors: Sequence[Tensor | None], out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The rest of a pre-norm block, token by token: from x and the input of proj, both [B, F, J, C], to the output."""
-    x = add_layer(x, attention.proj, attended, attention.proj_drop, depths[0], out)
+    x = add_layer(x, attention.proj, attended, attention.proj_drop, factors[0], out)
     if is_plain_mlp(mlp):
-        return add_layer(x, mlp.fc2, mlp.hidden(norm2(x)), mlp.drop, depths[1], out)
-    return add_branch(x, mlp(norm2(x)), depths[1], out)
+        return add_layer(x, mlp.fc2, mlp.hidden(norm2(x)), mlp.drop, factors[1], out)
+    return add_branch(x, mlp(norm2(x)), factors[1], out)
 
 
 def transformer_block(
@@ -104,9 +104,9 @@ def transformer_block(
         rows: the dim along which stochastic depth drops all at once.
         drop_path: its probability; 0 in evaluation.
     """
-    depths = [stochastic_depth(x, rows, drop_path) for _ in range(2)]
-    rest = functools.partial(after_attention, attention=attention, norm2=norm2, mlp=mlp, depths=depths)
-    if not unrecorded(x) or any(depth is not None for depth in depths):
+    factors = [stochastic_depth(x, rows, drop_path) for _ in range(2)]
+    rest = functools.partial(after_attention, attention=attention, norm2=norm2, mlp=mlp, factors=factors)
+    if not unrecorded(x) or any(factor is not None for factor in factors):
         return rest(x, attention.attend(norm1(x), along))
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -136,8 +136,8 @@ def pruned_block(
     Returns:
         The output [B, M, J, C] at the chosen frames, and their positions.
     """
-    depths = [stochastic_depth(x, -3, drop_path) for _ in range(2)]
-    rest = functools.partial(after_attention, attention=attention, norm2=norm2, mlp=mlp, depths=depths)
+    factors = [stochastic_depth(x, -3, drop_path) for _ in range(2)]
+    rest = functools.partial(after_attention, attention=attention, norm2=norm2, mlp=mlp, factors=factors)
     attended = attention.attend(norm1(x), -3)
     if not (is_plain_mlp(mlp) and is_idle(mlp.drop) and is_idle(attention.proj_drop)):  # two runs might differ
         out = rest(x, attended)
@@ -242,7 +242,7 @@ class Hourglass(nn.Module):
         Args:
             layer: number of the block that comes next.
             poses: the model's input.
-            index: the frames that are left, None = all.
+            index: the frames that are remaining, None = all.
             given: the frames to keep, None = choose.
             norm, attention: the temporal attention that comes next, and the norm before it.
 
@@ -278,13 +278,13 @@ class Hourglass(nn.Module):
         return recover_tokens(x, self.x_token, self.cross_attention) if self.recover == "attention" else x
 
     def finished(self, poses: Tensor, index: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """The poses of all frames, interpolated if need be; or those that are left, with their frames."""
+        """The poses of all frames, interpolated if need be; or those that are remaining, with their frames."""
         if self.recover is None:
             return poses, index
         return interpolate(poses, index, self.frames) if self.recover == "interpolation" else poses
 
 
-def left(index: Tensor | None, chosen: Tensor) -> Tensor:
+def remaining(index: Tensor | None, chosen: Tensor) -> Tensor:
     """The frames that are left: the chosen of those before, None = all."""
     return chosen if index is None else index.gather(1, chosen)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import Attention
 from ..ops.gather_tokens import gather_tokens
-from .layers import Hourglass, Mlp, layer_norm, left, pruned_block, transformer_block
+from .layers import Hourglass, Mlp, layer_norm, pruned_block, remaining, transformer_block
 from .strategies import Select
 
 
@@ -155,4 +155,4 @@ class HoTMixSTE(Hourglass):
             x = norm(before(x))
             chosen = choose(x)
             x = gather_tokens(x, chosen, pos)
-        return x, left(index, chosen)
+        return x, remaining(index, chosen)

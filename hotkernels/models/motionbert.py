@@ -13,7 +13,7 @@ from ..errors import check_int
 from ..nn import Attention
 from ..nn.plain import is_plain
 from ..ops.gather_tokens import gather_tokens
-from .layers import Hourglass, Mlp, layer_norm, left, transformer_block
+from .layers import Hourglass, Mlp, layer_norm, remaining, transformer_block
 from .strategies import Select
 
 _ALONG = {"s": -2, "t": -3}
@@ -128,7 +128,7 @@ class HoTMotionBERT(Hourglass):
         for i, (block_st, block_ts, fuse) in enumerate(zip(self.blocks_st, self.blocks_ts, self.ts_attn, strict=True)):
             if i in self.layer_index:
                 chosen = self.chooser(i, poses, index, given, block_ts.norm1_t, block_ts.attn_t)(x)
-                x, index = gather_tokens(x, chosen, self.position(i)), left(index, chosen)
+                x, index = gather_tokens(x, chosen, self.position(i)), remaining(index, chosen)
             x = _fuse(block_st(x), block_ts(x), fuse)
         assert index is not None
         return self.finished(self.head(self.pre_logits(self.recovered(self.norm(x)))), index)

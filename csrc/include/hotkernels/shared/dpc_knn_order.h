@@ -1,5 +1,5 @@
-// What dpc_knn computes alike on CPUs and GPUs: the keys that order tokens by density and by score, and the tokens that
-// the pivot is made of. Keys are integers that sort ascending, so both devices break ties in the same way.
+// What dpc_knn computes alike on CPUs and GPUs: the keys that order tokens by density and by score, and what the
+// pivot is made of. Keys are integers that sort ascending, so both devices break ties in the same way.
 #pragma once
 #include <cmath>
 
@@ -20,6 +20,10 @@ namespace {  // common.h says why, at HK_HOST_DEVICE
 // and the distances between all others would be rounded as if they were that long. Not the first and the last token,
 // which often are special.
 HK_HOST_DEVICE inline int pivot_token(int n, int which) { return n / 6 + which * (n / 3); }
+HK_HOST_DEVICE inline float median(float a, float b, float c) {
+  const float low = a < b ? a : b, high = a < b ? b : a;
+  return c < low ? low : c > high ? high : c;
+}
 
 // The finaliser of MurmurHash3: every input bit reaches every output bit.
 HK_HOST_DEVICE inline uint32_t mix32(uint32_t h) {
