@@ -1,7 +1,7 @@
 """Fused kernels for token-pruning transformers: density-peak clustering, gathered attention, token recovery."""
 
 from . import autograd, compat, models, nn
-from .backends import explain
+from .backends import Explanation, explain
 from .errors import checked
 from .ops.dpc_knn import DensityPeaks, dpc_knn
 from .ops.gather_tokens import gather_tokens
@@ -14,6 +14,7 @@ from .swap import SwapReport, Twin, register_twin, swap, swapped, unswap
 __version__ = "0.1.0"
 __all__ = [
     "DensityPeaks",
+    "Explanation",
     "InvertedIndex",
     "SwapReport",
     "Twin",

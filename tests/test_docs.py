@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import json
 import pkgutil
 import re
@@ -40,7 +41,9 @@ def test_docstring_examples(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert failed == 0
 
 
-PUBLIC = [getattr(home, name) for home in (hotkernels, hotkernels.nn) for name in home.__all__]
+HOMES = (hotkernels, hotkernels.nn, hotkernels.models, hotkernels.autograd)
+PUBLIC = [getattr(home, name) for home in HOMES for name in home.__all__]
+OTHERS = [getattr(hotkernels.compat, name) for name in hotkernels.compat.__all__] + [hotkernels.models.strategies]
 
 
 @pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)
@@ -48,6 +51,18 @@ def test_public_names_are_documented_with_an_example(public: Any) -> None:
     assert public.__doc__
     if callable(public) and (not isinstance(public, type) or issubclass(public, nn.Module)):
         assert ">>>" in public.__doc__, "an example that runs"
+
+
+@pytest.mark.parametrize("module", OTHERS, ids=lambda module: module.__name__.removeprefix("hotkernels."))
+def test_functions_of_public_modules_are_documented(module: Any) -> None:
+    """Each of them; and clustering with an example, which shows merging where a module has that."""
+    functions = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
+    public = {f.__name__: f.__doc__ or "" for f in functions if not f.__name__.startswith("_")}
+    assert public
+    assert all(public.values()), public
+    if "cluster_dpc_knn" in public:
+        example = public["cluster_dpc_knn"].partition(">>>")[2]
+        assert all(f"{name}(" in example for name in public.keys() & {"cluster_dpc_knn", "merge_tokens"})
 
 
 @pytest.mark.parametrize("block", README)

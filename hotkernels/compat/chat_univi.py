@@ -20,6 +20,16 @@ def cluster_dpc_knn(
 
     Returns:
         (idx_cluster [B, N] int64 in [0, cluster_num), cluster_num).
+
+    Example::
+
+        >>> import torch
+        >>> from hotkernels.compat import chat_univi
+        >>> tokens = {"x": torch.randn(2, 16, 8), "idx_token": torch.arange(16).expand(2, -1)}
+        >>> tokens |= {"agg_weight": torch.ones(2, 16, 1)}
+        >>> idx_cluster, cluster_num = chat_univi.cluster_dpc_knn(tokens, 4, k=3)
+        >>> chat_univi.merge_tokens(tokens, idx_cluster, cluster_num)["x"].shape
+        torch.Size([2, 4, 8])
     """
     check_int("cluster_dpc_knn", "cluster_num", cluster_num, 1, None)
     check_int("cluster_dpc_knn", "k", k, 1, None)

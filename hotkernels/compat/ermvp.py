@@ -14,6 +14,15 @@ def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int = 5) -> tuple[Tensor, in
 
     Returns:
         (idx_cluster [B, N] int64 in [0, cluster_num), cluster_num).
+
+    Example::
+
+        >>> import torch
+        >>> from hotkernels.compat import ermvp
+        >>> x = torch.randn(2, 100, 16)
+        >>> idx_cluster, cluster_num = ermvp.cluster_dpc_knn(x, 10, k=5)
+        >>> ermvp.merge_tokens(x, idx_cluster, cluster_num)[0].shape
+        torch.Size([2, 10, 16])
     """
     return cluster(x, cluster_num, k)[1], cluster_num
 

@@ -24,6 +24,15 @@ def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int, token_mask: Tensor | No
         (index_down [B, M] int64, best first; idx_cluster [B, N] int64 in [0, M)).
 
     Numerics: draws `torch.rand(B, N)` once, as published: the global generator is left in the same state.
+
+    Example::
+
+        >>> import torch
+        >>> from hotkernels.compat.hot import cluster_dpc_knn
+        >>> x = torch.tensor([[[0.0], [0.2], [0.5], [9.0], [9.3]]])
+        >>> index_down, idx_cluster = cluster_dpc_knn(x, cluster_num=2, k=2)
+        >>> idx_cluster[0, :3].unique().numel(), idx_cluster[0, 3:].unique().numel()
+        (1, 1)
     """
     return cluster(x, cluster_num, k, token_mask)
 
@@ -36,6 +45,14 @@ def cluster_dpc_knn_center(
     Equivalent to the function of that name in HoT's MixSTE and MHFormer, which pass one less than the frames they keep.
 
     Args, Returns: as `cluster_dpc_knn`; `center` is a position in [-N, N). No token is assigned to the centre.
+
+    Example::
+
+        >>> import torch
+        >>> from hotkernels.compat.hot import cluster_dpc_knn_center
+        >>> index_down, _ = cluster_dpc_knn_center(torch.randn(2, 81, 32), 26, k=2, center=40)
+        >>> index_down.shape, bool((index_down == 40).any())
+        (torch.Size([2, 26]), False)
     """
     if center is None:
         fail("cluster_dpc_knn_center", "center", "an int", "NoneType", TypeError)

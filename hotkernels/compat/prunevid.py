@@ -14,5 +14,13 @@ def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int = 5, token_mask: Tensor 
 
     Returns:
         (idx_cluster [B, N] int64 in [0, cluster_num), cluster_num).
+
+    Example::
+
+        >>> import torch
+        >>> from hotkernels.compat.prunevid import cluster_dpc_knn
+        >>> idx_cluster, cluster_num = cluster_dpc_knn(torch.randn(1, 16, 64).half(), 4, k=7)
+        >>> idx_cluster.shape, cluster_num
+        (torch.Size([1, 16]), 4)
     """
     return cluster(as_float(x), cluster_num, k, token_mask)[1], cluster_num

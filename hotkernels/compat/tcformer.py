@@ -18,6 +18,16 @@ def cluster_dpc_knn(
 
     Returns:
         (idx_cluster [B, N] int64 in [0, cluster_num), cluster_num).
+
+    Example::
+
+        >>> import torch
+        >>> from hotkernels.compat import tcformer
+        >>> tokens = {"x": torch.randn(2, 16, 8), "idx_token": torch.arange(16).expand(2, -1)}
+        >>> tokens |= {"agg_weight": torch.ones(2, 16, 1), "map_size": (4, 4), "init_grid_size": (4, 4)}
+        >>> idx_cluster, cluster_num = tcformer.cluster_dpc_knn(tokens, 4, k=3)
+        >>> tcformer.merge_tokens(tokens, idx_cluster, cluster_num)["x"].shape
+        torch.Size([2, 4, 8])
     """
     return cluster(entry("cluster_dpc_knn", token_dict, "x"), cluster_num, k, token_mask)[1], cluster_num
 

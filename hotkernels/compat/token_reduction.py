@@ -15,6 +15,15 @@ def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int = 5, token_mask: Tensor 
 
     Returns:
         (idx_cluster [B, N] int64 in [0, cluster_num), index_down [B, cluster_num] int64, best first).
+
+    Example::
+
+        >>> import torch
+        >>> from hotkernels.compat import token_reduction
+        >>> x, idx_token, agg_weight = torch.randn(2, 16, 8), torch.arange(16).expand(2, -1), torch.ones(2, 16, 1)
+        >>> idx_cluster, index_down = token_reduction.cluster_dpc_knn(x, 4, k=3)
+        >>> token_reduction.merge_tokens(x, idx_token, agg_weight, idx_cluster, 4)[0].shape
+        torch.Size([2, 4, 8])
     """
     index_down, idx_cluster = cluster(x, cluster_num, k, token_mask)
     return idx_cluster, index_down
