@@ -90,13 +90,15 @@ class Bench:
 
 def functions(work: Workload, row: Row) -> dict[str, Callable[..., Any]]:
     """Everyone who takes part in a row; `ours` first."""
-    several = {"ours": work.ours} | work.contenders(row.contenders)
-    if "compile" in several and not row.backward:
-        several["compile graphs"] = torch.compile(work.eager, dynamic=False, mode="reduce-overhead")
-    if "sdpa" in several and work.sdpa is not None:
-        several |= {name: functools.partial(_with_kernel, work.sdpa, kernel) for name, kernel in SDPA.items()}
-        if work.flex is not None:
-            several["flex"] = torch.compile(work.flex, dynamic=False)
+    several = {"ours": work.ours}
+    for name, call in work.contenders(row.contenders).items():
+        several[name] = call
+        if name == "compile" and not row.backward:
+            several["compile graphs"] = torch.compile(work.eager, dynamic=False, mode="reduce-overhead")
+        elif name == "sdpa":
+            several |= {kind: functools.partial(_with_kernel, call, kernel) for kind, kernel in SDPA.items()}
+            if work.flex is not None:
+                several["flex"] = torch.compile(work.flex, dynamic=False)
     return several
 
 
