@@ -111,7 +111,7 @@ def packed_attention(qkv: Tensor, scale: float, dropout_p: float = 0.0, backend:
     """`gathered_attention` of the three parts of qkv [B, N, 3, H, D] or [B, N, J, 3, H, D], without an index."""
     if choose_attention(_OP, qkv, dropout_p, backend) == "torch":
         query, key, value = unpack(qkv)
-        return gathered_attention_reference(query, key, value, scale=scale, dropout_p=dropout_p)[0]
+        return gathered_attention_reference(query, key, value, scale=scale, dropout_p=dropout_p, return_lse=False)[0]
     return _packed(qkv, scale)
 
 
@@ -302,7 +302,9 @@ def gathered_attention(
     if index is not None:
         check_index(_OP, "index", index, Nk, chosen)
     if chosen == "torch":
-        out, lse = gathered_attention_reference(query, key, value, index, bias, key_bias, scale, dropout_p)
+        out, lse = gathered_attention_reference(
+            query, key, value, index, bias, key_bias, scale, dropout_p, bool(return_lse)
+        )
     else:
         out, lse = _fused(query, key, value, index, start, slots, bias, key_bias, scale)
     return (out, lse) if return_lse else out

@@ -25,6 +25,7 @@ def recovery_attention_reference(
         key_bias=None if key_mask is None else mask_bias(key_mask, key),
         scale=scale,
         dropout_p=dropout_p,
+        return_lse=False,
     )[0]
 
 
