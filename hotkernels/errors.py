@@ -122,7 +122,7 @@ def count(text: str) -> int:
     return value
 
 
-def _can_look(values: Tensor) -> bool:
+def can_look(values: Tensor) -> bool:
     """Whether to look at values: on the CPU; on a GPU that would stall the stream, so there inside `checked()` only.
 
     Not where torch.compile or make_fx traces; fake and meta tensors have none.
@@ -137,7 +137,7 @@ def check_index(op: str, arg: str, index: Tensor, size: int, backend: str) -> No
 
     Only if values can be read here (see `checked`) and the backend does not check them itself.
     """
-    if backend == "cpp" or not _can_look(index):
+    if backend == "cpp" or not can_look(index):
         return
     while is_functorch_wrapped_tensor(index):  # by vmap, which hides the samples
         index = get_unwrapped(index)
@@ -148,7 +148,7 @@ def check_index(op: str, arg: str, index: Tensor, size: int, backend: str) -> No
 
 def check_ascending(op: str, arg: str, index: Tensor, size: int) -> None:
     """Check that each row of index [B, M] ascends strictly in [0, size), if values can be read here."""
-    if not _can_look(index):
+    if not can_look(index):
         return
     low, high = (index.new_full((len(index), 1), edge) for edge in (-1, size))
     between = torch.cat([low, index, high], 1)

@@ -328,7 +328,7 @@ def test_an_index_out_of_range_is_never_read(
     args[name] = torch.where(places, wrong[torch.randint(len(wrong), index.shape)], index)
     grad_out = random_like(op.function(**absent, backend=backend))
     with monkeypatch.context() as gpu:
-        gpu.setattr("hotkernels.errors._can_look", lambda values: False)
+        gpu.setattr("hotkernels.errors.can_look", lambda values: False)
         if EMULATED == "triton":  # whose backward would find the C++ kernel, which looks
             gpu.setattr(torch.ops.hotkernels, "invert_index", invert_index_reference)
         # PyTorch's own sums have no order.
@@ -477,8 +477,8 @@ def test_traced_by_make_fx(op: OpCase, backend: str) -> None:
         return tensors(op.function(**args | dict(zip(given, values, strict=True)), backend=backend))
 
     values = [args[name] for name in given]
-    for got, expected in zip(make_fx(call)(*values)(*values), call(*values), strict=True):
-        assert torch.equal(got, expected)
+    # On a CPU, plain PyTorch's distances of tokens come in another way where it can look at values.
+    assert_same(make_fx(call)(*values)(*values), call(*values), exactly=backend != "torch")
 
 
 @each_op_on(*FUSED_BACKENDS)
@@ -497,7 +497,7 @@ def test_exports(op: OpCase, backend: str) -> None:
             return tensors(op.function(**kwargs, **fixed, backend=backend))
 
     program = torch.export.export(Module(), (), given).module()
-    assert_same(program(**given), op.function(**args, backend=backend))
+    assert_same(program(**given), op.function(**args, backend=backend), exactly=backend != "torch")  # as make_fx does
     if wanted := wanted_by(op, args):
         theirs = gradients(lambda **a: program(**{name: a[name] for name in given}), args, wanted)
         assert_same(theirs, gradients(lambda **a: op.function(**a, backend=backend), args, wanted))
@@ -515,7 +515,7 @@ def test_what_onnx_export_gets_is_pytorchs(op: OpCase, backend: str, monkeypatch
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     program = torch.export.export(Module(), (), given)
     assert not [node for node in program.graph.nodes if "hotkernels" in str(node.target)]
-    assert_same(program.module()(**given), op.function(**args, backend="torch"))
+    assert_same(program.module()(**given), op.function(**args, backend="torch"), exactly=False)
 
 
 @each_op_on("torch", *FUSED_BACKENDS)

@@ -102,7 +102,9 @@ def dpc_knn(
     rounds tokens to 11 bits (as in TF32), and distances, in float32, are those of the rounded tokens: its choice can
     differ from others' where distances differ by less than that. It has fewer bits for coordinates below 2^-27 (1e-8)
     of the sample's largest. The result is the same bits on every run, for any number of threads and whatever else is in
-    the batch.
+    the batch. "torch" sums distances from differences; on a CPU, where it may look at values (not traced, compiled or
+    under vmap), it multiplies in float64 instead, and keeps that promise but for a distance on the edge between two
+    floats.
 
     Cost: half of :math:`N^2 C` multiply-adds; O(N (k + C)) memory beyond the input. N x N distances are held only of
     few tokens: by "cpp" up to 816 (2.7 MB per thread) if k is at most 16, by "cuda" up to 352 on chips without

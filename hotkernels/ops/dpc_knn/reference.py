@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .distances import Distances
+
 # A token counts only if its squared norm is at most this: then no sum of its squared distances overflows in float32.
 NORM_LIMIT = 2.0**93
-_DISTANCES_AT_ONCE = 1 << 22  # held at a time, or one row of every sample: more rows are done in blocks
-_COMPILED_AT_ONCE = 2048  # but of so few tokens in compiled code, which could not serve another N if it had blocks
 
 
 def position_hash(seed: int, n: int, device: torch.device) -> Tensor:
@@ -51,22 +51,14 @@ def dpc_knn_reference(
     count = valid.sum(1, keepdim=True)
     x = torch.where(valid[..., None], x, 0.0)
 
-    def squared_distances(rows: slice, to: Tensor, there: Tensor) -> Tensor:
-        # Differences, not dot products: symmetric bit for bit, exactly 0 on the diagonal, and no offset takes bits.
-        d = torch.cdist(x[:, rows], to, compute_mode="donot_use_mm_for_euclid_dist")
-        return torch.where(there[:, None, :], d * d / C, infinity)
-
-    blocks = [slice(None)]
-    if not torch.compiler.is_compiling() or N > _COMPILED_AT_ONCE:
-        step = max(1, _DISTANCES_AT_ONCE // max(1, B * N))
-        blocks = [slice(first, first + step) for first in range(0, N, step)]
+    distances = Distances(x, valid)
 
     # 2. r: mean of the k smallest squared distances, the token itself included.
-    def density_exponent(rows: slice) -> Tensor:
-        nearest = squared_distances(rows, x, valid).topk(k, largest=False).values
+    def density_exponent(d: Tensor) -> Tensor:
+        nearest = d.topk(k, largest=False).values / C
         return torch.where(nearest.isinf(), 0.0, nearest).sum(-1) / count.clamp(1, k)
 
-    r = torch.cat([density_exponent(rows) for rows in blocks], 1)
+    r = torch.cat([density_exponent(d) for d in distances], 1)
     density = torch.exp(-r)
     if noise is not None:  # in float64: float32 would round noise of 1e-6 to a few steps
         noisy = torch.exp(-r.double()) + noise.double()
@@ -80,13 +72,12 @@ def dpc_knn_reference(
 
     # 4. delta: distance to the nearest denser token; for the densest, the largest distance of all.
     delta2, farthest = [], x.new_zeros(B)
-    for rows in blocks:
-        d = squared_distances(rows, x, valid)
-        denser = rank[:, None, :] < rank[:, rows, None]
+    for d, own, there in zip(distances, *(t.split(distances.step, 1) for t in (rank, valid)), strict=True):
+        denser = rank[:, None, :] < own[:, :, None]
         delta2.append(torch.where(denser, d, infinity).amin(-1))
-        seen = torch.where(valid[:, rows, None] & valid[:, None, :], d, 0.0)
+        seen = torch.where(there[:, :, None] & valid[:, None, :], d, 0.0)
         farthest = torch.maximum(farthest, seen.flatten(1).amax(1))
-    delta = torch.where(rank == 0, farthest[:, None], torch.cat(delta2, 1)).sqrt()
+    delta = torch.where(rank == 0, farthest[:, None], torch.cat(delta2, 1)).div(C).sqrt()
 
     # 5. Score, and the M best: in float64 and logarithms, where nothing underflows.
     log_density = -r.double() if noise is None else noisy.clamp(min=0).log()
@@ -115,8 +106,7 @@ def dpc_knn_reference(
     # 6. Nearest kept token; a kept token is its own, an invalid one nobody's.
     assignment = None
     if assign:
-        chosen = x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, C))
-        nearest = [squared_distances(rows, chosen, index >= 0).argmin(-1) for rows in blocks]
+        nearest = [d.argmin(-1) for d in distances.to(index)]
         own = torch.cat([torch.cat(nearest, 1), index.new_zeros(B, 1)], 1)
         places = torch.arange(num_clusters, device=x.device).expand(B, -1)
         own = own.scatter(1, torch.where(index < 0, N, index), places)[:, :N]
