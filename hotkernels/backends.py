@@ -114,7 +114,7 @@ def choose(op: str, x: Tensor, backend: str | None, first: str = "x") -> str:
                 return name
         served = names(OPS[op]["torch"].dtypes)
         fail(op, first, f"of a dtype that a backend serves ({served})", names([dtype]), TypeError)
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         fail(op, named, ", ".join(["None" if named == "backend" else "unset", *map(repr, BACKENDS)]), repr(backend))
     why = why_not(op, backend, device, dtype)
     if why is not None:
@@ -129,9 +129,9 @@ def choose_attention(op: str, query: Tensor, dropout_p: float, backend: str | No
     """The backend of an attention call: dropout is honoured by the torch backend only."""
     check_probability(op, "dropout_p", dropout_p)
     if dropout_p > 0.0:
-        if backend not in (None, "torch"):
+        if isinstance(backend, str) and backend != "torch":
             fail(op, "backend", "one that can serve this call", f"'{backend}' ({_NO_DROPOUT}; 'torch' has)")
-        backend = "torch"
+        backend = "torch" if backend is None else backend
     return choose(op, query, backend, first)
 
 

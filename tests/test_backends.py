@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,6 +143,9 @@ def test_a_named_backend_that_cannot_serve() -> None:
         hotkernels.dpc_knn(x.double(), 2, backend="cpp")
     with pytest.raises(ValueError, match=r"^merge_tokens: backend must be None, 'cuda', .+, got 'numpy'$"):
         hotkernels.merge_tokens(x, torch.zeros(1, 9, dtype=torch.int64), 2, backend="numpy")
+    for dropout_p in (0.0, 0.5):
+        with pytest.raises(ValueError, match=r"^gathered_attention: backend must be None, .+, got array\(\[1, 2\]\)$"):
+            hotkernels.gathered_attention(*[x[None]] * 3, dropout_p=dropout_p, backend=np.array([1, 2]))
     with pytest.raises(TypeError, match=r"^gather_tokens: x must be of a dtype .+, got complex64$"):
         hotkernels.gather_tokens(x.to(torch.complex64), torch.zeros(1, 2, dtype=torch.int64))
 

@@ -78,6 +78,10 @@ def test_right_answers_pass_in_other_forms(op: str, options: dict[str, Any]) -> 
     assert not work.grad_of or work.check(backward=True) is None
 
 
+def test_a_best_score_of_0_is_reached() -> None:
+    assert WORKLOADS["dpc_knn"]((4, 1, 8), 1, k=1).check() is None
+
+
 @pytest.mark.parametrize(("op", "keys", "options"), [*ATTENTION, ("gather_tokens", 10, {}), ("merge_tokens", 10, {})])
 def test_backward_is_that_of_every_floating_argument(op: str, keys: int, options: dict[str, Any]) -> None:
     work = WORKLOADS[op](SMALL[op], keys, **options)
@@ -394,6 +398,8 @@ def test_command_names_the_call(op: str, options: list[str], told: str, capsys: 
         (["--shape", "2,40,8", "--clusters", "41"], "--clusters must be in [1, N = 40], got 41"),
         (["--shape", "2,40,8", "--backend", "abacus"], "backend must be"),
         (["--shape", "2,40,8", "-k", "41"], "dpc_knn: k must be in"),
+        (["--shape", "1,99999999999,999999999"], "--shape must be one that fits the memory, got (1, 99999999999,"),
+        (["--shape", "1,99999999999999999999,9"], "invalid shape value"),
         (["--shape", "2,40,8", "--device", "moon"], "invalid device value"),
         (["--shape", "2,40,8", "--device", "meta"], "invalid device value"),
         pytest.param(

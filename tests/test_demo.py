@@ -227,6 +227,8 @@ def test_every_bad_file_gets_one_sentence(tmp_path: Path, capsys: pytest.Capture
         (["--channels", "12"], "demo: --channels must be a multiple of 8, got 12"),
         (["--seconds", "nan"], "demo: --seconds must be in [0.1, 3600], got nan"),
         (["--rounds", "1"], "demo: --rounds must be at least 2, got 1"),
+        (["--rounds", "0"], "demo: --rounds must be at least 2, got 0"),
+        (["--sequence", "S9/Walk"], "demo: --sequence must be of a file of --keypoints, got 'S9/Walk'"),
         (["--seed", "-1"], "demo: --seed must be in [0, 9223372036854775807], got -1"),
     ],
 )

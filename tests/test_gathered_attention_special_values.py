@@ -218,3 +218,16 @@ def test_large_logits(backend: str, kind: str) -> None:
     for a, c in zip(ours, exact, strict=True):  # logits near 1000 are known to 6e-5, and so is what follows from them
         assert a.isfinite().all()
         assert (a.double() - c).abs().max() <= 3e-3 * c.abs().max()
+
+
+@each_kind
+def test_logits_that_are_all_minus_infinity(backend: str, kind: str) -> None:
+    """As of a mask: 0, as SDPA has it."""
+    query, key, value = (t.clone() for t in heads(1, Nq=5, Nk=6))
+    key.copy_(-key.abs())
+    query[:, :, 2] = torch.inf
+    index = index_of(kind, (1,), 2, 5, 6, 3, absent=0.0)
+    out, lse = gathered_attention(query, key, value, index, return_lse=True, backend=backend)
+    assert not out[:, :, 2].any()
+    assert (lse[:, :, 2] == -torch.inf).all()
+    assert out.isfinite().all()

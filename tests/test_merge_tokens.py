@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -15,6 +17,13 @@ def test_mean_of_equal_tokens_is_that_token(backend: str) -> None:
         token.expand(2, 64, 39), torch.arange(64).remainder(4).expand(2, 64), 4, eps=0.0, backend=backend
     )
     torch.testing.assert_close(out, token.expand(2, 4, 39), rtol=1e-6, atol=0)
+
+
+def test_eps_is_any_number(backend: str) -> None:
+    x, assignment = torch.randn(2, 9, 4), torch.randint(3, (2, 9))
+    for eps in (10**30, Fraction(1, 2)):
+        out = merge_tokens(x, assignment, 3, eps=eps, backend=backend)
+        assert torch.equal(out, merge_tokens(x, assignment, 3, eps=float(eps), backend=backend))
 
 
 def test_weights_shift_the_mean(backend: str) -> None:

@@ -173,6 +173,15 @@ def scene(poses: Tensor, keep: Tensor | None = None) -> strategies.Scene:
     return strategies.Scene(poses, keep, nn.Identity(), HoTMixSTE(**SMALL).TTEblocks[0].attn)
 
 
+@pytest.mark.parametrize("select", ["cluster", "cluster_random", "uniform", "attention", "motion"])
+def test_what_must_stay_stays_beside_nan(select: str) -> None:
+    x, poses, keep = torch.randn(2, 9, 17, 64), torch.randn(2, 9, 17, 2), torch.tensor([[1], [5]])
+    x[0, 3:7], poses[0, 3:7], x[1], poses[1] = torch.nan, torch.nan, torch.nan, torch.nan
+    index = strategies.SELECT[select](x, 3, scene(poses, keep))
+    assert (index == keep).any(1).all()
+    assert (index.diff() > 0).all()
+
+
 def test_motion_keeps_the_frames_that_moved() -> None:
     poses = torch.zeros(1, 8, 17, 2)
     poses[0, 3:] += 1.0

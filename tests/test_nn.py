@@ -270,6 +270,16 @@ def test_dropout_in_training_and_not_in_evaluation(which: str) -> None:
 # ---- pruning ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_centre_stays_even_if_nothing_is_valid() -> None:
+    x = torch.full((2, 11, 2, 8), torch.nan)
+    assert TokenPruning(8, 3, center=True)(x)[1].tolist() == [[0, 1, 5]] * 2
+    x = torch.randn(2, 11, 2, 8)
+    x[1, 5] = torch.nan
+    index = TokenPruning(8, 3, center=True)(x)[1]
+    assert (index == 5).any(1).all()
+    assert (index.diff() > 0).all()
+
+
 @pytest.mark.parametrize("center", [False, True])
 def test_token_pruning(center: bool) -> None:
     """Frames in temporal order, the centre among them when asked; a given index is used as it is."""
@@ -566,6 +576,15 @@ def test_wrong_arguments(call: Any, message: str) -> None:
         (lambda: TokenRecovery(16, 9)(None), r"^TokenRecovery: x must be a torch.Tensor \[B, M, J, C\], got NoneType$"),
         (lambda: TokenPruning(16, 1)(torch.zeros(1, 2, 3, 16), [[0]]), r"^TokenPruning: index must be .+, got list$"),
         (lambda: TokenPruning(16, 1)(torch.ones(1, 2, 3, 16).long()), r"^TokenPruning: x must be .+, got int64$"),
+        (
+            lambda: Attention(16)(torch.zeros(1, 3, 16).long()),
+            r"^Attention: x must be a tensor of float32, .+, got int64$",
+        ),
+        (lambda: Attention(16)(torch.zeros(1, 3, 16).to_sparse()), r"^Attention: x must be a dense tensor, got .+$"),
+        (
+            lambda: CrossAttention(16)(*torch.zeros(2, 1, 3, 16), torch.zeros(1, 3, 16).int()),
+            r"^CrossAttention: x_3 must be a tensor of float32, .+, got int32$",
+        ),
         (lambda: TokenPruning(16, 1, center=1), r"^TokenPruning: center must be a bool, got int$"),
         (lambda: Attention("a"), r"^Attention: dim must be an int, got str$"),
         (lambda: Attention(16.0, 2), r"^Attention: dim must be an int, got float$"),

@@ -27,7 +27,7 @@ _SHAPES = {
 
 def _shape(text: str) -> tuple[int, ...]:
     sizes = tuple(int(size) for size in text.split(","))
-    if min(sizes) < 1:
+    if min(sizes) < 1 or max(sizes) > torch.iinfo(torch.int64).max:
         raise ValueError
     return sizes
 
@@ -122,7 +122,10 @@ def main(argv: Sequence[str]) -> int:
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # its clock, its memory and its name are those of the current one
     try:
-        work = build(args.shape, clusters, **options)
+        try:
+            work = build(args.shape, clusters, **options)
+        except RuntimeError as error:  # PyTorch's, of memory
+            parser.error(f"--shape must be one that fits the memory, got {args.shape} ({str(error).splitlines()[0]})")
         if args.backward and not work.grad_of:
             parser.error(f"{args.op} has no backward")
         print("; ".join(f"{name} {value}" for name, value in machine().items()))

@@ -160,7 +160,7 @@ def dpc_knn_workload(
         best = score if center is None else score.index_fill(1, torch.tensor([center], device=device), torch.inf)
         most = score.gather(1, best.topk(clusters).indices).sum()
         published, reached = (float(score.gather(1, index).sum() / most) for index, _ in (theirs, own))
-        if not reached >= published - 1e-3:
+        if most > 0 and not reached >= published - 1e-3:
             return f"the chosen tokens reach {reached:.4f} of the best score, the published code's {published:.4f}"
         for sample, index, assignment in zip(exact, *own, strict=True):
             to_chosen = torch.cdist(sample, sample[index])

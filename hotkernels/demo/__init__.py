@@ -124,7 +124,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--keep", type=count, default=81, help="frames kept of each window (%(default)s)")
     add("-k", type=count, default=2, help="nearest neighbours in the density, itself included (%(default)s)")
     add("--channels", type=count, default=512, help="of a token, a multiple of 8 (%(default)s)")
-    add("--rounds", type=count, default=7, help="timed runs of each, at least 2 (%(default)s)")
+    add("--rounds", type=int, default=7, help="timed runs of each, at least 2 (%(default)s)")
     args = parser.parse_args(argv)
     check_int("demo", "--keep", args.keep, 1, args.frames, "--frames = ")
     check_int("demo", "-k", args.k, 1, args.frames, "--frames = ")
@@ -132,6 +132,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     check_int("demo", "--rounds", args.rounds, 2, None)
     if args.channels % 8:
         fail("demo", "--channels", "a multiple of 8", args.channels)
+    if args.sequence is not None and args.keypoints is None:
+        fail("demo", "--sequence", "of a file of --keypoints", repr(args.sequence))
     if not 0.1 <= args.seconds <= 3600:
         fail("demo", "--seconds", "in [0.1, 3600]", args.seconds)
     return args

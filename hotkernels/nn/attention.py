@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import FLOATING
 from ..errors import check_float, check_int, check_probability, check_tensor, fail
 from ..ops.gathered_attention.api import MAX_HEAD_DIM, packed_attention, unpack
 from ..ops.recovery_attention import recovery_attention
@@ -27,7 +28,7 @@ class Attention(nn.Module):
         dim: channels C, a multiple of num_heads; C / num_heads up to 256.
         num_heads: H.
         qkv_bias: whether the qkv projection has a bias.
-        qk_scale: scale of the logits; None = (C / H) ** -0.5.
+        qk_scale: scale of the logits; None, or 0 as published, = (C / H) ** -0.5.
         attn_drop, proj_drop: dropout on the probabilities and on the output, in training, each in [0, 1). With
             attn_drop > 0 training runs on the torch backend, which has dropout; evaluation stays fused.
 
@@ -246,8 +247,10 @@ def _pieces(x: Tensor, module: Any) -> tuple[Tensor, ...]:
 
 def _check_channels(module: str, dim: int, **inputs: Any) -> None:
     for arg, x in inputs.items():
-        if isinstance(x, Tensor) and x.dim() > 0 and x.shape[-1] != dim:
-            fail(module, arg, f"[..., C] with C = dim = {dim}", list(x.shape))
+        if isinstance(x, Tensor) and x.dim() > 0:
+            if x.shape[-1] != dim:
+                fail(module, arg, f"[..., C] with C = dim = {dim}", list(x.shape))
+            check_tensor(module, arg, x, "[..., C]", FLOATING)
 
 
 def check_dim(module: str, dim: int, num_heads: int, name: str = "dim") -> None:

@@ -77,16 +77,18 @@ class TokenPruning(nn.Module):
         return gather_tokens(x, index, pos), index
 
 
-def cluster_frames(x: Tensor, token_num: int, k: int = 2, **more: Any) -> Tensor:
+def cluster_frames(x: Tensor, token_num: int, k: int = 2, keep: Tensor | None = None, **more: Any) -> Tensor:
     """The frames of x [B, F, J, C] that stand for all, by the mean of their joints' tokens: [B, M] int64, ascending.
 
     If there are too few valid frames, frames with NaN fill the remaining places, in order, so that NaN input gives NaN
-    output.
+    output; `keep` stays even so.
     """
-    index = dpc_knn(x.detach().mean(2), token_num, k, **more, assign=False, ordered=True).index
+    index = dpc_knn(x.detach().mean(2), token_num, k, keep=keep, **more, assign=False, ordered=True).index
     places = x.shape[1] + 1  # a spare one, to which -1 points: it is never selected
     left = torch.ones(x.shape[0], places, dtype=torch.uint8, device=x.device).scatter(1, index % places, 0)
     left[:, -1] = 1
+    if keep is not None:
+        left = left.scatter(1, keep.expand(x.shape[0], -1), 0)
     return left.argsort(dim=1, stable=True)[:, :token_num].sort(1).values
 
 

@@ -98,7 +98,8 @@ def dpc_knn(
     noise, which orders and scores in float64: near 1, float32 (and so the published code) tells only nine values of
     ``rand * 1e-6`` apart. Half inputs are upcast. "cpp" and "cuda" first subtract, channel by channel, the median of
     three of the sample's tokens, so that neither a common offset nor an outlier takes bits from the others; where two
-    tokens are ten times nearer to each other than to that, "cpp" sums their distance from differences. "cuda" then
+    tokens are more than 11 times nearer to each other than to that, "cpp" sums their distance from differences (others
+    may be off by 6e-5 of themselves). "cuda" then
     rounds tokens to 11 bits (as in TF32), and distances, in float32, are those of the rounded tokens: its choice can
     differ from others' where distances differ by less than that. It has fewer bits for coordinates below 2^-27 (1e-8)
     of the sample's largest. The result is the same bits on every run, for any number of threads and whatever else is in

@@ -64,16 +64,14 @@ def gathered_attention_reference(
     logits = (q.unsqueeze(group) @ k.mT).flatten(-3, -2)
     for addend in (extra, bias):
         logits = logits if addend is None else logits + addend.to(dtype)
-    empty = None  # queries that attend to nothing
     if there is not None:
         logits = torch.where(there, logits, -torch.inf)  # masks NaN of a bias, too
-    if there is not None or bias is not None:
-        empty = logits.detach().amax(-1, keepdim=True) == -torch.inf
-        logits = logits.masked_fill(empty, 0.0)
+    empty = logits.detach().amax(-1, keepdim=True) == -torch.inf  # queries that attend to nothing
+    logits = logits.masked_fill(empty, 0.0)
     lse = logits.logsumexp(-1) if return_lse else logits.new_empty(0)
-    weights = torch.nn.functional.dropout(logits.softmax(-1), dropout_p)
+    weights = torch.nn.functional.dropout(logits.softmax(-1), float(dropout_p))
     out = (weights.unsqueeze(group) @ v).flatten(-3, -2)
-    if empty is not None:
-        out = torch.where(empty, 0.0, out)
-        lse = torch.where(empty[..., 0], -torch.inf, lse) if return_lse else lse
+    out = torch.where(empty, 0.0, out)
+    if return_lse:
+        lse = torch.where(empty[..., 0], -torch.inf, lse)
     return out.to(query.dtype).movedim(-2, 1).contiguous().movedim(1, -2), lse  # stored token by token

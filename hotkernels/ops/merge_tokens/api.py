@@ -99,6 +99,7 @@ def merge_tokens(
     check_tensor(_OP, "assignment", assignment, "[B, N]", INTEGER, shape=(B, N), device=x.device)
     check_int(_OP, "num_clusters", num_clusters, 1, None)
     check_float(_OP, "eps", eps)
+    eps = eps if isinstance(eps, (float, torch.SymFloat)) else float(eps)  # PyTorch takes no Fraction, nor 10**30
     if weight is not None:
         check_tensor(_OP, "weight", weight, "[B, N] or [B, N, 1]", FLOATING, device=x.device)
         if not (matches(weight.shape, (B, N)) or matches(weight.shape, (B, N, 1))):
