@@ -66,8 +66,9 @@ def gathered_attention_reference(
         logits = logits if addend is None else logits + addend.to(dtype)
     if there is not None:
         logits = torch.where(there, logits, -torch.inf)  # masks NaN of a bias, too
-    empty = logits.detach().amax(-1, keepdim=True) == -torch.inf  # queries that attend to nothing
-    logits = logits.masked_fill(empty, 0.0)
+    with torch.no_grad():  # no gradient comes back to these rows
+        empty = logits.amax(-1, keepdim=True) == -torch.inf  # queries that attend to nothing
+        logits.masked_fill_(empty, 0.0)
     lse = logits.logsumexp(-1) if return_lse else logits.new_empty(0)
     weights = torch.nn.functional.dropout(logits.softmax(-1), float(dropout_p))
     out = (weights.unsqueeze(group) @ v).flatten(-3, -2)
