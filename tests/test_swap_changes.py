@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from published import LowRank
@@ -14,7 +17,7 @@ from test_swap import answer, gradients, made, swapped_modules
 from torch import Tensor, nn
 
 import hotkernels
-from hotkernels.baselines import AttentionEager
+from hotkernels.baselines import AttentionEager, CrossAttentionEager
 from hotkernels.swap.modules import self_attention
 
 
@@ -38,7 +41,7 @@ class Switched(AttentionEager):
         if self.vis:
             self.attn_map = attn
         x = self.norm(((attn + 1 if self.comb else attn) @ v).transpose(1, 2).flatten(2))
-        return self.proj(x)
+        return self.proj_drop(self.proj(x))
 
 
 def set_on(name: str, value: Any) -> Callable[[nn.Module], object]:
@@ -225,3 +228,46 @@ def test_unswapped_in_the_block() -> None:
     with hotkernels.swapped(model):
         hotkernels.unswap(model)
     assert type(model) is AttentionEager
+
+
+def test_what_the_class_of_a_swapped_module_makes_computes_as_its_own() -> None:
+    """No probe has seen it, nor swap what it holds."""
+    model = nn.Sequential(Switched())
+    hotkernels.swap(model)
+    made, x = type(model[0])(), torch.randn(2, 5, 32)
+    made.mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    own = Switched()
+    own.mask = made.mask
+    own.load_state_dict(made.state_dict())
+    torch.testing.assert_close(made(x), own(x))
+
+
+def test_signatures_and_random_numbers_are_as_before() -> None:
+    model = nn.Sequential(Switched())
+    before = inspect.signature(model[0].forward)
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    hotkernels.swap(model)
+    assert inspect.signature(model[0].forward) == before
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == state[:2]
+    assert torch.equal(torch.get_rng_state(), state[2])
+
+
+@pytest.mark.parametrize("name", ["linear_k", "linear_v"])
+def test_one_bias_of_keys_or_values_is_taken_away(name: str) -> None:
+    model = nn.ModuleList([CrossAttentionEager(32, 4, qkv_bias=True)])
+    own = copy.deepcopy(model)
+    hotkernels.swap(model)
+    for one in (own, model):
+        getattr(one[0], name).bias = None
+    x_1, x = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    torch.testing.assert_close(model[0](x_1, x, x), own[0](x_1, x, x))
+
+
+def test_what_is_put_in_the_place_of_linear_q_gets_its_input() -> None:
+    model, seen = nn.ModuleList([CrossAttentionEager(32, 4)]), []
+    hotkernels.swap(model)
+    model[0].linear_q.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    x = torch.randn(3, 7, 32)
+    model[0](torch.randn(1, 5, 32).expand(3, -1, -1), x, x)
+    model[0](torch.randn(1, 5, 32), x[:1], x[:1])
+    assert seen == [(3, 5, 32), (1, 5, 32)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import published
 import published_tcformer
 import pytest
@@ -345,6 +347,55 @@ class ShortMlp(eager.Mlp):
         return super().forward(x) * (1.0 if x.shape[1] <= 243 else 0.5)
 
 
+class DropsNever(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(((q @ k.mT * self.scale).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class DropsBefore(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = (q @ k.mT * self.scale).softmax(-1) @ v
+        return self.proj(self.proj_drop(out.transpose(1, 2).flatten(2)))
+
+
+class ChangesItsInput(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x[:, 0] = 0  # a second call finds nothing to change
+        return super().forward(x)
+
+
+class LayerDrop(AttentionEager):
+    """By the random numbers of another library; one in a million, so that outputs are the same."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__(32, 4)
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (self.draw() > 1e-6)
+
+
+class Clamped(AttentionEager):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT * self.scale).clamp(-20, 20).softmax(-1)
+        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
+
+
+class ClassAttn(nn.Module):
+    """CaiT's name for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.q(x[:, :1]) @ self.k(x).mT).softmax(-1) @ self.v(x)
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "q and k norms": (lambda: VisionAttention(32, 4, qk_norm=True), "it has q_norm, a LayerNorm"),
     "relative bias": (RelativeBias, "it has relative_position_bias_table"),
@@ -440,6 +491,13 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no qkv": (lambda: with_qkv(nn.Linear(32, 64)), "qkv makes 64 channels of 32 where proj takes 32"),
     "wide heads": (lambda: AttentionEager(514, 2), "2 heads of 514 channels: a head has at most 256"),
     "meta device": (lambda: AttentionEager(32, 4).to("meta"), "on the meta device nothing can be compared"),
+    "drops nothing": (lambda: DropsNever(32, 4), "it applies proj_drop elsewhere than attention"),
+    "drops elsewhere": (lambda: DropsBefore(32, 4), "it applies proj_drop elsewhere than attention"),
+    "changes its input": (lambda: ChangesItsInput(32, 4), "its forward changes its input"),
+    "Python's random numbers": (lambda: LayerDrop(random.random), "its forward draws random numbers"),
+    "NumPy's random numbers": (lambda: LayerDrop(np.random.rand), "its forward draws random numbers"),
+    "clamped logits": (lambda: Clamped(32, 4), "its output differs from attention on large input"),
+    "attn": (ClassAttn, "a form of attention that swap does not know"),
     "scripted": (lambda: torch.jit.trace(AttentionEager(32, 4), torch.ones(1, 2, 32)), "it is scripted"),
     "scripted, on a grid": (
         lambda: torch.jit.trace(GridAttention(32, 4), (torch.ones(1, 6, 32), torch.tensor(2), torch.tensor(3))),

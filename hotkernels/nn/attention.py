@@ -183,7 +183,8 @@ def cross_attention(module: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tenso
     if x_1.dim() == 3:
         if x_1.shape[0] not in (1, x_2.shape[0]):
             fail("CrossAttention", "x_1", f"[B, L, C] with x_2's B = {x_2.shape[0]}", list(x_1.shape))
-        if x_1.shape[0] == 1 or (x_1.shape[0] > 0 and x_1.stride(0) == 0 and not _is_watched(x_1)):
+        expanded = x_1.shape[0] == 1 or (x_1.shape[0] > 0 and x_1.stride(0) == 0 and not _is_watched(x_1))
+        if expanded and is_plain(module.linear_q, nn.Linear):  # what was put in its place gets x_1 as it is
             x_1 = x_1[0]
     if x_1.dim() not in (2, x_2.dim()):
         full = "[B, L, C]" if x_2.dim() == 3 else "[B, L, J, C]"
@@ -213,7 +214,8 @@ def _is_watched(x: Tensor) -> bool:
 
 
 def _keys_and_values(module: Any, x_2: Tensor, x_3: Tensor) -> tuple[Tensor, Tensor]:
-    if x_2 is not x_3 or not (is_plain(module.linear_k, nn.Linear) and is_plain(module.linear_v, nn.Linear)):
+    both = is_plain(module.linear_k, nn.Linear) and is_plain(module.linear_v, nn.Linear)
+    if x_2 is not x_3 or not both or (module.linear_k.bias is None) != (module.linear_v.bias is None):
         return linear(module.linear_k, x_2), linear(module.linear_v, x_3)
     weight = torch.cat([module.linear_k.weight, module.linear_v.weight])
     bias = None if module.linear_k.bias is None else torch.cat([module.linear_k.bias, module.linear_v.bias])

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import operator
+import random
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Any
@@ -105,6 +106,7 @@ def gradients(out: Any, leaves: list[Tensor]) -> Tensor | None:
 def seeded(device: torch.device) -> Iterator[None]:
     """No gradients, autocast, inference mode; new tensors on the device; random numbers from a seed, then restored."""
     accelerator = device.type not in ("cpu", "meta")
+    others = random.getstate(), np.random.get_state()
     with (
         torch.random.fork_rng([device] if accelerator else [], device_type=device.type if accelerator else "cuda"),
         torch.inference_mode(False),
@@ -112,14 +114,32 @@ def seeded(device: torch.device) -> Iterator[None]:
         torch.autocast(device.type, enabled=False),
         device,  # new tensors are there, whatever the default
     ):
-        torch.default_generator.manual_seed(0)
-        if accelerator:
-            getattr(torch, device.type).manual_seed(0)
-        yield
+        try:
+            seed(device)
+            yield
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
+
+
+def seed(device: torch.device) -> None:
+    """Start the random numbers of PyTorch on the CPU and a device anew."""
+    torch.default_generator.manual_seed(0)
+    if device.type not in ("cpu", "meta"):
+        getattr(torch, device.type).manual_seed(0)
+
+
+def random_state() -> tuple[Any, ...]:
+    """What changes when a random number is drawn, of PyTorch, Python or NumPy."""
+    _, keys, place, *_ = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(keys).tobytes(), place
+
+
+IN_PROBE = "_hotkernels_in_probe"
 
 
 def replica(module: nn.Module) -> nn.Module:
-    """The same module tree without hooks, with random parameters and without dropout.
+    """The same module tree without hooks, with random parameters and without dropout, marked as IN_PROBE.
 
     Random, since what is initialised to zero (a projection, a relative bias) would hide what it does.
     """
@@ -130,6 +150,7 @@ def replica(module: nn.Module) -> nn.Module:
             twin = twins[id(source)] = object.__new__(type(source))
             vars(twin).update({name: _copied(value) for name, value in vars(source).items()})
             vars(twin).update({name: OrderedDict() for name in vars(source) if name.endswith("_hooks")})
+            vars(twin)[IN_PROBE] = True
             vars(twin).update(
                 _parameters={name: p if p is None else _random_like(p) for name, p in source._parameters.items()},
                 _buffers={name: b if b is None else b.clone() for name, b in source._buffers.items()},

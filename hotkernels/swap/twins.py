@@ -133,7 +133,9 @@ def _looks_like_attention(module: nn.Module) -> bool:
     """By its name, if it has projections, directly or in a container, and no attention inside."""
     if isinstance(module, nn.MultiheadAttention):
         return True
-    named = [isinstance(m, nn.MultiheadAttention) or "attention" in type(m).__name__.lower() for m in module.modules()]
+    names = [type(m).__name__.lower() for m in module.modules()]
+    known = [isinstance(m, nn.MultiheadAttention) for m in module.modules()]
+    named = [k or "attention" in name or "attn" in name for k, name in zip(known, names, strict=True)]
     linears = sum(isinstance(m, nn.Linear) for m in module.modules())
     return named[0] and not any(named[1:]) and linears > 1
 
@@ -160,6 +162,35 @@ def _difference(module: nn.Module, twin: type[Twin]) -> str | None:
         for args in pytree.tree_map(_wide, twin.long_examples(copy)):
             if found := _differs(copy, twin, args, []):
                 return found + " on long input"
+            if found := _differs(copy, twin, pytree.tree_map(_large, args), []):
+                return found + " on large input"
+        for args in pytree.tree_map(_wide, twin.examples(copy)):
+            if found := _drops_elsewhere(copy.train(), twin, args, device):
+                return found
+    return None
+
+
+def _large(value: Any) -> Any:
+    """What an example holds, 8 times as large: so that logits reach hundreds, where some code clamps them."""
+    return value * 8 if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _drops_elsewhere(copy: nn.Module, twin: type[Twin], args: Any, device: torch.device) -> str | None:
+    """Which of a replica's dropouts its forward applies elsewhere than the twin, from the same random numbers."""
+    original = type(copy)
+    for name, drop in copy.named_modules():
+        if type(drop) is not nn.Dropout:
+            continue
+        drop.p, results = 0.5, []
+        try:
+            for cls in (original, subclass(original, twin)):
+                copy.__class__ = cls
+                probe.seed(device)
+                results.append(copy.forward(*args))
+        finally:
+            copy.__class__, drop.p = original, 0.0
+        if not probe.same(*results):
+            return f"it applies {name} elsewhere than {twin.kind}"
     return None
 
 
@@ -171,15 +202,18 @@ def _wide(value: Any) -> Any:
 def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: list[Tensor]) -> str | None:
     """How a replica's forward differs from the twin's on one input; None if it does not."""
     original = type(copy)
-    state, before = torch.get_rng_state(), probe.attributes(copy)
+    state, before = probe.random_state(), probe.attributes(copy)
+    given = [(leaf, leaf.detach().clone()) for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
     try:
         expected = copy.forward(*args)
-        drawn = not torch.equal(state, torch.get_rng_state())
+        drawn = state != probe.random_state()
         gradients = probe.gradients(expected, leaves)
     except Exception as error:  # an unknown module may raise anything
         return f"{_FAILS} ({type(error).__name__})"
     if drawn:
         return "its forward draws random numbers"
+    if not all(torch.equal(leaf, value) for leaf, value in given):
+        return "its forward changes its input"
     if stored := probe.stored(copy, before):
         return f"its forward stores {stored}"
     if underived := _underived(copy, twin):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .classes import codes, methods
-from .probe import OF_EVERY_MODULE
+from .probe import IN_PROBE, OF_EVERY_MODULE
 
 SEEN = "_hotkernels_seen"
 # Methods also look names up on tensors: those are not taken for attributes of the module.
@@ -34,7 +34,7 @@ def seen(module: nn.Module) -> dict[str, Any]:
 
 def in_probe(module: Any) -> bool:
     """Whether a module is the replica that a probe runs."""
-    return module.__dict__.get(SEEN) is None
+    return IN_PROBE in module.__dict__
 
 
 def as_seen(module: Any, weights: Iterable[str]) -> bool:
@@ -45,7 +45,9 @@ def as_seen(module: Any, weights: Iterable[str]) -> bool:
     cls, held = type(module), module.__dict__
     if in_probe(module):
         return True
-    then = held[SEEN]
+    then = held.get(SEEN)
+    if then is None:  # not swap has made it, but a call of the class of a module that was swapped
+        return False
     if torch.compiler.is_compiling():  # its guards check attributes, not whether a dict has a key
         for name in then:
             getattr(module, name, None)

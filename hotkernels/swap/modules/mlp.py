@@ -14,7 +14,7 @@ from ..watch import in_probe
 from .published import Published, child_of, described, forward_obstacle, served
 
 _MLP = ("fc1", "act", "fc2")
-_OF_SHAPE = frozenset({"dim", "ndim", "shape", "size"})
+_OF_SHAPE = frozenset({"dim", "flatten", "len", "ndim", "shape", "size"})
 
 
 @register_twin

@@ -183,6 +183,7 @@ class Published(Twin):
                 named = {}
             return twin(self, *args, **named)
 
+        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]  # callers may ask
         cls.forward = forward
 
     @classmethod
