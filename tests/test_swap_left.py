@@ -385,6 +385,40 @@ class Clamped(AttentionEager):
         return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
 
 
+class Controller:
+    """Prompt-to-Prompt's AttentionStore, by its kind."""
+
+    def __init__(self) -> None:
+        self.maps: dict[str, list[Tensor]] = {"all": []}
+
+    def __call__(self, weights: Tensor) -> Tensor:
+        self.maps["all"].append(weights.detach())
+        return weights
+
+
+class Controlled(AttentionEager):
+    def __init__(self) -> None:
+        super().__init__(32, 4)
+        self.controller = Controller()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = self.controller((q @ k.mT * self.scale).softmax(-1))
+        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
+
+
+class Counting(AttentionEager):
+    """On a module inside."""
+
+    def __init__(self, count: Any) -> None:
+        super().__init__(32, 4)
+        self.proj.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.proj.count += 1
+        return super().forward(x)
+
+
 class ClassAttn(nn.Module):
     """CaiT's name for it."""
 
@@ -497,6 +531,9 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "Python's random numbers": (lambda: LayerDrop(random.random), "its forward draws random numbers"),
     "NumPy's random numbers": (lambda: LayerDrop(np.random.rand), "its forward draws random numbers"),
     "clamped logits": (lambda: Clamped(32, 4), "its output differs from attention on large input"),
+    "a controller": (Controlled, "its forward stores controller"),
+    "a count on a layer": (lambda: Counting(0), "its forward stores proj.count"),
+    "an array on a layer": (lambda: Counting(np.zeros(1)), "its forward stores proj.count"),
     "attn": (ClassAttn, "a form of attention that swap does not know"),
     "scripted": (lambda: torch.jit.trace(AttentionEager(32, 4), torch.ones(1, 2, 32)), "it is scripted"),
     "scripted, on a grid": (

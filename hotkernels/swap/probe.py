@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import operator
 import random
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -176,24 +176,40 @@ def _copied(value: Any) -> Any:
 
 
 def attributes(module: nn.Module) -> dict[str, list[Any]]:
-    """What a module holds, with the contents of what can change in place: what `stored` compares with."""
-    held = {**module._parameters, **module._buffers, **vars(module)}
-    return {name: [value, *_contents(value)] for name, value in held.items()}
+    """What a module and those inside it hold, with the contents of what can change: what `stored` compares with."""
+    held: dict[str, list[Any]] = {}
+    for path, inner in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, value in {**inner._parameters, **inner._buffers, **vars(inner)}.items():
+            held[prefix + name] = [value, *_contents(value)]
+    return held
 
 
-def _contents(value: Any) -> list[Any]:
+def _contents(value: Any, depth: int = 3) -> list[Any]:
+    """What lies inside a container, or an object that is not a module, to some depth."""
     if isinstance(value, Tensor):
         return [value._version]
+    if isinstance(value, np.ndarray):
+        return [value.tobytes()]
+    inside: list[Any] = []
     if isinstance(value, dict):
-        return [*value.keys(), *value.values()]
-    return [*value] if isinstance(value, (list, set, deque)) else []
+        inside = [*value.keys(), *value.values()]
+    elif isinstance(value, (list, tuple, set, deque)):
+        inside = [*value]
+    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type, FunctionType, ModuleType)):
+        inside = [*vars(value).keys(), *vars(value).values()]
+    return inside + [leaf for part in inside for leaf in _contents(part, depth - 1)] if depth else []
+
+
+def _is(now: Any, then: Any) -> bool:
+    return now is then or (type(now) is type(then) and type(now) in (bytes, int, str) and bool(now == then))
 
 
 def stored(module: nn.Module, before: dict[str, list[Any]]) -> str | None:
     """The first attribute or buffer that a module did not hold before, or that has changed."""
     for name, now in attributes(module).items():
         then = before.get(name, [])
-        if len(now) != len(then) or not all(map(operator.is_, now, then)):
+        if len(now) != len(then) or not all(map(_is, now, then)):
             return name
     return None
 
