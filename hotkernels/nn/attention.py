@@ -91,8 +91,8 @@ class CrossAttention(nn.Module):
 
     A query input that is the same for the whole batch (x_1 expanded, stride 0 over the batch, or of batch 1) is
     projected and packed once. What it was expanded from gets the right gradient; x_1 itself has the sum over the batch
-    in its first sample, unless it is a leaf, retains its gradient or has hooks: then it is projected per sample. Where
-    x_2 is x_3, keys and values come from one matrix product.
+    in its first sample, unless it is a leaf, retains its gradient or has hooks (outside compiled code): then it is
+    projected per sample. Where x_2 is x_3, keys and values come from one matrix product.
 
     Args:
         dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop: as `Attention`.

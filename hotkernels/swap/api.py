@@ -109,7 +109,10 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     - in methods, calls of `cluster_dpc_knn`, `cluster_dpc_knn_center` and `merge_tokens`, by that name or as
       `utils.cluster_dpc_knn`, if the function answers as a published one. Other models keep calling theirs.
 
-    Modules other than an nn.Sequential must also give the outputs and gradients of the fused form on random input.
+    Modules other than an nn.Sequential must also give the outputs and gradients of the fused form on random input, in
+    evaluation and in training, with each of their dropouts, on long and on large input; a forward that stores
+    something, changes its input or draws random numbers of its own is not replaced. Not looked at is what a forward
+    does to globals and classes, or only under autocast.
 
     What is left and reported, with the reason:
 
@@ -121,8 +124,9 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     If you change a swapped module later (set an attribute, add a parameter or a buffer, replace or hook a layer that
     the fused forward does not call, give the class another forward), it falls back to its own forward. A projection of
     an attention that you replace, adapt or hook is called as it is, and the rest stays fused. Not noticed are changes
-    inside an object that an attribute holds, attributes set on the class, and new definitions of a clustering function
-    or of a method that calls one. With a twin of your own, all this is up to its forward.
+    inside an object that an attribute holds or a layer that is used, attributes set on the class, and new definitions
+    of a clustering function or of a method that calls one. With a twin of your own, all this is up to its forward.
+    HoT's cross-attention gives an expanded x_1 its gradient as `hotkernels.nn.CrossAttention` does.
 
     A call that no probe has seen goes to the module's own forward, too: with tokens of other dims than [B, N, C]
     (MotionAGFormer's: [B, T, J, C]), with further arguments, or traced by torch.fx.
@@ -158,8 +162,8 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
         example_inputs allow differences up to the root of the dtype's epsilon (in half precision 8 epsilons), relative
         to the largest value. The check sees what probes do not, as a window of 512 tokens.
 
-        `torch.jit.script` and the derivatives of `torch.func` refuse a swapped model, and `torch.jit.trace` takes it
-        under `torch.no_grad` alone: unswap for them.
+        `torch.jit.script`, the derivatives of `torch.func`, second derivatives and forward mode refuse a swapped model,
+        and `torch.jit.trace` takes it under `torch.no_grad` alone: unswap for them.
 
     Cost: no memory; milliseconds per form and size of attention; with example_inputs two runs of the model, three where
         outputs differ.
