@@ -165,8 +165,8 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
         `torch.jit.script`, the derivatives of `torch.func`, second derivatives and forward mode refuse a swapped model,
         and `torch.jit.trace` takes it under `torch.no_grad` alone: unswap for them.
 
-    Cost: no memory; some tenths of a second per form and size (HoT-MixSTE: 0.7 s in all); with example_inputs two runs of the model, three where
-        outputs differ.
+    Cost: no memory; some tenths of a second per form and size (HoT-MixSTE: 0.7 s in all); with example_inputs two runs
+        of the model, three where outputs differ.
 
     Example::
 
