@@ -229,7 +229,9 @@ def test_logits_that_are_all_minus_infinity(backend: str, kind: str) -> None:
     key.copy_(-key.abs())
     query[:, :, 2] = torch.inf
     index = index_of(kind, (1,), 2, 5, 6, 3, absent=0.0)
+    value.requires_grad_()
     out, lse = gathered_attention(query, key, value, index, return_lse=True, backend=backend)
     assert not out[:, :, 2].any()
     assert (lse[:, :, 2] == -torch.inf).all()
     assert out.isfinite().all()
+    assert torch.autograd.grad(out.sum(), value)[0].isfinite().all()

@@ -242,8 +242,13 @@ def test_what_the_class_of_a_swapped_module_makes_computes_as_its_own() -> None:
     torch.testing.assert_close(made(x), own(x))
 
 
+class Drawing(Switched):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * random.random() * np.random.rand()
+
+
 def test_signatures_and_random_numbers_are_as_before() -> None:
-    model = nn.Sequential(Switched())
+    model = nn.Sequential(Switched(), Drawing())
     before = inspect.signature(model[0].forward)
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     hotkernels.swap(model)

@@ -242,7 +242,7 @@ class Hourglass(nn.Module):
         Args:
             layer: number of the block that comes next.
             poses: the model's input.
-            index: the frames that are remaining, None = all.
+            index: the frames that are left, None = all.
             given: the frames to keep, None = choose.
             norm, attention: the temporal attention that comes next, and the norm before it.
 
@@ -278,7 +278,7 @@ class Hourglass(nn.Module):
         return recover_tokens(x, self.x_token, self.cross_attention) if self.recover == "attention" else x
 
     def finished(self, poses: Tensor, index: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """The poses of all frames, interpolated if need be; or those that are remaining, with their frames."""
+        """The poses of all frames, interpolated if need be; or those that are left, with their frames."""
         if self.recover is None:
             return poses, index
         return interpolate(poses, index, self.frames) if self.recover == "interpolation" else poses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -62,11 +63,15 @@ class Distances:
 
 
 class _Tokens:
-    """Tokens [B, n, C], which of them are there, and their squared norms [B, n, 1], infinite for others."""
+    """Tokens [B, n, C], and which of them are there."""
 
     def __init__(self, x: Tensor, there: Tensor) -> None:
         self.x, self.there = x, there
-        self.norm = torch.where(there, x.square().sum(-1), torch.inf)[..., None]
+
+    @functools.cached_property
+    def norm(self) -> Tensor:
+        """Their squared norms [B, n, 1], infinite for those that are not there."""
+        return torch.where(self.there, self.x.square().sum(-1), torch.inf)[..., None]
 
     def split(self, size: int) -> list[_Tokens]:
         """So many at a time."""
