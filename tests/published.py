@@ -6,6 +6,7 @@ own namespace, where the models' forwards look them up by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -261,6 +262,50 @@ class ToMeAttention(AttentionEager):
             attn = attn + size.log()[:, None, None, :, 0]
         x = (self.attn_drop(attn.softmax(-1)) @ v).transpose(1, 2).reshape(B, N, C)
         return self.proj_drop(self.proj(x)), k.mean(1)
+
+
+class EvitAttention(AttentionEager):
+    """EViT's: also says which tokens the class token attends to most, if it is to drop any."""
+
+    def __init__(self, dim: int, heads: int, keep_rate: float = 0.7, **options: Any) -> None:
+        super().__init__(dim, heads, **options)
+        self.keep_rate = keep_rate
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attn = self.attn_drop((q @ k.transpose(-2, -1) * self.scale).softmax(-1))
+        return self.proj_drop(self.proj((attn @ v).transpose(1, 2).flatten(2))), attn[:, :, 0, 1:].mean(1)
+
+    def forward(self, x: Tensor, keep_rate: float | None = None, tokens: int | None = None) -> tuple[Any, ...]:
+        rate = self.keep_rate if keep_rate is None else keep_rate
+        out, scores = self.attend(x)
+        left = x.shape[1] - 1
+        if (self.keep_rate < 1 and rate < 1) or tokens is not None:
+            left = math.ceil(rate * left) if tokens is None else tokens
+            if left < x.shape[1] - 1:
+                assert left >= 1
+                best = scores.topk(left, dim=1)[1]
+                return out, best.unsqueeze(-1).expand(-1, -1, x.shape[2]), best, scores, left
+        return out, None, None, None, left
+
+
+class RankingAttention(EvitAttention):
+    """TokenReduction's of EViT, and with three results its top-k."""
+
+    def __init__(self, dim: int, heads: int, keep_rate: float = 0.7, results: int = 5, **options: Any) -> None:
+        super().__init__(dim, heads, keep_rate, **options)
+        self.init_n, self.results = 9, results
+
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
+        out, scores = self.attend(x)
+        left = int(self.keep_rate * self.init_n)
+        if self.keep_rate >= 1:
+            return (out, None, None, None, None)[: self.results]
+        if left == x.shape[1] - 1:
+            return out, None, None, None, left
+        assert left >= 1
+        best = scores.topk(left, dim=1)[1]
+        return (out, best.unsqueeze(-1).expand(-1, -1, x.shape[2]), best, scores, left)[: self.results]
 
 
 class VisionBlock(MixSTEBlock):

@@ -40,6 +40,8 @@ DROPS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "ViT": (lambda: VisionAttention(32, 4), (torch.randn(3, 5, 32),)),
     "MixSTE": (lambda: AttentionEager(32, 4), (torch.randn(3, 5, 32),)),
     "ToMe": (lambda: published.ToMeAttention(32, 4), (torch.randn(3, 5, 32), 1 + torch.rand(3, 5, 1))),
+    "EViT": (lambda: published.EvitAttention(32, 4), (torch.randn(3, 7, 32), 0.8, 4)),
+    "TokenReduction": (lambda: published.RankingAttention(32, 4), (torch.randn(3, 9, 32),)),
     "VideoMAE": (lambda: published.QvBiasAttention(32, 4), (torch.randn(3, 5, 32),)),
     "MotionBERT": (lambda: eager.MotionBERTAttention(32, 4, "temporal"), (torch.randn(6, 5, 32), 3)),
     "MotionAGFormer": (lambda: published.FramesAttention(32, 32, 4, "temporal"), (torch.randn(2, 3, 5, 32),)),
@@ -79,7 +81,11 @@ def test_arguments_by_the_names_that_the_original_has_for_them(name: str, monkey
     original = type(make())
     names = [f"its_{i}" for i in range(len(args))]
     renamed: dict[str, Any] = {**vars(published_tcformer), "original": original}
-    declared = ", ".join(names) + "=None" * (name == "ToMe")
+    defaults = [p.default for p in inspect.signature(original.forward).parameters.values()][1:]
+    declared = ", ".join(
+        its if default is inspect.Parameter.empty else f"{its}={default}"
+        for its, default in zip(names, defaults, strict=False)
+    )
     more = ", mask=None" if name in ("ViT", "MixSTE", "VideoMAE", "MotionAGFormer", "HoT") else ""
     exec(f"def forward(self, {declared}{more}): return original.forward(self, {', '.join(names)})", renamed)
     module = make()
@@ -90,6 +96,8 @@ def test_arguments_by_the_names_that_the_original_has_for_them(name: str, monkey
     monkeypatch.setattr(original, "forward", None)  # fused, and not called
     torch.testing.assert_close(module(*args[:1], **dict(zip(names[1:], args[1:], strict=True))), expected)
     torch.testing.assert_close(module(**dict(zip(names, args, strict=True))), expected)
+    if name == "EViT":  # whose last may come without the one before
+        torch.testing.assert_close(module(args[0], **{names[2]: args[2]}), expected)
 
 
 @torch.no_grad()
@@ -168,11 +176,11 @@ def test_empty_inputs(name: str, empty: str) -> None:
     args = tuple(a[:0] if empty == "batch" else a[:, :0] for a in args if isinstance(a, Tensor))
     try:
         expected = module(*args)
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         expected = None
     hotkernels.swap(module)
     if expected is None:
-        with pytest.raises(RuntimeError):
+        with pytest.raises((RuntimeError, IndexError)):
             module(*args)
     else:
         torch.testing.assert_close(module(*args), expected)
@@ -299,6 +307,45 @@ def test_attention_without_a_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(module(x, policy), masked)
     monkeypatch.setattr(Tensor, "softmax", None)
     torch.testing.assert_close(module(x, policy=None), plain)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [(), (0.4,), (None, 3), (1.0, 2), (0.9,), (1.0,), (1.5,), (None, 6), (0.3, None)],
+    ids=lambda args: "-".join(map(str, args)) or "none",
+)
+@pytest.mark.parametrize("keep_rate", [0.7, 1.0])
+def test_attention_that_selects(keep_rate: float, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = published.EvitAttention(32, 4, keep_rate), torch.randn(3, 7, 32, requires_grad=True)
+    plain = copy.deepcopy(module)
+    assert hotkernels.swap(module).replaced == [("", "attention that selects tokens")]
+    results = []
+    for each in (plain, module):
+        out = each(x, *args)
+        scores = [t * torch.linspace(1, 2, t.numel()).view_as(t) for t in (out[0], out[3]) if t is not None]
+        results.append((out, *torch.autograd.grad(sum(t.sum() for t in scores), [x, *each.parameters()])))
+        monkeypatch.setattr(published.EvitAttention, "attend", None)  # fused, and not called
+    torch.testing.assert_close(*results)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("keep_rate", "N"), [(0.7, 9), (0.7, 10), (0.7, 7), (1.0, 9)])
+@pytest.mark.parametrize("results", [3, 5])
+def test_attention_that_ranks(results: int, keep_rate: float, N: int) -> None:
+    module, x = published.RankingAttention(32, 4, keep_rate, results), torch.randn(3, N, 32)
+    expected = module(x)
+    assert hotkernels.swap(module).replaced == [("", "attention that selects tokens")]
+    torch.testing.assert_close(module(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("args", [(0.0,), (None, 0), (None, 9)])
+def test_a_selection_of_no_token_or_too_many(args: tuple[Any, ...]) -> None:
+    """Is the original's own error."""
+    module, x = published.EvitAttention(32, 4), torch.randn(3, 7, 32)
+    hotkernels.swap(module)
+    with pytest.raises((AssertionError, RuntimeError)):
+        module(x, *args)
 
 
 @pytest.mark.parametrize("dim_head", [None, 6])

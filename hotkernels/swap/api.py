@@ -102,7 +102,8 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     What is replaced, whatever the file or the class is called:
 
     - the attention of timm's ViT, MixSTE, MHFormer, MotionBERT, MotionAGFormer, TCFormer, PVT (which takes x, H, W),
-      TokenPose, PPT, VideoMAE, vit-pytorch, DynamicViT (without a policy) and of timm's ViT that ToMe has patched;
+      TokenPose, PPT, VideoMAE, vit-pytorch, DynamicViT (without a policy), EViT, TokenReduction's EViT and top-k, and
+      of timm's ViT that ToMe has patched;
     - HoT's cross-attention, and that with one layer for keys and values;
     - MLPs in float32 on a CPU, by oneDNN: an fc1, an act and an fc2, or an nn.Sequential;
     - modules of the forms that `register_twin` adds;
@@ -136,6 +137,7 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     Outputs differ by rounding, and where a clustering chooses between tokens whose densities float32 cannot tell apart:
     ours uses float64, so it may keep other frames than the published code, and the poses move with them. For HoT,
     243 frames to 81, that is 1 % to 10 % of the frames; with `example_inputs` the report says how many.
+    EViT's tokens are ranked as published; rounding in the layers before may exchange two whose scores nearly tie.
 
     Args:
         model: any module; what is in it already swapped stays so.

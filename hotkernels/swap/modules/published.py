@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -167,15 +168,15 @@ class Published(Twin):
         twin = cls.forward
         theirs, ours = ([*inspect.signature(f).parameters.values()][1:] for f in (original.forward, twin))
         count = sum(p.kind is p.POSITIONAL_ONLY for p in ours)
-        names = [p.name for p in theirs[:count] if p.kind is p.POSITIONAL_OR_KEYWORD]
+        first = {p.name: p.default for p in theirs[:count] if p.kind is p.POSITIONAL_OR_KEYWORD}
         off = {p.name: p.default for p in theirs[count:]}
         defaults = tuple(off.values())
 
         def forward(self: Any, *args: Any, **named: Any) -> Any:
-            for name in names[len(args) :]:
-                if name not in named:
+            for name, default in islice(first.items(), len(args), None):
+                if named.keys().isdisjoint(first) or (name not in named and default is inspect.Parameter.empty):
                     break
-                args = (*args, named.pop(name))
+                args = (*args, named.pop(name, default))
             more = args[count:]
             if len(more) <= len(defaults) and all(map(operator.is_, more, defaults)):
                 args = args[:count]

@@ -93,7 +93,7 @@ class _ProportionalAttention(Published):
         qkv = linear(self.qkv, x)
         query, key, value = unpack(qkv.unflatten(-1, (3, self.num_heads, -1)))
         if size is None:
-            attended = _attend_packed(qkv, self.num_heads, self.scale)
+            attended = attend_packed(qkv, self.num_heads, self.scale)
         else:
             out: Any = gathered_attention(query, key, value, key_bias=size.log()[..., 0], scale=self.scale)
             attended = out.transpose(1, 2).flatten(2)
@@ -136,7 +136,7 @@ class _QvBiasAttention(Published):
         if not plain or not served(self, (*QKV, *_QV_BIASES, *AFTER), (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        return project(self, _attend_packed(multiply(x, self.qkv.weight, bias), self.num_heads, self.scale))
+        return project(self, attend_packed(multiply(x, self.qkv.weight, bias), self.num_heads, self.scale))
 
 
 @register_twin
@@ -177,7 +177,7 @@ class _ToQkvAttention(Published):
         if not plain or not served(self, ("to_qkv", "to_out", "norm", "attend"), (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         qkv = linear(self.to_qkv, layers["norm"](x) if layers.get("norm") is not None else x)
-        attended = _attend_packed(qkv, self.heads, self.scale)
+        attended = attend_packed(qkv, self.heads, self.scale)
         out = self.to_out(attended)
         return out.clone() if out is attended else out  # autograd lets nobody write into this view
 
@@ -243,6 +243,6 @@ class _SequenceAttention(Published):
         return project(self, self_attention(self, x.unflatten(0, (-1, seqlen)), along=-3).flatten(0, 1))
 
 
-def _attend_packed(qkv: Tensor, heads: int, scale: float) -> Tensor:
+def attend_packed(qkv: Tensor, heads: int, scale: float) -> Tensor:
     """Self-attention of a projection [B, N, 3 * C], before `proj`."""
     return packed_attention(qkv.unflatten(-1, (3, heads, -1)), scale).transpose(1, 2).flatten(2)
