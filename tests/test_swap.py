@@ -128,7 +128,7 @@ def test_a_report_does_not_name_two_modules_alike() -> None:
     blocks = [{"attn": VisionAttention(32, 4, qk_norm=normed), "other": AttentionEager(32)} for normed in (False, True)]
     assert str(hotkernels.swap(nn.ModuleList(map(nn.ModuleDict, blocks)))).splitlines() == [
         "replaced",
-        "  0.attn       attention",
+        "  0.attn       attention, where attn_mask is None",
         "  *.other (2)  attention",
         "left",
         "  1.attn  it has q_norm, a LayerNorm",

@@ -67,6 +67,18 @@ class M(nn.Module):
             "forward: cluster_dpc_knn: its answers are of no published form",
         ),
         (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    return theirs(x, min(cluster_num, x.shape[1]), k, token_mask)",
+            "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
+            "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(x, cluster_num, k, token_mask=None):\n"
+            "    return theirs(x, cluster_num, min(k, x.shape[1]), token_mask)",
+            "cluster_dpc_knn(x, 3, 2)",
+            "forward: cluster_dpc_knn: its answers are of no published form",
+        ),
+        (
             "theirs = cluster_dpc_knn\ndef cluster_dpc_knn(token_dict, cluster_num, k=5, token_mask=None):\n"
             "    return theirs(token_dict['x'], cluster_num, min(k, cluster_num), token_mask)[1], cluster_num",
             "cluster_dpc_knn({'x': x}, 3)",

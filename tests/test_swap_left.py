@@ -446,7 +446,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "256 largest": (lambda: Limited("top-k"), "its output differs from attention on long input"),
     "chunks of 49": (lambda: Limited("chunks"), "its output differs from attention on long input"),
     "scaled by log N": (lambda: Limited("log N"), "its output differs from attention on long input"),
-    "at most 256": (lambda: Limited("error"), "its forward or its gradient fails (IndexError) on long input"),
+    "at most 256": (
+        lambda: Limited("error"),
+        "its forward or its gradient fails (IndexError on [1, 300, 32]) on long input",
+    ),
     "cross-attention to 243": (
         lambda: ShortCross(32, 4),
         "its output differs from cross-attention on long input",
@@ -490,10 +493,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "to_qkv with a talking head": (lambda: of_to_qkv(mix=nn.Conv2d(4, 4, 1)), "it has mix, a Conv2d"),
     "to_qkv with another norm": (lambda: of_to_qkv(norm=nn.Identity()), "it has norm, a Identity"),
     "hooked softmax": (hooked_softmax, "attend has hooks, which would not run"),
-    "needs a mask": (lambda: NeedsMask(32, 4), "its forward takes x, mask"),
+    "needs a mask": (lambda: NeedsMask(32, 4), "its forward or its gradient fails (TypeError on [2, 5, 32], None)"),
     "any number of arguments": (lambda: AnyNumber(32, 4), "its forward takes x, more"),
     "second output detached": (lambda: DetachedMetric(32, 4), "it returns a tuple"),
-    "windows": (lambda: Window(32, 4), "its forward or its gradient fails (RuntimeError)"),
+    "windows": (lambda: Window(32, 4), "its forward or its gradient fails (RuntimeError on [2, 5, 32])"),
     "no mode": (lambda: eager.MotionBERTAttention(32, 4, "vanilla"), "its mode is vanilla, not spatial or temporal"),
     "other default": (
         lambda: OtherLength(32, 4, "temporal"),

@@ -86,7 +86,7 @@ def test_arguments_by_the_names_that_the_original_has_for_them(name: str, monkey
         its if default is inspect.Parameter.empty else f"{its}={default}"
         for its, default in zip(names, defaults, strict=False)
     )
-    more = ", mask=None" if name in ("ViT", "MixSTE", "VideoMAE", "MotionAGFormer", "HoT") else ""
+    more = ", mask=None" if name in ("ViT", "MixSTE", "ToMe", "VideoMAE", "MotionAGFormer", "HoT") else ""
     exec(f"def forward(self, {declared}{more}): return original.forward(self, {', '.join(names)})", renamed)
     module = make()
     module.__class__ = type("Renamed", (original,), {"forward": renamed["forward"]})
@@ -298,15 +298,31 @@ def test_biases_beside_qkv(absent: tuple[str, ...]) -> None:
     torch.testing.assert_close(module(x), published.QvBiasAttention.forward(module, x))
 
 
+class PaddedPolicyAttention(published.PolicyAttention):
+    """LV-ViT's, as DynamicViT and SPViT have it."""
+
+    def forward(self, x: Tensor, policy: Tensor | None, padding_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, policy) * (1 if padding_mask is None else padding_mask)
+
+
 @torch.no_grad()
-def test_attention_without_a_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one, the module's own forward runs."""
-    module, x, policy = published.PolicyAttention(32, 4), torch.randn(3, 5, 32), torch.rand(3, 5, 1).round()
-    plain, masked = module(x, None), module(x, policy)
-    assert hotkernels.swap(module).replaced == [("", "attention, where policy is None")]
-    assert torch.equal(module(x, policy), masked)
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_without_a_policy(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one, or with what else it may take, the module's own forward runs."""
+    module = (PaddedPolicyAttention if padded else published.PolicyAttention)(32, 4)
+    x, policy = torch.randn(3, 5, 32), torch.rand(3, 5, 1).round()
+    calls: list[dict[str, Any]] = [{"policy": policy}]
+    if padded:
+        calls += [{"policy": None, "padding_mask": policy}, {"policy": policy, "padding_mask": policy}]
+    plain, others = module(x, None), [module(x, **call) for call in calls]
+    where = "policy is None and padding_mask is None" if padded else "policy is None"
+    assert hotkernels.swap(module).replaced == [("", f"attention, where {where}")]
+    for call, expected in zip(calls, others, strict=True):
+        assert torch.equal(module(x, **call), expected)
+        assert torch.equal(module(x, *call.values()), expected)
     monkeypatch.setattr(Tensor, "softmax", None)
     torch.testing.assert_close(module(x, policy=None), plain)
+    torch.testing.assert_close(module(x, None, **({"padding_mask": None} if padded else {})), plain)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +369,7 @@ def test_attention_by_to_qkv(dim_head: int | None) -> None:
     module = ToQkvAttention(dim_head=dim_head, dropout=0.5 * (dim_head is not None)).eval()
     plain, x = copy.deepcopy(module), torch.randn(3, 7, 32)
     report = hotkernels.swap(module, example_inputs=x)
-    said = "attention" if dim_head is None else "attention, in evaluation; training has dropout = 0.5"
+    said = "attention, where mask is None" + ", in evaluation; training has dropout = 0.5" * (dim_head is not None)
     assert ("", said) in report.replaced
     with pytest.raises(RuntimeError):  # the original's own
         module(torch.randn(2, 3, 7, 32))
@@ -385,7 +401,7 @@ def test_an_output_may_be_written_into() -> None:
     module, x = ToQkvAttention(dim_head=8), torch.randn(2, 5, 32, requires_grad=True)
     module.to_out = nn.Identity()
     plain = copy.deepcopy(module)
-    assert hotkernels.swap(module).replaced == [("", "attention")]
+    assert hotkernels.swap(module).replaced == [("", "attention, where mask is None")]
     results = []
     for each in (module, plain):
         out = each(x)

@@ -445,14 +445,14 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _rounded_differently(args: Any, kwargs: Any) -> Any:
     """The same inputs, each moved by up to 32 roundings, about as many as a model of some layers makes.
 
-    Inputs in half precision stay as they are: 32 roundings would be a quarter of a value.
+    Inputs in half precision move by one, as 32 would be a quarter of a value.
     """
 
     def moved(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dtype in HALF:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
         noise = torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(leaf) * 2 - 1
-        return leaf + leaf * noise * (32 * torch.finfo(leaf.dtype).eps)
+        return leaf + leaf * noise * ((1 if leaf.dtype in HALF else 32) * torch.finfo(leaf.dtype).eps)
 
     return pytree.tree_map(moved, (args, kwargs))
 

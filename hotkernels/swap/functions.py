@@ -22,6 +22,7 @@ from .classes import Calls, Renames, bases, codes, methods, subclass
 _B, _N, _M = 2, 24, 7  # of the probes; up to 25 tokens, cdist computes distances exactly
 # N, M, k: more tokens, of which rounding reorders none (on 300 seeds; of 300 tokens, it does on one), and k > M.
 _MORE, _K_ABOVE_M = (100, 30, 9), (_N, 3, 5)
+_M_ABOVE_N, _K_ABOVE_N = (4, 5, 3), (4, 3, 5)  # errors, unless a function clamps them
 
 
 def _tokens(dtype: torch.dtype, N: int = _N) -> Tensor:
@@ -59,7 +60,7 @@ def _clusterings(
 ) -> list[tuple[Any, ...]]:
     plain = _M, 3, *center
     calls: list[tuple[Any, ...]] = [(tokens(torch.float32), *plain), (tokens(torch.float32), *plain, _mask())]
-    for N, M, k in (_MORE, _K_ABOVE_M) if k_above_m else (_MORE,):
+    for N, M, k in (_MORE, _M_ABOVE_N, *((_K_ABOVE_M, _K_ABOVE_N) if k_above_m else ())):
         calls.append((tokens(torch.float32, N), M, k, *center))
     return [*calls, (tokens(torch.bfloat16), *plain)] if half else calls
 
@@ -341,7 +342,7 @@ def _accepts(ours: Callable[..., Any], theirs: FunctionType) -> bool:
 
 
 def _answers_alike(theirs: FunctionType, ours: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether both return the same and leave the generator in the same state."""
+    """Whether both return the same and leave the generator in the same state, or both fail."""
     masked = isinstance(args[-1], Tensor) and args[-1].dtype == torch.bool
     if masked and len(args) > len(inspect.signature(theirs).parameters):
         return True  # it takes no mask
@@ -349,9 +350,14 @@ def _answers_alike(theirs: FunctionType, ours: Callable[..., Any], args: tuple[A
     try:
         expected = theirs(*args), torch.get_rng_state()
     except Exception:  # an unknown function may raise anything
-        return False
+        expected = None
     torch.set_rng_state(state)
-    got = ours(*args), torch.get_rng_state()
+    try:
+        got = ours(*args), torch.get_rng_state()
+    except ValueError:
+        return expected is None
+    if expected is None:
+        return False
     if masked:  # what becomes of masked tokens differs, see compat.hot
         expected, got = ((pytree.tree_map(lambda t: _of_valid(t, args[-1]), r[0]), r[1]) for r in (expected, got))
     return probe.same(expected, got)

@@ -49,6 +49,7 @@ class Twin:
 
 
 T = TypeVar("T", bound=type[Twin])
+TAKES = "its forward takes"
 _FAILS = "its forward or its gradient fails"
 TWINS: list[type[Twin]] = []
 
@@ -124,8 +125,8 @@ def find_twin(module: nn.Module, verdicts: dict[Any, str | None]) -> type[Twin] 
             if verdicts[key] is None:
                 return twin
             reasons.append(str(verdicts[key]))
-    if reasons:  # rather that of a form on whose examples it runs
-        return next((reason for reason in reasons if not reason.startswith(_FAILS)), reasons[0])
+    if reasons:  # rather that of a form whose arguments it takes, and on whose examples it runs
+        return min(reasons, key=lambda reason: (reason.startswith(TAKES), reason.startswith(_FAILS)))
     return "a form of attention that swap does not know" if _looks_like_attention(module) else None
 
 
@@ -209,7 +210,8 @@ def _differs(copy: nn.Module, twin: type[Twin], args: tuple[Any, ...], leaves: l
         drawn = state != probe.random_state()
         gradients = probe.gradients(expected, leaves)
     except Exception as error:  # an unknown module may raise anything
-        return f"{_FAILS} ({type(error).__name__})"
+        values = ", ".join(str([*a.shape] if isinstance(a, Tensor) else a) for a in pytree.tree_leaves(args))
+        return f"{_FAILS} ({type(error).__name__} on {values})"
     if drawn:
         return "its forward draws random numbers"
     if not all(torch.equal(leaf, value) for leaf, value in given):

@@ -42,7 +42,7 @@ class _Mlp(Published):
     @classmethod
     def describe(cls, module: Any) -> str:
         drops = [child for child in module.children() if isinstance(child, nn.Dropout)]
-        return described(cls.kind, "drop", max(drops, key=lambda drop: drop.p, default=None))
+        return described(cls, module, "drop", max(drops, key=lambda drop: drop.p, default=None))
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -15,7 +15,7 @@ from ...nn.attention import Attention, CrossAttention
 from ...nn.linear import linear
 from ...nn.plain import DROPS, has_hooks, is_idle
 from ...ops.gathered_attention.api import MAX_HEAD_DIM
-from ..twins import Twin
+from ..twins import TAKES, Twin
 from ..watch import as_seen
 
 # Tokens of a long example: more than windows have (49, 196, 256), or attention that scales with log N was trained on.
@@ -77,7 +77,7 @@ def forward_obstacle(module: Any, takes: int, weights: Iterable[str] = ()) -> st
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     more = [p.name for p in parameters[takes:] if p.default is not None and p.default is not False]
     if more or len(parameters) < takes:
-        return f"its forward takes {', '.join(p.name for p in parameters)}"
+        return f"{TAKES} {', '.join(p.name for p in parameters)}"
     held = (*module._parameters.items(), *module._buffers.items())
     own = [name for name, t in held if t is not None and name not in weights]
     return f"it has {own[0]}" if own else None
@@ -148,8 +148,12 @@ def random_tokens(linear: Any, *shape: int) -> Tensor:
     return torch.randn(*shape, linear.in_features, dtype=weight.dtype, device=weight.device)
 
 
-def described(kind: str, name: str, drop: nn.Module | None) -> str:
-    """A kind, with what keeps the module from being fused in training."""
+def described(twin: type[Published], module: Any, name: str, drop: nn.Module | None, *where: str) -> str:
+    """What a twin says of a module it serves: for which arguments, and whether that dropout keeps it from training."""
+    theirs, ours = (inspect.signature(cls.forward).parameters.values() for cls in (type(module), twin))
+    taken = sum(p.kind is p.POSITIONAL_ONLY for p in ours)
+    where += tuple(f"{p.name} is {p.default}" for p in [*theirs][taken:])
+    kind = f"{twin.kind}, where {' and '.join(where)}" if where else twin.kind
     p = getattr(drop, "p", 0)
     return f"{kind}, in evaluation; training has {name} = {p}" if p else kind
 
@@ -197,4 +201,4 @@ class Published(Twin):
 
     @classmethod
     def describe(cls, module: Any) -> str:  # noqa: D102
-        return described(cls.kind, "attn_drop", module.attn_drop)
+        return described(cls, module, "attn_drop", module.attn_drop)

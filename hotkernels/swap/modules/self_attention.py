@@ -43,7 +43,7 @@ class _PolicyAttention(Published):
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        return has_layers(module, "qkv") and arguments(module) == 2 and (attention_obstacle(module, 2, QKV) or True)
+        return has_layers(module, "qkv") and arguments(module) > 1 and (attention_obstacle(module, 2, QKV) or True)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -55,14 +55,14 @@ class _PolicyAttention(Published):
 
     @classmethod
     def describe(cls, module: Any) -> str:
-        _, _, policy = inspect.signature(type(module).forward).parameters
-        return described(f"{cls.kind}, where {policy} is None", "attn_drop", module.attn_drop)
+        _, _, policy, *_ = inspect.signature(type(module).forward).parameters
+        return described(cls, module, "attn_drop", module.attn_drop, f"{policy} is None")
 
-    def forward(self: Any, x: Tensor, policy: Any = NOT_GIVEN, /) -> Any:
+    def forward(self: Any, x: Tensor, policy: Any = NOT_GIVEN, /, *more: Any, **named: Any) -> Any:
         if policy is NOT_GIVEN:
-            return super().forward(x)
-        if policy is not None or not served(self, (*QKV, *AFTER), (x,)):
-            return super().forward(x, policy)
+            return super().forward(x, **named)
+        if policy is not None or not served(self, (*QKV, *AFTER), (x,), *more, *named.values()):
+            return super().forward(x, policy, *more, **named)
         return project(self, self_attention(self, x))
 
 
@@ -75,7 +75,7 @@ class _ProportionalAttention(Published):
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        return has_layers(module, "qkv") and arguments(module) == 2 and (attention_obstacle(module, 1, QKV) or True)
+        return has_layers(module, "qkv") and arguments(module) > 1 and (attention_obstacle(module, 1, QKV) or True)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -87,9 +87,9 @@ class _ProportionalAttention(Published):
         x = random_tokens(module.qkv, 1, LONG)
         return [(x, 0.5 + torch.rand_like(x[..., :1]))]
 
-    def forward(self: Any, x: Tensor, size: Any = None, /) -> Any:
-        if not served(self, (*QKV, *AFTER), (x,)):
-            return super().forward(x, size)
+    def forward(self: Any, x: Tensor, size: Any = None, /, *more: Any, **named: Any) -> Any:
+        if not served(self, (*QKV, *AFTER), (x,), *more, *named.values()):
+            return super().forward(x, size, *more, **named)
         qkv = linear(self.qkv, x)
         query, key, value = unpack(qkv.unflatten(-1, (3, self.num_heads, -1)))
         if size is None:
@@ -168,7 +168,7 @@ class _ToQkvAttention(Published):
 
     @classmethod
     def describe(cls, module: Any) -> str:
-        return described(cls.kind, "dropout", getattr(module, "dropout", None))
+        return described(cls, module, "dropout", getattr(module, "dropout", None))
 
     def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
         layers = self._modules
