@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from hotkernels.baselines import cluster_dpc_knn_eager, merge_tokens_eager
-from hotkernels.compat import _published, chat_univi, ermvp, hot, prunevid, tcformer, token_reduction
+from hotkernels.compat import (
+    _published,
+    chat_univi,
+    ermvp,
+    flashvid,
+    hot,
+    prunevid,
+    sparsevlm,
+    tcformer,
+    token_reduction,
+)
 
 
 def seeded(seed: int, function: Callable[[], Any]) -> tuple[Any, Tensor]:
@@ -205,7 +215,7 @@ def test_no_sample_changes_another() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_draw_is_of_the_dtype_of_the_published_density(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chat-UniVi and PruneVid cluster in float32; the others in x's dtype, halves in float32 under autocast."""
+    """Chat-UniVi, PruneVid and FlashVID cluster in float32; the others in x's dtype, under autocast in float32."""
     x = tokens(2, 30, 8, dtype=dtype)
     draws = []
     rand = torch.rand
@@ -217,10 +227,12 @@ def test_draw_is_of_the_dtype_of_the_published_density(dtype: torch.dtype, monke
     tcformer.cluster_dpc_knn({"x": x}, 5, 3)
     chat_univi.cluster_dpc_knn({"x": x}, 5, 3)
     prunevid.cluster_dpc_knn(x, 5, 3)
+    flashvid.dpc_knn(x, 5, 3)
+    sparsevlm.cluster_and_merge(x, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hot.cluster_dpc_knn(x, 5, 3)
     cast = dtype if dtype == torch.float64 else torch.float32
-    assert draws == [((2, 30), drawn) for drawn in [dtype] * 5 + [torch.float32] * 2 + [cast]]
+    assert draws == [((2, 30), drawn) for drawn in [dtype] * 5 + [torch.float32] * 3 + [dtype, cast]]
 
 
 def test_origins_return_what_theirs_do() -> None:
@@ -241,9 +253,28 @@ def test_origins_return_what_theirs_do() -> None:
     assigned, chosen = seeded(0, lambda: token_reduction.cluster_dpc_knn(x, 8, 3, token_mask=None))[0]
     assert torch.equal(assigned, idx_cluster)
     assert torch.equal(chosen, index)
+    assigned, chosen = seeded(0, lambda: flashvid.dpc_knn(features=x, num_clusters=8, k=3))[0]
+    assert torch.equal(assigned, idx_cluster)
+    assert torch.equal(chosen, index)
+    of_seven = seeded(0, lambda: hot.cluster_dpc_knn(x, 8, 7))[0]
+    assert torch.equal(seeded(0, lambda: flashvid.dpc_knn(x, 8))[0][1], of_seven[0])
     without_dicts = [(origin, x) for origin in (prunevid, ermvp, token_reduction)]
     for function, tokens_of in ((tcformer, {"x": x}), (chat_univi, {"x": x}), *without_dicts):
         assert torch.equal(seeded(0, lambda f=function, t=tokens_of: f.cluster_dpc_knn(t, 8))[0][0], of_five)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sparsevlm_clusters_and_merges_as_published(dtype: torch.dtype) -> None:
+    x = tokens(2, 60, 16, dtype=dtype).requires_grad_()
+    merged, state = seeded(4, lambda: sparsevlm.cluster_and_merge(x, 7))
+    exact = x.detach().double().requires_grad_()
+    _, assigned = cluster_dpc_knn_eager(exact, 7, 7, noise_after(4, x).double())
+    expected = merge_tokens_eager(exact, assigned, 7, exact.new_ones(2, 60, 1))
+    assert torch.equal(state, published(x, 7, 7, seed=4)[1])
+    assert merged.dtype == dtype
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(out.square().sum(), t)[0] for out, t in ((merged, x), (expected, exact))]
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-5, atol=1e-6)
 
 
 def test_chat_univi_clamps_k_and_takes_the_mask_of_the_dict() -> None:
@@ -459,6 +490,13 @@ def merge_all(x: Tensor, **given: Any) -> Any:
         (lambda x: chat_univi.cluster_dpc_knn({"y": x}, 3), "cluster_dpc_knn: token_dict must be .+, got one with"),
         (lambda x: chat_univi.cluster_dpc_knn({"x": x}, None), "cluster_dpc_knn: cluster_num must be an int"),
         (lambda x: prunevid.cluster_dpc_knn([x], 3), "cluster_dpc_knn: x must be"),
+        (lambda x: flashvid.dpc_knn([x], 3), "^dpc_knn: features must be"),
+        (lambda x: flashvid.dpc_knn(x[0], 3), "^dpc_knn: features must be"),
+        (lambda x: flashvid.dpc_knn(x, 17), "^dpc_knn: num_clusters must be"),
+        (lambda x: flashvid.dpc_knn(x, 3, 17), "^dpc_knn: k must be"),
+        (lambda x: flashvid.dpc_knn(x, 3, 2, torch.ones(2, 5)), "^dpc_knn: valid_token_mask must be"),
+        (lambda x: sparsevlm.cluster_and_merge(x[0], 3), "^cluster_and_merge: x must be"),
+        (lambda x: sparsevlm.cluster_and_merge(x, 17), "^cluster_and_merge: cluster_num must be"),
         *(
             (lambda x, change=change: merge_all(**{"x": x} | change(x)), f"merge_tokens: {arg} must be")
             for arg, change in {

@@ -104,6 +104,19 @@ class M(nn.Module):
             "forward: merge_tokens: its answers are of no published form",
         ),
         (
+            "def dpc_knn(features, num_clusters, k=7, valid_token_mask=None):\n"
+            "    return cluster_dpc_knn(features, num_clusters, k, valid_token_mask)[::-1]",
+            "dpc_knn(x, 3)",
+            "forward: dpc_knn: its answers are of no published form",
+        ),
+        (
+            "def cluster_and_merge(x, cluster_num):\n"
+            "    member = nn.functional.one_hot(cluster_dpc_knn(x, cluster_num, 3)[1], cluster_num).to(x)\n"
+            "    return member.mT @ x / (member.sum(1)[..., None] + 1e-6)",
+            "cluster_and_merge(x, 3)",
+            "forward: cluster_and_merge: its answers are of no published form",
+        ),
+        (
             "def cluster_dpc_knn(x, cluster_num, coords): return x",
             "cluster_dpc_knn(x, 3, None)",
             "forward: cluster_dpc_knn: its arguments (x, cluster_num, coords) are of no published form",
@@ -167,6 +180,19 @@ def test_functions_left_alone(define: str, call: str, reason: str) -> None:
             "    return theirs(x, cluster_num, k)[1], cluster_num",
             "cluster_dpc_knn(x, 3, 4)",
             "ermvp.cluster_dpc_knn",
+        ),
+        (
+            "def dpc_knn(features, num_clusters, k=7, valid_token_mask=None):\n"
+            "    return cluster_dpc_knn(features.float(), num_clusters, k, valid_token_mask)[::-1]",
+            "dpc_knn(features=x, num_clusters=3)",
+            "flashvid.dpc_knn",
+        ),
+        (
+            "def cluster_and_merge(x, cluster_num):\n"
+            "    member = nn.functional.one_hot(cluster_dpc_knn(x, cluster_num, cluster_num)[1], cluster_num).to(x)\n"
+            "    return member.mT @ x / (member.sum(1)[..., None] + 1e-6)",
+            "cluster_and_merge(x, 3)",
+            "sparsevlm.cluster_and_merge",
         ),
         (
             "import published_tcformer\n"

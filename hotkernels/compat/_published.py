@@ -24,15 +24,22 @@ def entry(op: str, token_dict: Mapping[str, Any], key: str) -> Any:
     return token_dict[key]
 
 
-def as_float(x: Tensor) -> Tensor:
+def as_float(x: Tensor, op: str = "cluster_dpc_knn", name: str = "x") -> Tensor:
     """Tokens to cluster in float32, whatever their dtype."""
-    check_tensor("cluster_dpc_knn", "x", x, "[B, N, C]", None)
+    check_tensor(op, name, x, "[B, N, C]", None)
     return x.float()
 
 
 @torch.no_grad()
 def cluster(
-    x: Tensor, cluster_num: int, k: int, token_mask: Tensor | None = None, center: int | None = None
+    x: Tensor,
+    cluster_num: int,
+    k: int,
+    token_mask: Tensor | None = None,
+    center: int | None = None,
+    *,
+    op: str = "cluster_dpc_knn",
+    names: tuple[str, str, str, str] = ("x", "cluster_num", "k", "token_mask"),
 ) -> tuple[Tensor, Tensor]:
     """Cluster x [B, N, C] as published: (index_down [B, M], idx_cluster [B, N]), both int64 and never negative.
 
@@ -44,19 +51,21 @@ def cluster(
     columns, samples do not influence each other.
 
     `center` is not chosen, as its caller appends it, but it counts as a neighbour.
+
+    `op` and `names` are what the published function and its first four arguments are called, for errors.
     """
-    op = "cluster_dpc_knn" if center is None else "cluster_dpc_knn_center"
-    check_tensor(op, "x", x, "[B, N, C]", FLOATING, shape=(None, None, None))
+    tokens, count, neighbours, valid = names
+    check_tensor(op, tokens, x, "[B, N, C]", FLOATING, shape=(None, None, None))
     B, N, _ = x.shape
-    check_int(op, "cluster_num", cluster_num, 1, N, "N = ")
-    check_int(op, "k", k, 1, N, "N = ")
+    check_int(op, count, cluster_num, 1, N, "N = ")
+    check_int(op, neighbours, k, 1, N, "N = ")
     # autocast runs cdist in float32, so the published density is float32 under it.
     half = x.dtype in HALF
     dtype = torch.float32 if half and torch.is_autocast_enabled(x.device.type) else x.dtype
     noise = torch.rand(B, N, device=x.device, dtype=dtype) * 1e-6
     mask = None
     if token_mask is not None:
-        check_tensor(op, "token_mask", token_mask, "[B, N]", None, shape=(B, N), device=x.device)
+        check_tensor(op, valid, token_mask, "[B, N]", None, shape=(B, N), device=x.device)
         mask = token_mask > 0
 
     if center is None:

@@ -18,9 +18,9 @@ def cluster_dpc_knn(
     Equivalent to Chat-UniVi's function of that name as its module CTM calls it: k > cluster_num becomes
     min(3, max(cluster_num // 2, 1)), and the mask is token_dict["mask"] unless given. Masks as in `compat.hot`.
 
-    With k = 1, as the module has it for up to three clusters, a token's only neighbour is itself: the noise alone orders
-    the tokens. Added to 1 in float32, as published, it has some nine values and leaves ties; here it leaves none, so
-    that most choices are others.
+    With k = 1, as for up to three clusters, a token's only neighbour is itself and the noise alone orders the tokens.
+    Added to 1 in float32, as published, it has some nine values and leaves ties; here it leaves none, and the choices
+    differ.
 
     Returns:
         (idx_cluster [B, N] int64 in [0, cluster_num), cluster_num).

@@ -56,4 +56,4 @@ def cluster_dpc_knn_center(
     """
     if center is None:
         fail("cluster_dpc_knn_center", "center", "an int", "NoneType", TypeError)
-    return cluster(x, cluster_num, k, token_mask, center)
+    return cluster(x, cluster_num, k, token_mask, center, op="cluster_dpc_knn_center")

@@ -17,7 +17,7 @@ from ..dtypes import HALF
 from ..errors import fail
 from . import probe
 from .classes import Calls, Renames, hidden_names, is_swapped, look_up, subclass
-from .functions import differences, find_calls, find_held
+from .functions import CLUSTERINGS, differences, find_calls, find_held
 from .twins import Twin, find_twin
 from .watch import SEEN, seen
 
@@ -107,8 +107,9 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     - HoT's cross-attention, and that with one layer for keys and values;
     - MLPs in float32 on a CPU, by oneDNN: an fc1, an act and an fc2, or an nn.Sequential;
     - modules of the forms that `register_twin` adds;
-    - in methods, calls of `cluster_dpc_knn`, `cluster_dpc_knn_center` and `merge_tokens`, by that name or as
-      `utils.cluster_dpc_knn`, if the function answers as a published one. Other models keep calling theirs.
+    - in methods, calls of `cluster_dpc_knn`, `cluster_dpc_knn_center`, FlashVID's `dpc_knn`, SparseVLM's
+      `cluster_and_merge` and `merge_tokens`, by that name or as `utils.cluster_dpc_knn`, if the function answers as a
+      published one. Other models keep calling theirs.
 
     Modules other than an nn.Sequential must also give the outputs and gradients of the fused form on random input, in
     evaluation and in training, with each of their dropouts, on long and on large input; a forward that stores
@@ -385,7 +386,7 @@ def _stand_ins(
             theirs = look_up(names, path)
             if isinstance(ours, tuple):
                 target: Any = renamed(ours, theirs.__globals__)
-            elif theirs.__name__.startswith("cluster"):  # merge_tokens has no choices: it is theirs or ours
+            elif theirs.__name__ in CLUSTERINGS:  # what returns no choices is theirs or ours
                 target = stand_in(theirs, ours)
             else:
                 target = ours if fused else ()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..compat import chat_univi, ermvp, hot, prunevid, tcformer, token_reduction
+from ..compat import chat_univi, ermvp, flashvid, hot, prunevid, sparsevlm, tcformer, token_reduction
 from . import probe
 from .classes import Calls, Renames, bases, codes, methods, subclass
 
@@ -23,6 +23,7 @@ _B, _N, _M = 2, 24, 7  # of the probes; up to 25 tokens, cdist computes distance
 # N, M, k: more tokens, of which rounding reorders none (on 300 seeds; of 300 tokens, it does on one), and k > M.
 _MORE, _K_ABOVE_M = (100, 30, 9), (_N, 3, 5)
 _M_ABOVE_N, _K_ABOVE_N = (4, 5, 3), (4, 3, 5)  # errors, unless a function clamps them
+_SIZES = (_N, _M, 3), _MORE, _M_ABOVE_N
 
 
 def _tokens(dtype: torch.dtype, N: int = _N) -> Tensor:
@@ -84,6 +85,10 @@ FORMS: dict[str, list[Form]] = {
         Form(tcformer.cluster_dpc_knn, lambda: _clusterings(_token_dict)),
     ],
     "cluster_dpc_knn_center": [Form(hot.cluster_dpc_knn_center, lambda: _clusterings(_tokens, 11), index=0)],
+    "dpc_knn": [Form(flashvid.dpc_knn, lambda: _clusterings(_tokens, half=True), index=1)],
+    "cluster_and_merge": [
+        Form(sparsevlm.cluster_and_merge, lambda: [(_tokens(torch.float32, N), M) for N, M, _ in _SIZES])
+    ],
     "merge_tokens": [
         Form(tcformer.merge_tokens, _merges),
         Form(chat_univi.merge_tokens, _merges),
@@ -91,6 +96,9 @@ FORMS: dict[str, list[Form]] = {
         Form(ermvp.merge_tokens, lambda: _merges("x")),
     ],
 }
+
+
+CLUSTERINGS = frozenset({"cluster_dpc_knn", "cluster_dpc_knn_center", "dpc_knn"})  # these return what they chose
 
 
 def differences(ours: Callable[..., Any], got: Any, expected: Any) -> tuple[str, int, int]:
@@ -250,6 +258,9 @@ def _replacement(target: Any, callers: tuple[FunctionType, ...], refused: dict[s
     return _find_renames(target, callers, refused) if related else ()
 
 
+_OURS = ("hotkernels.compat.", "hotkernels.ops.")
+
+
 def _form_name(value: Any) -> str | None:
     """The published name of a function, or of what a partial, a static method or a scripted function is made from."""
     while isinstance(value, (partial, staticmethod, classmethod, MethodType)):
@@ -257,7 +268,7 @@ def _form_name(value: Any) -> str | None:
     if not isinstance(value, (FunctionType, torch.jit.ScriptFunction)):
         return None
     name = value.__name__ if isinstance(value, FunctionType) else value.name
-    return name if name in FORMS and not str(value.__module__).startswith("hotkernels.compat.") else None
+    return name if name in FORMS and not str(value.__module__).startswith(_OURS) else None
 
 
 def _related(one: FunctionType, other: FunctionType) -> bool:
