@@ -153,6 +153,11 @@ def _gathered_raw(args: Args) -> list[tuple[str, tuple]]:
         for grad_lse, need in ((None, False), (torch.randn_like(lse), True)):
             backward = (q, k, v, out, lse, index, *inverse, b, args["key_bias"], 0.3, need, need)
             calls.append(("gathered_attention_bwd", (torch.randn_like(out), grad_lse, *backward)))
+    q, k, v = torch.randn(3, 2, 2, 5, 8).half().unbind(0)
+    b = torch.randn(1, 2, 5, 5)
+    out, lse = torch.ops.hotkernels.gathered_attention_fwd(q, k, v, None, b, None, 0.3)
+    backward = (q, k, v, out, lse, None, None, None, b, None, 0.3, True, False)
+    calls.append(("gathered_attention_bwd", (torch.randn_like(out), None, *backward)))
     for batch in ((2,), (2, 3)):
         q, k, v = torch.randn(3, *batch, 2, 5, 8).unbind(0)
         out, lse = torch.ops.hotkernels.gathered_attention_fwd(q, k, v, None, None, None, 0.3)
@@ -639,7 +644,7 @@ OPS.append(
             Bad("index", lambda a: {"index": torch.full((2, 7), -2)}),
             Bad("index", lambda a: {"num_tokens": 0}),
             Bad("num_tokens", lambda a: {"num_tokens": -1}),
-            Bad("num_tokens", lambda a: {"num_tokens": 2**63}),
+            Bad("num_tokens", lambda a: {"num_tokens": 2**63 - 1}),
             Bad("num_tokens", lambda a: {"num_tokens": 5.0}, TypeError),
             Bad("dims", lambda a: {"dims": 0}),
             Bad("dims", lambda a: {"dims": "1"}, TypeError),

@@ -146,6 +146,14 @@ def test_hot_center_must_be_given() -> None:
         hot.cluster_dpc_knn_center(torch.randn(1, 9, 3), 4, 2, None)
 
 
+def test_hot_center_leaves_ties_to_the_noise() -> None:
+    """Of each token and its copy, the one with more noise."""
+    x = tokens(4, 30, 4, dtype=torch.float64).repeat_interleave(2, 1)
+    (index, _), _ = seeded(6, lambda: hot.cluster_dpc_knn_center(x, 20, 2, 30))
+    expected, _ = cluster_dpc_knn_eager(x, 20, 2, noise_after(6, x), center=30)
+    assert overlap(index, expected) == 1
+
+
 def test_hot_center_with_every_token_wanted_and_from_the_end() -> None:
     x = tokens(2, 9, 4)
     index, idx_cluster = hot.cluster_dpc_knn_center(x, 9, 2, 4)
@@ -316,7 +324,8 @@ def test_merge_matches_published_with_gradients(
         score = torch.randn(B, N, 1, generator=g).to(dtype).requires_grad_()
         token_dict["agg_weight"] = torch.rand(B, 64, 1, generator=g).to(dtype).requires_grad_()
         idx_cluster = torch.randint(M - 1, (B, N), generator=g)  # the last cluster is empty
-        out = merge({**token_dict, "x": x}, idx_cluster, score.exp())
+        weight = score.exp() * torch.where(idx_cluster == 0, 1e-6, 1.0)[..., None]  # as much as is added to their sum
+        out = merge({**token_dict, "x": x}, idx_cluster, weight)
         if isinstance(out, dict):
             assert list(out) == ["x", "token_num", "idx_token", "agg_weight", "map_size", "init_grid_size"]
             assert (out["token_num"], out["map_size"], out["init_grid_size"]) == (M, (8, 8), (8, 8))

@@ -44,10 +44,24 @@ def test_all_values_of_half_types(backend: str, dtype: torch.dtype, C: int) -> N
 
 def test_copies_from_any_strides_are_contiguous(backend: str) -> None:
     index = torch.tensor([[2, -1], [0, 4]])
-    for view in layouts(torch.randn(2, 5, 3, 4)).values():
+    inner = torch.randn(2, 5, 2, 3, 4)
+    for view in (
+        *layouts(torch.randn(2, 5, 3, 4)).values(),
+        inner.transpose(2, 3),
+        inner[:, :, :, ::2],
+        inner[:, :, :1],
+    ):
         out = gather_tokens(view, index, backend=backend)
         assert out.is_contiguous()
         assert torch.equal(out, gather_tokens(view.contiguous(), index, backend=backend))
+
+
+def test_gradients_of_any_strides(backend: str) -> None:
+    x, index = torch.randn(2, 5, 3, 2, 4, requires_grad=True), torch.tensor([[2, -1], [0, 4]])
+    given = torch.randn(2, 2, 2, 3, 4).transpose(2, 3)
+    out = gather_tokens(x, index, backend=backend)
+    grads = [torch.autograd.grad(out, x, g, retain_graph=True)[0] for g in (given, given.contiguous())]
+    assert torch.equal(*grads)
 
 
 def test_an_absent_place_still_gets_its_position(backend: str) -> None:
@@ -125,6 +139,14 @@ def test_half_gradients_are_summed_in_float32(backend: str) -> None:
     x = torch.zeros(1, 3, 5, dtype=torch.bfloat16, requires_grad=True)
     gather_tokens(x, torch.ones(1, 1024, dtype=torch.int64), backend=backend).sum().backward()
     assert (x.grad[0, 1] == 1024).all()
+
+
+def test_half_gradients_of_a_position_are_summed_in_float32(backend: str) -> None:
+    """Over joints, then over samples: 2,048 + 1 is 2,048 in float16."""
+    x, pos = torch.zeros(2, 1, 2, 1, dtype=torch.float16), torch.zeros(1, 1, dtype=torch.float16, requires_grad=True)
+    out = gather_tokens(x, torch.zeros(2, 1, dtype=torch.int64), pos, backend=backend)
+    out.backward(torch.tensor([2048.0, 1, -2048, 0]).half().view_as(out))
+    assert pos.grad.item() == 1
 
 
 def test_half_position_is_added_in_float32_and_rounded_once(backend: str) -> None:

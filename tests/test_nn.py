@@ -17,7 +17,12 @@ from hotkernels import gather_tokens
 from hotkernels.baselines import AttentionEager, CrossAttentionEager, TokenRecoveryEager
 from hotkernels.nn import Attention, CrossAttention, TokenPruning, TokenRecovery
 
-OPTIONS: list[dict[str, Any]] = [{}, {"qkv_bias": True}, {"qkv_bias": True, "qk_scale": 0.4}, {"num_heads": 2}]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"qkv_bias": True},
+    {"qkv_bias": True, "qk_scale": 0.4},
+    {"num_heads": 2, "qk_scale": 0},
+]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
