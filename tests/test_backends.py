@@ -158,6 +158,10 @@ print(backends.FROM_ENVIRONMENT, backends.instruction_set(), nn.linear._HAS_ONED
     done = python(code, HOTKERNELS_BACKEND="torch", HOTKERNELS_ISA="base")
     isa = "base" if backends.LIBRARIES["_C_cpu"] is None else None
     assert (done.returncode, done.stdout, done.stderr) == (0, f"torch {isa} False\n", "")
+    assert (
+        python("from hotkernels import backends\nprint(backends.FROM_ENVIRONMENT)", HOTKERNELS_BACKEND="").stdout
+        == "None\n"
+    )
 
 
 def test_backend_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

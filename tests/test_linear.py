@@ -110,6 +110,15 @@ def test_linear_leaves_transforms_to_pytorch(transform: Callable[..., Any], monk
             torch.testing.assert_close(a, b)
 
 
+def test_linear_has_forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotkernels.nn.linear._MKL_IS_FAST", False)
+    layer, x, tangent = nn.Linear(5, 7), torch.randn(3, 5), torch.randn(3, 5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = linear(layer, torch.autograd.forward_ad.make_dual(x, tangent))
+        got = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(got, tangent @ layer.weight.T)
+
+
 @pytest.mark.parametrize("width", [3, 7])
 @pytest.mark.parametrize("mkl_is_fast", [True, False])
 def test_second_derivatives(mkl_is_fast: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:

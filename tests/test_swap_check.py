@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import published
 import published_tcformer
 import pytest
 import torch
@@ -52,8 +53,10 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 @DTYPES
 def test_outputs_that_rounding_moves_are_no_difference(dtype: torch.dtype) -> None:
     model, x = OwnChoice(AttentionEager, 1.0).to(dtype), torch.randn(2, 300, 32, dtype=dtype)
+    state = torch.get_rng_state()
     with torch.device("meta"):  # where new tensors would be, a GPU say
         report = hotkernels.swap(model, example_inputs=x)
+    assert torch.equal(torch.get_rng_state(), state)
     assert report.replaced == [("attn", "attention")]
     assert report.moved is not None
     assert report.moved > 1e-2
@@ -61,6 +64,40 @@ def test_outputs_that_rounding_moves_are_no_difference(dtype: torch.dtype) -> No
     assert re.search(told, str(report), re.M)
     steady = AttentionEager(32, 4).to(dtype)
     assert hotkernels.swap(steady, example_inputs=x).moved is None
+
+
+class ClustersThenOwnChoice(OwnChoice):
+    """Whose further runs are given the choices of the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        index, _ = published.cluster_dpc_knn(x, 9, 3)
+        return super().forward(x) + 0 * index.sum()
+
+
+def test_choices_of_a_model_that_rounding_moves() -> None:
+    model = ClustersThenOwnChoice(AttentionEager, 1.0)
+    report = hotkernels.swap(model, example_inputs=torch.randn(2, 300, 32))
+    assert report.choices == (18, 0)
+    assert report.moved is not None
+
+
+class Counted(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = AttentionEager(32, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.attn(x)
+
+
+def test_buffers_are_put_back() -> None:
+    model = Counted()
+    hotkernels.swap(model, example_inputs=torch.randn(2, 5, 32))
+    assert model.calls == 0
 
 
 @DTYPES
@@ -89,6 +126,7 @@ class Answer:
         lambda y: np.array(["a", "b"]),
         lambda y: Answer(y.sum().item(), "y"),
         lambda y: {1, 2, y.shape},
+        lambda y: nn.functional.pad(y, (0, 1), value=-torch.inf),
     ],
 )
 def test_outputs_of_many_kinds(kind: Callable[[Tensor], Any]) -> None:

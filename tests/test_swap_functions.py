@@ -219,6 +219,8 @@ def test_functions_found(define: str, call: str, ours: str) -> None:
     expected = model(x)
     report = hotkernels.swap(model, example_inputs=x)
     assert [what.rpartition("hotkernels.compat.")[2] for _, what in report.functions] == [ours]
+    returns_choices = ours.startswith(("hot.", "token_reduction.c", "flashvid."))
+    assert report.choices == ((2 * 3, 0) if returns_choices else None)
     model.forward.__globals__.update(dict.fromkeys(functions.FORMS))  # theirs are not called
     torch.manual_seed(0)
     assert str(model(x)) == str(expected)
@@ -402,6 +404,14 @@ class M(nn.Module):
         ({"default": ", f=cluster_dpc_knn", "call": "f(x, 3, 4)"}, "forward: f: the default of an argument holds it"),
         ({"default": ", *, f=helper", "call": "f(x)"}, "forward: f: the default of an argument holds it"),
         ({"held": "self.f = partial(cluster_dpc_knn, k=4)"}, "f: it is cluster_dpc_knn, held as an attribute"),
+        (
+            {"held": "self.f = partial(lambda f, x: f(x, 3, 4), cluster_dpc_knn)"},
+            "f: it holds cluster_dpc_knn",
+        ),
+        (
+            {"held": "self.f = partial(lambda x, f: f(x, 3, 4), f=cluster_dpc_knn)"},
+            "f: it holds cluster_dpc_knn",
+        ),
         ({"held": "self.f = partial(helper)"}, "f: cluster_dpc_knn: called by a function that an attribute holds"),
         (
             {"held": "self.f = lambda x: cluster_dpc_knn(x, 3, 4)"},

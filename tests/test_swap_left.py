@@ -536,6 +536,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "clamped logits": (lambda: Clamped(32, 4), "its output differs from attention on large input"),
     "a controller": (Controlled, "its forward stores controller"),
     "a count on a layer": (lambda: Counting(0), "its forward stores proj.count"),
+    "a tensor on a layer": (lambda: Counting(torch.zeros(1)), "its forward stores proj.count"),
     "an array on a layer": (lambda: Counting(np.zeros(1)), "its forward stores proj.count"),
     "attn": (ClassAttn, "a form of attention that swap does not know"),
     "scripted": (lambda: torch.jit.trace(AttentionEager(32, 4), torch.ones(1, 2, 32)), "it is scripted"),
@@ -653,9 +654,21 @@ def without_weight() -> nn.Module:
     return module
 
 
+class ChannelAttention(nn.Module):
+    """CBAM's and squeeze-and-excitation's: one layer, and no tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc(x.mean(1, keepdim=True)).sigmoid()
+
+
 ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "few keys": (FewKeys, "attention fails on what it takes (RuntimeError)"),
     "lazy": (lambda: of_to_qkv(to_out=nn.LazyLinear(32)), "it has parameters whose shape is not known yet"),
+    "attention by name": (ChannelAttention, ""),
     "property": (Property, f"heads and scale are {Property.scale} and {Property.scale}"),
     **{
         name: (make, reason)

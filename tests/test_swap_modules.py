@@ -96,6 +96,9 @@ def test_arguments_by_the_names_that_the_original_has_for_them(name: str, monkey
     monkeypatch.setattr(original, "forward", None)  # fused, and not called
     torch.testing.assert_close(module(*args[:1], **dict(zip(names[1:], args[1:], strict=True))), expected)
     torch.testing.assert_close(module(**dict(zip(names, args, strict=True))), expected)
+    if more:
+        torch.testing.assert_close(module(*args, mask=None), expected)
+        torch.testing.assert_close(module(*args, None), expected)
     if name == "EViT":  # whose last may come without the one before
         torch.testing.assert_close(module(args[0], **{names[2]: args[2]}), expected)
 
