@@ -78,6 +78,18 @@ def test_right_answers_pass_in_other_forms(op: str, options: dict[str, Any]) -> 
     assert not work.grad_of or work.check(backward=True) is None
 
 
+@pytest.mark.parametrize(("op", "keys", "options"), [*ATTENTION, *((op, 10, {}) for op in WORKLOADS)])
+def test_the_backend_that_is_asked_for_serves(op: str, keys: int, options: dict[str, Any]) -> None:
+    """Here one that cannot serve tensors on a CPU."""
+
+    def run() -> None:
+        work = WORKLOADS[op](SMALL[op], keys, **options, backend="cuda")
+        work.ours(*work.args)
+
+    with pytest.raises(ValueError, match=r": backend must be "):
+        run()
+
+
 def test_a_best_score_of_0_is_reached() -> None:
     assert WORKLOADS["dpc_knn"]((4, 1, 8), 1, k=1).check() is None
 
@@ -200,6 +212,13 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
     assert peak_memory(lambda: None) < 1 << 20
 
 
+def test_peak_memory_counts_what_goes_into_freed_pages() -> None:
+    freed, between = [bytearray(60_000) for _ in range(500)], bytearray(60_000)  # the heap does not shrink below it
+    freed.clear()
+    assert peak_memory(lambda: [bytearray(60_000) for _ in range(500)]) >= 20 << 20
+    assert between
+
+
 def test_machine_is_described() -> None:
     assert {"date", "cpu", "threads", "isa", "torch", "hotkernels"} <= machine().keys()
 
@@ -238,6 +257,18 @@ def test_the_command_says_whose_time_and_memory_it_is(
     monkeypatch.setitem(WORKLOADS, "dpc_knn", lambda *args, **options: pretend(f"{torch.get_num_threads()} wrong"))
     assert main(["--shape", "2,40,8", "--threads", "3"]) == 1
     assert capsys.readouterr().out.endswith("\nWRONG: 3 wrong\n")
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_the_command_checks_and_times_gradients_if_asked(monkeypatch: pytest.MonkeyPatch, backward: bool) -> None:
+    asked: list[Any] = []
+    check, thunk = Workload.check, Workload.thunk
+    monkeypatch.setattr(Workload, "check", lambda self, *args: asked.append(args[:1]) or check(self, *args))
+    monkeypatch.setattr(Workload, "thunk", lambda self, f, *args: asked.append(args[:1]) or thunk(self, f, *args))
+    before = torch.get_num_threads()
+    assert main(["--op", "merge_tokens", "--shape", "2,40,8", "--seconds", "0", *["--backward"] * backward]) == 0
+    assert {*asked} == {(backward,)}
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(("device", "chosen"), [("cuda:1", [1]), ("cuda", []), ("cpu:0", [])])
