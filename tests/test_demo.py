@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,7 +182,13 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     whole = bytearray(good.getvalue())
     damaged = whole.copy()
     damaged[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
+    no_stream, other_method = whole.copy(), whole.copy()
+    no_stream[60:68] = b"\xff" * 8
+    for at in (8, whole.index(b"PK\x01\x02") + 10):  # where a zip archive says how it is compressed
+        other_method[at : at + 2] = (99).to_bytes(2, "little")
     contents = {
+        "no deflate stream": (bytes(no_stream), "not readable as one"),
+        "another compression": (bytes(other_method), "not readable as one"),
         "truncated": (bytes(whole[: len(whole) // 2]), "no zip archive"),
         "damaged": (bytes(damaged), "not readable as one"),
         "empty": (b"", "no zip archive"),
@@ -209,6 +216,16 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     return out
 
 
+@pytest.mark.parametrize("content", [b"\x80\x04garbage", b"", b"cno_such_module\nX\n.", b"cnumpy\nno_such\n."])
+def test_a_bad_pickle_gets_one_sentence(content: bytes, tmp_path: Path) -> None:
+    array = io.BytesIO()
+    np.lib.format.write_array_header_1_0(array, {"descr": "|O", "fortran_order": False, "shape": (1,)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("positions_2d.npy", array.getvalue() + content)
+    with pytest.raises(ValueError, match=r"(?s)demo: --keypoints must be an \.npz file .*, got .*not readable as one"):
+        load_keypoints(tmp_path / "a.npz", allow_pickle=True)
+
+
 def test_every_bad_file_gets_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, (path, reason) in bad_files(tmp_path).items():
         with pytest.raises(ValueError, match=rf"(?s)demo: --keypoints must be an \.npz file .*, got .*{reason}"):
@@ -225,6 +242,7 @@ def test_every_bad_file_gets_one_sentence(tmp_path: Path, capsys: pytest.Capture
         (["--keep", "300"], "demo: --keep must be in [1, --frames = 243], got 300"),
         (["-k", "244"], "demo: -k must be in [1, --frames = 243], got 244"),
         (["--channels", "12"], "demo: --channels must be a multiple of 8, got 12"),
+        (["--seconds", "0.05"], "demo: --seconds must be in [0.1, 3600], got 0.05"),
         (["--seconds", "nan"], "demo: --seconds must be in [0.1, 3600], got nan"),
         (["--rounds", "1"], "demo: --rounds must be at least 2, got 1"),
         (["--rounds", "0"], "demo: --rounds must be at least 2, got 0"),
@@ -237,12 +255,13 @@ def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.strip() == message
 
 
-def test_a_sequence_without_whole_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("whole", [0, 1])
+def test_a_sequence_without_whole_frames(whole: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     xy = poses()
-    xy[:, 0] = np.nan
+    xy[whole:, 0] = np.nan
     np.savez(tmp_path / "a.npz", keypoints_2d=xy)
     assert demo.main(["--keypoints", str(tmp_path / "a.npz"), "--out", str(tmp_path)]) == 2
-    assert "at least 2 frames that have all 17 joints, got 0" in capsys.readouterr().err
+    assert f"at least 2 frames that have all 17 joints, got {whole}" in capsys.readouterr().err
 
 
 def test_poses_without_a_height(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,8 +279,21 @@ def test_somebody_who_does_not_move(tmp_path: Path) -> None:
 
 def test_out_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("")
-    assert demo.main([*SMALL, "--out", str(tmp_path / "out")]) == 2
-    assert "demo: --out must be a folder that can be written" in capsys.readouterr().err
+    for out in ("out", "out/a"):
+        assert demo.main([*SMALL, "--out", str(tmp_path / out)]) == 2
+        assert "demo: --out must be a folder that can be written" in capsys.readouterr().err
+
+
+def test_a_defect_shows_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no error of the user's."""
+
+    def run(*args: Any) -> Any:
+        raise ValueError("of something inside")
+
+    monkeypatch.setattr(demo, "run", run)
+    with pytest.raises(ValueError, match="of something inside"):
+        demo.main([*SMALL, "--out", str(tmp_path / "a" / "b")])
+    assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_pixels_and_normalised() -> None:
@@ -340,6 +372,8 @@ def test_a_token_is_the_mean_of_its_joints() -> None:
     p = prepared(xy, "--frames", "80")
     assert p.starts == [0, 80]
     assert torch.equal(p.valid.flatten(), there)
+    assert np.isnan(p.xy[100]).all()
+    assert frames.joint_error(p.xy, p.xy) == 0
     joints = p.joint_tokens([0, 1])
     torch.testing.assert_close(frames.standardise(joints.mean(2).flatten(0, 1), there), p.x.flatten(0, 1))
     assert torch.equal(p.joint_tokens([1])[0], joints[1])
@@ -348,6 +382,8 @@ def test_a_token_is_the_mean_of_its_joints() -> None:
 def test_a_sequence_shorter_than_a_window_keeps_the_same_share() -> None:
     p = prepared(poses(12), "--frames", "60", "--keep", "20", "-k", "15")
     assert (p.starts, p.keep, p.k) == ([0], 4, 12)
+    assert prepared(poses(12), "--frames", "60", "--keep", "1").keep == 1
+    assert prepared(poses(12), "--frames", "12").notes == []
 
 
 def test_the_definition_knows_mask_noise_and_k() -> None:
@@ -652,9 +688,14 @@ def test_no_missing_frame_is_kept(who: str) -> None:
     x = torch.randn(2, 30, 8)
     valid = torch.ones(2, 30, dtype=torch.bool)
     valid[0, 5:28] = False
-    for kept, there in zip(frames.CHOOSERS[who](x, valid, 10, 2, torch.rand(2, 30) * 1e-6), valid, strict=True):
+    noise = torch.rand(2, 30) * 1e-6
+    chosen = frames.CHOOSERS[who](x, valid, 10, 2, noise)
+    for kept, there in zip(chosen, valid, strict=True):
         assert there[kept].all()
         assert (kept.diff() > 0).all()
+    x[~valid] = x[0, 0] + 1e-3  # near a frame that is there, whose density they would raise
+    for kept, same in zip(chosen, frames.CHOOSERS[who](x, valid, 10, 2, noise), strict=True):
+        assert torch.equal(kept, same)
 
 
 def test_demo_on_a_captured_motion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
