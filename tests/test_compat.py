@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -248,6 +249,7 @@ def test_origins_return_what_theirs_do() -> None:
     index, idx_cluster = seeded(0, lambda: hot.cluster_dpc_knn(x, 8, 3))[0]
     for function in (
         lambda: tcformer.cluster_dpc_knn({"x": x}, 8, k=3, token_mask=None),
+        lambda: tcformer.cluster_dpc_knn(MappingProxyType({"x": x}), 8, 3),
         lambda: chat_univi.cluster_dpc_knn({"x": x, "mask": None}, 8, 3),
         lambda: chat_univi.cluster_dpc_knn({"x": x}, 8, 3),
         lambda: prunevid.cluster_dpc_knn(x, 8, 3),
@@ -498,6 +500,7 @@ def merge_all(x: Tensor, **given: Any) -> Any:
         (lambda x: tcformer.cluster_dpc_knn(x, 3), "cluster_dpc_knn: token_dict must be a dict with 'x', got Tensor"),
         (lambda x: chat_univi.cluster_dpc_knn({"y": x}, 3), "cluster_dpc_knn: token_dict must be .+, got one with"),
         (lambda x: chat_univi.cluster_dpc_knn({"x": x}, None), "cluster_dpc_knn: cluster_num must be an int"),
+        (lambda x: chat_univi.cluster_dpc_knn({"x": x}, 3, "5"), "cluster_dpc_knn: k must be an int"),
         (lambda x: prunevid.cluster_dpc_knn([x], 3), "cluster_dpc_knn: x must be"),
         (lambda x: flashvid.dpc_knn([x], 3), "^dpc_knn: features must be"),
         (lambda x: flashvid.dpc_knn(x[0], 3), "^dpc_knn: features must be"),

@@ -298,6 +298,7 @@ def test_a_defect_shows_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_pixels_and_normalised() -> None:
     assert looks_like_pixels(np.array([[0.0, 500.0]]))
+    assert looks_like_pixels(np.array([[-500.0, 0.0]]))
     assert not looks_like_pixels(np.array([[np.nan, -1.2]]))
     np.testing.assert_allclose(normalise(np.array([[0.0, 0.0], [1000, 500], [500, 250]]), 1000, 500),
                                [[-1, -0.5], [1, 0.5], [0, 0]])  # fmt: skip
@@ -400,6 +401,7 @@ def test_the_image_is_as_wide_and_high_as_given_or_as_the_file_says() -> None:
     for options, size in (((), (1000, 500)), (("--width", "800"), (800, 500)), (("--height", "700"), (1000, 700))):
         p = prepared(xy, "--frames", "20", *options)
         np.testing.assert_allclose(p.poses, normalise(xy, *size), rtol=0, atol=1e-6)
+        assert p.notes[0].endswith("(as given)" if options else "(from the file)")
 
 
 # What each figure of a choice is, in windows of 4 frames of which the last one is missing.
