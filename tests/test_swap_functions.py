@@ -341,6 +341,32 @@ class Held(nn.Module):
         return self.here(x, 3), self.on_the_class(x, 3, 4), cluster_dpc_knn_center(x, 3, 4, 4)
 
 
+class Method(nn.Module):
+    """HoliTom's: the clustering is a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = AttentionEager(8, 2)
+
+    def cluster_dpc_knn(self, x: Tensor, cluster_num: int, k: int = 7) -> Any:
+        return cluster_dpc_knn(x, cluster_num, k)[0]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.cluster_dpc_knn(x, 3, 4)
+
+
+def test_a_method_of_that_name() -> None:
+    """Is not replaced; what it calls is."""
+    model, x = Method(), torch.randn(2, 9, 8)
+    torch.manual_seed(0)
+    expected = model(x)
+    report = hotkernels.swap(model)
+    assert report.left == [("", "forward: cluster_dpc_knn: it is a method")]
+    assert report.functions == [("", "cluster_dpc_knn: cluster_dpc_knn is hotkernels.compat.hot.cluster_dpc_knn")]
+    torch.manual_seed(0)
+    assert torch.equal(model(x), expected)
+
+
 def test_functions_that_objects_hold() -> None:
     assert hotkernels.swap(Held()).left == [
         ("", "on_the_class: it is cluster_dpc_knn, held as an attribute"),

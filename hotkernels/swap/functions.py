@@ -118,6 +118,9 @@ def differences(ours: Callable[..., Any], got: Any, expected: Any) -> tuple[str,
     return "clusters", assigned.numel(), assigned.numel() - int(together)
 
 
+_ATTRIBUTE = "it is an attribute of an object"
+
+
 def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
     """What the methods of a class call that can be replaced, and what cannot: (method, why not)."""
     calls: list[tuple[str, Renames]] = []
@@ -142,6 +145,8 @@ def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
             refused.update((path, underived) for path, _ in renames)
         elif renames:
             calls.append((method, renames))
+        own = {name for name, _ in methods(cls)}
+        refused.update((path, "it is a method") for path, why in refused.items() if why == _ATTRIBUTE and path in own)
         left.extend((method, f"{path}: {why}") for path, why in refused.items())
     return tuple(calls), left
 
@@ -241,7 +246,7 @@ def _refuse_held(
         if "IMPORT_FROM" in uses:
             refused[name] = "it is imported inside the function"
         elif uses & {*_ATTRIBUTES}:
-            refused[name] = "it is an attribute of an object"
+            refused[name] = _ATTRIBUTE
 
 
 def _replacement(target: Any, callers: tuple[FunctionType, ...], refused: dict[str, str]) -> Any:
