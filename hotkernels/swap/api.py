@@ -135,9 +135,10 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
 
     Swap before DDP or `torch.compile`, or after.
 
-    Outputs differ by rounding, and where a clustering chooses between tokens whose densities float32 cannot tell apart:
-    ours uses float64, so it may keep other frames than the published code, and the poses move with them. For HoT,
-    243 frames to 81, that is 1 % to 10 % of the frames; with `example_inputs` the report says how many.
+    Outputs differ by rounding, and where a clustering chooses between tokens whose densities float32, or half precision
+    if the published code computes in it, cannot tell apart: ours uses float64, so it may keep other frames than that
+    code, and the poses move with them. For HoT, 243 frames to 81 in float32, that is 1 % to 10 % of the frames; with
+    `example_inputs` the report says how many.
     EViT's tokens are ranked as published; rounding in the layers before may exchange two whose scores nearly tie.
 
     Args:
