@@ -103,6 +103,19 @@ def test_arguments_by_the_names_that_the_original_has_for_them(name: str, monkey
         torch.testing.assert_close(module(args[0], **{names[2]: args[2]}), expected)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", DROPS)
+def test_compiles_with_as_few_arguments_as_it_takes(name: str, dynamic: bool) -> None:
+    make, args = DROPS[name]
+    module = make()
+    hotkernels.swap(module)
+    needed = [p for p in inspect.signature(type(module).forward).parameters.values() if p.default is p.empty]
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for given in (args, args[: len(needed) - 1]):
+        torch.testing.assert_close(compiled(*given), module(*given))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", DROPS)
 def test_tokens_of_other_dims_go_to_the_original(name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterable
-from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -173,14 +172,18 @@ class Published(Twin):
         theirs, ours = ([*inspect.signature(f).parameters.values()][1:] for f in (original.forward, twin))
         count = sum(p.kind is p.POSITIONAL_ONLY for p in ours)
         first = {p.name: p.default for p in theirs[:count] if p.kind is p.POSITIONAL_OR_KEYWORD}
+        names = tuple(first)
         off = {p.name: p.default for p in theirs[count:]}
         defaults = tuple(off.values())
 
         def forward(self: Any, *args: Any, **named: Any) -> Any:
-            for name, default in islice(first.items(), len(args), None):
-                if named.keys().isdisjoint(first) or (name not in named and default is inspect.Parameter.empty):
+            missing = names[len(args) :]
+            while missing and missing[-1] not in named:
+                missing = missing[:-1]
+            for name in missing:
+                if name not in named and first[name] is inspect.Parameter.empty:
                     break
-                args = (*args, named.pop(name, default))
+                args = (*args, named.pop(name, first[name]))
             more = args[count:]
             if len(more) <= len(defaults) and all(map(operator.is_, more, defaults)):
                 args = args[:count]

@@ -102,11 +102,11 @@ class _TopKAttention(_RankingAttention):
 def _attend(module: Any, x: Tensor, kept: int | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The attention; and of `kept` tokens, best first, the index [B, kept, C] and [B, kept], and all scores [B, N]."""
     qkv = linear(module.qkv, x)
-    out = project(module, attend_packed(qkv, module.num_heads, module.scale))
-    if kept is None:
-        return out, (None, None, None)
-    query, key, _ = unpack(qkv.unflatten(-1, (3, module.num_heads, -1)))
-    of_class_token = (query[:, :, :1] @ key.mT * module.scale).softmax(-1)
-    scores = of_class_token[:, :, 0, 1:].mean(1)
-    best = scores.topk(kept, 1)[1]
-    return out, (best.unsqueeze(-1).expand(-1, -1, x.shape[-1]), best, scores)
+    found: tuple[Tensor | None, ...] = (None, None, None)
+    if kept is not None:  # first: Dynamo cannot multiply by a dynamic scale that an autograd.Function had before
+        query, key, _ = unpack(qkv.unflatten(-1, (3, module.num_heads, -1)))
+        of_class_token = (query[:, :, :1] @ key.mT * module.scale).softmax(-1)
+        scores = of_class_token[:, :, 0, 1:].mean(1)
+        best = scores.topk(kept, 1)[1]
+        found = best.unsqueeze(-1).expand(-1, -1, x.shape[-1]), best, scores
+    return project(module, attend_packed(qkv, module.num_heads, module.scale)), found
