@@ -334,7 +334,8 @@ Tensor packed_backward(const Tensor& grad_out, const Tensor& query, const Tensor
                        const Tensor& out, const Tensor& lse, double scale) {
   const AttentionArgs args{kOp, query, key, value, std::nullopt, std::nullopt, std::nullopt, scale};
   const int64_t n = query.dim();
-  HK_CHECK(n == key.dim() && query.size(n - 2) == key.size(n - 2), kOp, "query", "of key's shape", shape_of(query));
+  HK_CHECK((n == 4 || n == 5) && n == key.dim() && query.size(n - 2) == key.size(n - 2), kOp, "query",
+           "[B, (J,) H, N, D] of key's shape", shape_of(query));
   std::vector<int64_t> shape{query.size(0), query.size(n - 2)};
   if (n == 5) shape.push_back(query.size(1));
   shape.insert(shape.end(), {3, query.size(n - 3), query.size(n - 1)});

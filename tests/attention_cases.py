@@ -255,8 +255,12 @@ def _gathered_bad_raw() -> list[BadRaw]:
     ]
     packed = [
         *_backward_bad(),
-        Bad("query", lambda a: {"query": a["query"][0, 0]}, expected="of key's shape"),
-        Bad("query", lambda a: {"query": torch.cat([a["query"]] * 2, -2)}, expected="of key's shape"),
+        Bad("query", lambda a: {"query": a["query"][0, 0]}, expected="[B, (J,) H, N, D] of key's shape"),
+        *[
+            Bad("query", lambda a, t=t: {"query": t, "key": t}, expected="[B, (J,) H, N, D] of key's shape")
+            for t in (torch.zeros(()), torch.zeros(8))
+        ],
+        Bad("query", lambda a: {"query": torch.cat([a["query"]] * 2, -2)}, expected="[B, (J,) H, N, D] of key's shape"),
     ]
     return [
         BadRaw("gathered_attention_fwd", _gathered_good, forward),

@@ -603,25 +603,34 @@ def test_captured_motion(backend: str) -> None:
 
 # Not getrusage: its peak is inherited from the parent process.
 MEASURE = """
-import contextlib, re, torch, hotkernels
-torch.set_num_threads(1)
+import contextlib, re, sys, torch, hotkernels
+threads, N, C, M, k = map(int, sys.argv[1:])
+torch.set_num_threads(threads)
 def kilobytes(what): return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
-x = torch.randn(1, 8192, 256)
-hotkernels.dpc_knn(x[:, :500], 64, backend="cpp")
+x = torch.randn(1, N, C)
+hotkernels.dpc_knn(x[:, :20], 5, backend="cpp")
 with contextlib.suppress(OSError): open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
 before = kilobytes("VmRSS")
-hotkernels.dpc_knn(x, 2048, backend="cpp")
+hotkernels.dpc_knn(x, M, k, backend="cpp")
 print((kilobytes("VmHWM") - before) / 1024)
 """
 
 
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
-def test_memory_is_not_quadratic(backend: str) -> None:
-    """(1, 8192, 256) in under 64 MB beyond the input; the matrix of distances alone would be 256 MB."""
+@pytest.mark.parametrize(
+    ("threads", "N", "C", "M", "k", "limit"),
+    [
+        (1, 8192, 256, 2048, 5, 64),  # the matrix of distances alone would be 256 MiB
+        (32, 900, 8, 100, 400, 40),  # 5 blocks of tokens: lists of neighbours in every thread would be 88 MiB
+    ],
+)
+def test_memory_is_not_quadratic(backend: str, threads: int, N: int, C: int, M: int, k: int, limit: int) -> None:
+    """Nor does it grow with threads that have nothing to do. In MiB beyond the input."""
     if sys.platform != "linux":
         pytest.skip("peak memory is read as Linux counts it")
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 64
+    command = [sys.executable, "-c", MEASURE, *map(str, (threads, N, C, M, k))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < limit
 
 
 @pytest.mark.parametrize("denser", [[0, 3], [1, 2]])

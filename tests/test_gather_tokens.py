@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from cases import layouts
@@ -9,6 +12,8 @@ from cases import layouts
 from hotkernels import checked, gather_tokens
 from hotkernels.autograd import GatherTokens
 from hotkernels.dtypes import HALF
+
+only_cpp = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +137,32 @@ def test_gradient_of_many_wide_tokens(backend: str) -> None:
     expected = torch.zeros(3, 1001, 257)
     expected.scatter_add_(1, index.where(index >= 0, 1000)[..., None].expand(-1, -1, 257), grad_out)
     torch.testing.assert_close(grad, expected[:, :1000])
+
+
+@contextlib.contextmanager
+def flushing() -> Iterator[None]:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_subnormal_halves_where_the_processor_flushes_subnormal_floats(backend: str) -> None:
+    values = torch.arange(1, 0x3FF).to(torch.int16).view(torch.float16)
+    x, index = values.view(1, 1, -1).clone().requires_grad_(), torch.zeros(1, 2, dtype=torch.int64)
+    with flushing():
+        out = gather_tokens(x, index, torch.zeros(2, len(values)).half(), backend=backend)
+        (grad,) = torch.autograd.grad(out, x, x.detach().expand(1, 2, -1))
+    assert torch.equal(out, x.expand(1, 2, -1))
+    assert torch.equal(grad, 2 * x)
+
+
+@only_cpp
+def test_a_sum_of_negative_zeros_is_one_in_every_lane(backend: str) -> None:
+    grad_out, index = torch.full((1, 2, 37), -0.0), torch.zeros(1, 2, dtype=torch.int64)
+    assert torch.ops.hotkernels.gather_tokens_bwd(grad_out, index, 1).signbit().all()
 
 
 def test_half_gradients_are_summed_in_float32(backend: str) -> None:

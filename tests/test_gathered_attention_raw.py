@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from attention_cases import KINDS, attend, index_of
 from cases import upcast
@@ -78,6 +79,21 @@ def _changed(draw: random.Random, t: Tensor) -> Tensor | None:
     if not t.is_floating_point():
         changes += [lambda: t + 1, lambda: t - 1, lambda: t + (1 << 40), lambda: torch.full_like(t, 1 << 62)]
     return draw.choice(changes)()
+
+
+@only_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_key_bias_that_is_not_there(backend: str, dtype: torch.dtype) -> None:
+    """That of zeros."""
+    q, k, v, grad = torch.randn(4, 2, 2, 17, 16).to(dtype).unbind(0)
+    out, lse = torch.ops.hotkernels.gathered_attention_fwd(q, k, v, None, None, None, 0.25)
+    absent, zeros = (
+        torch.ops.hotkernels.gathered_attention_bwd(
+            grad, None, q, k, v, out, lse, None, None, None, None, key_bias, 0.25, False, True
+        )
+        for key_bias in (None, torch.zeros(2, 17))
+    )
+    torch.testing.assert_close(absent, zeros, rtol=1e-2, atol=1e-2)
 
 
 @only_cpp

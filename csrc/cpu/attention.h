@@ -444,7 +444,7 @@ struct Core {
   // Logits become probabilities; grad_logits, so far grad_out . v, become the gradients of the logits. With the whole
   // row at hand, grad_out . o is taken from the probabilities: o may have been rounded to a half type.
   void softmax_gradient(int64_t count_keys, int64_t vectors, bool whole) {
-    const bool exact = p.bias || p.key_bias;  // whether the gradients are wanted as numbers, too
+    const bool exact = p.grad_bias || p.grad_bias_parts || p.grad_key_bias;  // the gradients are wanted as numbers, too
     for (int64_t e = 0; e < vectors; ++e) {
       T *s = logits + e * lanes, *g = grad_logits + e * lanes;
       const vec log_sum = load(lse + e * lanes);

@@ -78,6 +78,7 @@ struct Sample {
     Arena a{reinterpret_cast<uintptr_t>(scratch)};
     const int64_t np = round_up(p.N, P);
     const bool large = p.N > kDense || p.k > kDenseK;
+    if (large) this->parts = parts = std::min(parts, (p.N + kBlock - 1) / kBlock);  // each has lists of all tokens
     list = std::max(kListMin, round_up(p.k - 1, W));
     position = a.take<int32_t>(p.N);
     pivot = a.take<float>(p.C);

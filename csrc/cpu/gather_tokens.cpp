@@ -45,16 +45,16 @@ void gather_tokens_fwd(const GatherTokens& p, int64_t begin, int64_t end) {
 
 namespace {
 
-// K registers of the sum over the rows that slots [slot, end) name; there is at least one.
-template <class E, int K, class T>
-inline void sum_rows(T* to, const T* rows, int64_t stride, const int64_t* slot, const int64_t* end) {
+// K registers of the sum over the rows that slots [slot, end) name; there is at least one. `count` as in each_vector.
+template <class E, int K, class T, class Count>
+inline void sum_rows(T* to, const T* rows, int64_t stride, const int64_t* slot, const int64_t* end, Count count) {
   constexpr int lanes = kLanes<E>;
   Vec<E> sum[K];
-  for (int k = 0; k < K; ++k) sum[k] = load_as<E>(rows + *slot * stride + k * lanes);
+  for (int k = 0; k < K; ++k) sum[k] = load_as<E>(rows + *slot * stride + k * lanes, count);
   while (++slot < end) {
-    for (int k = 0; k < K; ++k) sum[k] += load_as<E>(rows + *slot * stride + k * lanes);
+    for (int k = 0; k < K; ++k) sum[k] += load_as<E>(rows + *slot * stride + k * lanes, count);
   }
-  for (int k = 0; k < K; ++k) store_as<E>(to + k * lanes, sum[k]);
+  for (int k = 0; k < K; ++k) store_as<E>(to + k * lanes, sum[k], count);
 }
 
 }  // namespace
@@ -72,13 +72,12 @@ void gather_tokens_bwd(const GatherTokensGrad& p, int64_t begin, int64_t end) {
         return;
       }
       int64_t c = 0;
-      for (; c + 8 * lanes <= row; c += 8 * lanes) sum_rows<E, 8>(to + c, grad + c, p.grad_stride_m, slot, last);
-      for (; c + lanes <= row; c += lanes) sum_rows<E, 1>(to + c, grad + c, p.grad_stride_m, slot, last);
-      for (; c < row; ++c) {
-        typename E::Compute sum = 0;
-        for (const int64_t* u = slot; u < last; ++u) sum += E::get(grad[*u * p.grad_stride_m + c]);
-        to[c] = E::put(sum);
+      for (; c + 8 * lanes <= row; c += 8 * lanes) {
+        sum_rows<E, 8>(to + c, grad + c, p.grad_stride_m, slot, last, Whole{});
       }
+      each_vector<E>(row - c, [&](int64_t d, auto count) {
+        sum_rows<E, 1>(to + c + d, grad + c + d, p.grad_stride_m, slot, last, count);
+      });
     };
     for (int64_t t = begin; t < end;) {
       const int64_t b = t / p.N, last = end - b * p.N < p.N ? end - b * p.N : p.N;

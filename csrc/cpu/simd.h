@@ -112,11 +112,13 @@ inline U to_bf16(F x) {
   return x == x ? (u + 0x7fffu + ((u >> 16) & 1u)) >> 16 : U{} + 0x7fc0u;
 }
 
-// The exponent is moved by a multiplication.
+// Subnormals become 0.5 and their value, then lose 0.5: in no step are they subnormal floats, which may be flushed.
 template <class F, class U>
 inline F from_f16(U h) {
-  const U magnitude = (h & 0x7fffu) << 13, scaled = bits_as<U>(bits_as<F>(magnitude) * 0x1p112f);
-  return bits_as<F>((magnitude >= (0x1fu << 23) ? 0x7f800000u | magnitude : scaled) | (h & 0x8000u) << 16);
+  const U magnitude = h & 0x7fffu, shifted = magnitude << 13;
+  const U subnormal = bits_as<U>(bits_as<F>(magnitude + bits_as<uint32_t>(0.5f)) - 0.5f);
+  const U finite = magnitude < 0x400u ? subnormal : shifted + (112u << 23);
+  return bits_as<F>((magnitude < 0x7c00u ? finite : shifted | 0x7f800000u) | (h & 0x8000u) << 16);
 }
 
 // Subnormals are rounded by the float adder: adding 0.5 aligns the mantissa.

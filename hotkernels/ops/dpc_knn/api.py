@@ -99,17 +99,17 @@ def dpc_knn(
     ``rand * 1e-6`` apart. Half inputs are upcast. "cpp" and "cuda" first subtract, channel by channel, the median of
     three of the sample's tokens, so that neither a common offset nor an outlier takes bits from the others; where two
     tokens are more than 11 times nearer to each other than to that, "cpp" sums their distance from differences (others
-    may be off by 6e-5 of themselves). "cuda" then
-    rounds tokens to 11 bits (as in TF32), and distances, in float32, are those of the rounded tokens: its choice can
-    differ from others' where distances differ by less than that. It has fewer bits for coordinates below 2^-27 (1e-8)
-    of the sample's largest. The result is the same bits on every run, for any number of threads and whatever else is in
-    the batch. "torch" sums distances from differences; on a CPU, where it may look at values (not traced, compiled or
-    under vmap), it multiplies in float64 instead, and keeps that promise but for a distance on the edge between two
-    floats.
+    may be off by 6e-5 of themselves). "cuda" then rounds tokens to 11 bits (as in TF32), and distances, in float32, are
+    those of the rounded tokens: its choice can differ from others' where distances differ by less than that. It has
+    fewer bits for coordinates below 2^-27 (1e-8) of the sample's largest. The result is the same bits on every run, for
+    any number of threads and whatever else is in the batch. "torch" sums distances from differences; on a CPU, where it
+    may look at values (not traced, compiled or under vmap), it multiplies in float64 instead, and keeps that promise
+    but for a distance on the edge between two floats.
 
-    Cost: half of :math:`N^2 C` multiply-adds; O(N (k + C)) memory beyond the input. N x N distances are held only of
-    few tokens: by "cpp" up to 816 (2.7 MB per thread) if k is at most 16, by "cuda" up to 352 on chips without
-    clusters, by "torch" where the batch has 4 million at most, and in compiled code up to 2,048 tokens.
+    Cost: half of :math:`N^2 C` multiply-adds; O(N (k + C)) memory beyond the input, of which "cpp" holds the N k per
+    thread, N / 192 times at most. N x N distances are held only of few tokens: by "cpp" up to 816 (2.7 MB per thread)
+    if k is at most 16, by "cuda" up to 352 on chips without clusters, by "torch" where the batch has 4 million at most,
+    and in compiled code up to 2,048 tokens.
 
     Source: density peaks: Rodriguez & Laio, Science 344 (2014), eq. 1-2; the kNN density: Du, Ding & Jia,
     Knowl.-Based Syst. 99 (2016); in transformers: TCFormer (Zeng et al., CVPR 2022, eq. 1-3) and the Token Pruning
