@@ -18,8 +18,7 @@ inline void fold_step(V* v, std::integer_sequence<int, L...>) {
 #pragma GCC unroll 16
   for (int a = 0; a < n; a += 2 * S) {
     const V x = v[a], y = v[a + S];
-    v[a] = __builtin_shufflevector(x, y, (L & S ? n + L - S : L)...) +
-           __builtin_shufflevector(x, y, (L & S ? n + L : L + S)...);
+    v[a] = shuffle<(L & S ? n + L - S : L)...>(x, y) + shuffle<(L & S ? n + L : L + S)...>(x, y);
   }
 }
 

@@ -57,6 +57,17 @@ inline uint32_t less_bits(vf a, vf b) {
 #endif
 }
 
+// The lanes of x and y, numbered on from x's, that L names.
+template <int... L, class V>
+inline V shuffle(V x, V y) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, L...);
+#else  // which GCC has from 12 on
+  using Lanes = decltype(x == y);
+  return __builtin_shuffle(x, y, Lanes{L...});
+#endif
+}
+
 template <int S, class V, int... L>
 inline void transpose_step(V* v, std::integer_sequence<int, L...>) {
   constexpr int n = sizeof...(L);
@@ -64,8 +75,8 @@ inline void transpose_step(V* v, std::integer_sequence<int, L...>) {
   for (int a = 0; a < n; ++a) {
     if (a & S) continue;
     const V x = v[a], y = v[a + S];
-    v[a] = __builtin_shufflevector(x, y, (L & S ? n + L - S : L)...);
-    v[a + S] = __builtin_shufflevector(x, y, (L & S ? n + L : L + S)...);
+    v[a] = shuffle<(L & S ? n + L - S : L)...>(x, y);
+    v[a + S] = shuffle<(L & S ? n + L : L + S)...>(x, y);
   }
 }
 
@@ -82,7 +93,7 @@ inline void transpose(typename Simd<T>::vec (&v)[Simd<T>::lanes]) {
 
 template <class V, int... L>
 inline V shift_lanes(V v, V first, std::integer_sequence<int, L...>) {
-  return __builtin_shufflevector(first, v, (W - 1 + L)...);
+  return shuffle<(W - 1 + L)...>(first, v);
 }
 
 // first[W - 1], v[0], .. v[W - 2].
