@@ -68,6 +68,12 @@ def find_compiler() -> str | None:
     return next((path for path in found if path), None)
 
 
+def is_old(compiler: str) -> bool:
+    source = "#if defined(__clang__) ? __clang_major__ < 14 : __GNUC__ < 11\n#error\n#endif\n"
+    command = [compiler, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input=source, text=True, capture_output=True).returncode != 0
+
+
 def find_nvcc() -> Path | None:
     """The CUDA toolkit's folder."""
     places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
@@ -98,6 +104,8 @@ def plan() -> tuple[list[str], list[str]]:
         missing = "no torch >= 2.11 was found to build against (install torch first, or set HOTKERNELS_TORCH_DIR)"
     elif compiler is None:
         missing = "no C++ compiler was found (tried $CXX, g++, clang++, c++)"
+    elif is_old(compiler):
+        missing = f"{compiler} is not GCC 11, clang 14 or newer ($CXX names another)"
     if missing:
         if want_cuda == "1":
             raise SystemExit(f"hotkernels: HOTKERNELS_BUILD_CUDA=1, but {missing}")

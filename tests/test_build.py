@@ -198,6 +198,7 @@ def test_what_is_built_and_why_not_the_rest(
     monkeypatch.setenv("HOTKERNELS_BUILD_CUDA", wanted)
     monkeypatch.setattr(SETUP, "find_torch", lambda: (ROOT, cuda))
     monkeypatch.setattr(SETUP, "find_compiler", lambda: "c++")
+    monkeypatch.setattr(SETUP, "is_old", lambda compiler: False)
     monkeypatch.setattr(SETUP, "find_nvcc", lambda: ROOT if nvcc else None)
     if libraries is None:
         with pytest.raises(SystemExit, match=re.escape(said)):
@@ -287,6 +288,21 @@ print(list(hotkernels.dpc_knn(torch.randn(1, 9, 4), 3).index.shape))
         "torch",
         "[1, 3]",
     ], run.stderr
+
+
+def test_an_old_compiler_is_as_good_as_none(tree: Path, tmp_path: Path) -> None:
+    """It is asked by its macros: GCC 10's are put in the place of those of the compiler here."""
+    found = SETUP.find_compiler()
+    if found is None:
+        pytest.skip("no C++ compiler")
+    assert not SETUP.is_old(found)
+    old = tmp_path / "old"
+    old.write_text(f'#!/bin/sh\nexec {found} "$@" -U__clang__ -U__GNUC__ -D__GNUC__=10\n')
+    old.chmod(0o755)
+    built = build_in(tree, CXX=str(old), HOTKERNELS_BUILD_CUDA="auto")
+    assert built.returncode == 0, built.stderr
+    assert f"_C_cpu: not built: {old} is not GCC 11, clang 14 or newer" in built.stdout + built.stderr
+    assert not list(tree.rglob("*.so"))
 
 
 def test_cuda_asked_for_but_impossible_is_an_error(tree: Path) -> None:
