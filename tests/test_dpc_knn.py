@@ -633,6 +633,16 @@ def test_memory_is_not_quadratic(backend: str, threads: int, N: int, C: int, M: 
     assert float(done.stdout) < limit
 
 
+@pytest.mark.parametrize("M", [10, 100])
+def test_equally_near_kept_tokens(backend: str, M: int) -> None:
+    """A token is assigned to that of the smaller place, also where lists of neighbours end among them."""
+    x = torch.randint(0, 12, (1, 900, 2)).float()
+    out = dpc_knn(x, M, 3, backend=backend)
+    expected = torch.cdist(x[0].double(), x[0, out.index[0]].double()).square().round().argmin(1)
+    expected[out.index[0]] = torch.arange(M)
+    assert torch.equal(out.assignment[0], expected)
+
+
 @pytest.mark.parametrize("denser", [[0, 3], [1, 2]])
 def test_noise_of_float64_orders_tokens_of_float64(denser: list[int]) -> None:
     x = torch.tensor([[[0.0], [1.0], [4.0], [5.0]]], dtype=torch.float64)

@@ -75,6 +75,12 @@ def test_more_neighbours_than_a_list_holds(backend: str, data: str, k: int) -> N
     check_dpc_knn({"x": x, "num_clusters": 100, "k": k}, dpc_knn(x, 100, k, backend=backend))
 
 
+def test_more_kept_tokens_than_a_block_has_threads(backend: str) -> None:
+    x, keep = torch.randn(1, 1300, 8), torch.randperm(1300)[:1100].tolist()
+    out = dpc_knn(x, 1150, 3, keep=keep, backend=backend)
+    check_dpc_knn({"x": x, "num_clusters": 1150, "k": 3, "keep": keep}, out)
+
+
 @emulated
 @pytest.mark.parametrize(
     ("data", "B", "N", "C", "k", "M"),

@@ -69,6 +69,19 @@ def test_gradients_of_any_strides(backend: str) -> None:
     assert torch.equal(*grads)
 
 
+def test_unused_tokens_get_zeros_beside_rows_with_gaps(backend: str) -> None:
+    x, index = torch.randn(2, 9, 4, 4, requires_grad=True), torch.randint(0, 7, (2, 6))
+    given = torch.randn(2, 6, 4, 7)[..., :4]
+    grads = []
+    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    try:
+        for grad_out in (given, given.contiguous()):
+            grads += torch.autograd.grad(gather_tokens(x, index, backend=backend), x, grad_out)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*grads)
+
+
 def test_an_absent_place_still_gets_its_position(backend: str) -> None:
     pos = torch.randn(3, 4)
     out = gather_tokens(torch.full((1, 5, 2, 4), torch.nan), torch.full((1, 3), -1), pos, backend=backend)

@@ -224,13 +224,20 @@ def test_gradients_where_lse_is_rounded(backend: str, kind: str, Nk: int) -> Non
         assert (a - c).abs().max() <= 3 * (b - c).abs().max() + floor
 
 
+def test_the_gradient_of_a_log_sum_exp_of_several_blocks(backend: str) -> None:
+    query, key, value = heads(2, Nk=1100)
+    ours = gradients(lambda q, k: gathered_attention(q, k, value, return_lse=True, backend=backend)[1], query, key)
+    assert_close(ours, gradients(lambda q, k: attend(q, k, upcast(value), None)[1], *upcast([query, key])), atol=1e-4)
+
+
 @pytest.mark.parametrize("rising", [True, False])
 @each_kind
 def test_running_maximum(backend: str, kind: str, rising: bool) -> None:
-    """400 keys whose logits rise (every block of keys brings a new maximum) or fall by 60 from first to last."""
-    query, key, value = torch.ones(1, 1, 17, 8), torch.randn(1, 1, 400, 8), torch.randn(1, 1, 400, 8)
-    key = key * 0.1 + torch.linspace(0, 60, 400)[:, None] * 8**-0.5 * (1 if rising else -1)
-    index = None if kind == "dense" else torch.arange(400).expand(*index_of(kind, (1,), 1, 17, 9, 1).shape[:-1], -1)
+    """Keys in several blocks, each of which brings a new maximum: logits rise, or fall, by 60 from first to last."""
+    Nk = 400 if kind in ("query", "head") else 1100
+    query, key, value = torch.ones(1, 1, 17, 8), torch.randn(1, 1, Nk, 8), torch.randn(1, 1, Nk, 8)
+    key = key * 0.1 + torch.linspace(0, 60, Nk)[:, None] * 8**-0.5 * (1 if rising else -1)
+    index = None if kind == "dense" else torch.arange(Nk).expand(*index_of(kind, (1,), 1, 17, 9, 1).shape[:-1], -1)
     ours = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
     exact = gradients(lambda *a: attend(*a, index)[0], *upcast([query, key, value]))
     # Logits near 60 are known to 4e-6 at best, and to 3e-5 from three TF32 products.

@@ -96,6 +96,15 @@ def test_an_infinite_key_that_no_query_looks_at(backend: str, kind: str, Nq: int
         assert_close((out, *grads), (clean, *clean_grads), 1e-5 if dtype == torch.float32 else 1e-2)
 
 
+def test_the_last_key_alone_is_masked(backend: str) -> None:
+    query, key, value = heads(2, Nq=4)
+    key_bias = torch.zeros(2, 9)
+    key_bias[:, -1] = -torch.inf
+    expected = gathered_attention(query, key[..., :8, :], value[..., :8, :], backend=backend)
+    key[..., -1, :] = value[..., -1, :] = torch.nan
+    assert_close((gathered_attention(query, key, value, key_bias=key_bias, backend=backend),), (expected,), 1e-6)
+
+
 @each_kind
 def test_nothing_in_a_masked_key_or_its_value_or_bias_matters(backend: str, kind: str) -> None:
     args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)
