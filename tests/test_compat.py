@@ -224,7 +224,7 @@ def test_no_sample_changes_another() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_draw_is_of_the_dtype_of_the_published_density(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chat-UniVi, PruneVid and FlashVID cluster in float32; the others in x's dtype, under autocast in float32."""
+    """Chat-UniVi, PruneVid, FlashVID cluster in float32; others in x's dtype, halves in float32 under autocast."""
     x = tokens(2, 30, 8, dtype=dtype)
     draws = []
     rand = torch.rand

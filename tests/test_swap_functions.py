@@ -341,6 +341,13 @@ class Held(nn.Module):
         return self.here(x, 3), self.on_the_class(x, 3, 4), cluster_dpc_knn_center(x, 3, 4, 4)
 
 
+def test_our_own_operators_are_no_published_functions() -> None:
+    """`hotkernels.dpc_knn` has the name of FlashVID's."""
+    model = file_with("from hotkernels import dpc_knn\n" + MODULE.format(call="dpc_knn(x, 3).index"))()
+    report = hotkernels.swap(model)
+    assert (report.left, report.functions) == ([], [])
+
+
 class Method(nn.Module):
     """HoliTom's: the clustering is a method."""
 

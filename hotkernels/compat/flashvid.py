@@ -1,4 +1,4 @@
-"""FlashVID's clustering of the visual tokens of video language models."""
+"""FlashVID's clustering of the visual tokens of video language models (Fan et al., ICLR 2026, arXiv 2602.08024)."""
 
 from __future__ import annotations
 

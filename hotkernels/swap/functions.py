@@ -98,7 +98,7 @@ FORMS: dict[str, list[Form]] = {
 }
 
 
-CLUSTERINGS = frozenset({"cluster_dpc_knn", "cluster_dpc_knn_center", "dpc_knn"})  # these return what they chose
+CLUSTERINGS = frozenset({"cluster_dpc_knn", "cluster_dpc_knn_center", "dpc_knn"})  # of these `differences` can tell
 
 
 def differences(ours: Callable[..., Any], got: Any, expected: Any) -> tuple[str, int, int]:
@@ -118,7 +118,7 @@ def differences(ours: Callable[..., Any], got: Any, expected: Any) -> tuple[str,
     return "clusters", assigned.numel(), assigned.numel() - int(together)
 
 
-_ATTRIBUTE = "it is an attribute of an object"
+_OF_AN_OBJECT = "it is an attribute of an object"
 
 
 def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
@@ -146,7 +146,9 @@ def find_calls(cls: type[nn.Module]) -> tuple[Calls, list[tuple[str, str]]]:
         elif renames:
             calls.append((method, renames))
         own = {name for name, _ in methods(cls)}
-        refused.update((path, "it is a method") for path, why in refused.items() if why == _ATTRIBUTE and path in own)
+        refused.update(
+            (path, "it is a method") for path, why in refused.items() if why == _OF_AN_OBJECT and path in own
+        )
         left.extend((method, f"{path}: {why}") for path, why in refused.items())
     return tuple(calls), left
 
@@ -246,7 +248,7 @@ def _refuse_held(
         if "IMPORT_FROM" in uses:
             refused[name] = "it is imported inside the function"
         elif uses & {*_ATTRIBUTES}:
-            refused[name] = _ATTRIBUTE
+            refused[name] = _OF_AN_OBJECT
 
 
 def _replacement(target: Any, callers: tuple[FunctionType, ...], refused: dict[str, str]) -> Any:
