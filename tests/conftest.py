@@ -1,7 +1,11 @@
 """What every test needs: a seed of its own, the backends with their instruction sets, a count of what really ran.
 
-GPU backends run where there is a GPU. Without one, test_emulation.py starts pytest once more for each, with
-TRITON_INTERPRET=1 for "triton" or HOTKERNELS_EMULATE_CUDA=1 for "cuda": then that backend, alone, takes CPU tensors.
+GPU backends run where there is a GPU. Without one, test_emulation.py starts pytest again with each of these in the
+environment; then that backend, alone, takes CPU tensors:
+
+- HOTKERNELS_EMULATE_CUDA=1: "cuda", as a compiler for the host understands it; =ptx: by the PTX of nvcc's
+- TRITON_INTERPRET=1: "triton" in its interpreter
+- HOTKERNELS_EMULATE_TRITON=90: "triton" by the PTX that it compiles for compute capability 9.0
 """
 
 from __future__ import annotations
@@ -24,12 +28,19 @@ from hotkernels.nn import linear
 pytest.register_assert_rewrite("attention_cases", "cases", "dpc_knn_steps")
 
 GPU_BACKENDS = ("cuda", "triton")
-EMULATED = "triton" if backends.TRITON_DEVICE == "cpu" else "cuda" if os.environ.get("HOTKERNELS_EMULATE_CUDA") else ""
-if EMULATED == "cuda":
-    emulation.load()
-elif EMULATED == "triton":
+EMULATED = ""
+if how := os.environ.get("HOTKERNELS_EMULATE_CUDA"):
+    EMULATED = "cuda"
+    emulation.load(by_ptx=how == "ptx")
+elif capability := os.environ.get("HOTKERNELS_EMULATE_TRITON"):
+    from emulation import compiled_triton
+
+    EMULATED = "triton"
+    compiled_triton.install(int(capability))
+elif backends.TRITON_DEVICE == "cpu":
     from emulation import bounds
 
+    EMULATED = "triton"
     bounds.install()
 # A backend, or one with a forced instruction set: cpp-avx2.
 PAIRS = "cpp-avx512_bf16"  # as cpp-avx512, but for attention of bfloat16: tests of all else leave it out

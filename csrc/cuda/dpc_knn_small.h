@@ -485,7 +485,7 @@ dpc_knn_products_kernel(DpcKnn p, int64_t first_sample, const float* bound, floa
                      partial + blockIdx.x * partial_floats);
 }
 
-static __global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads)
 dpc_knn_choose_kernel(DpcKnn p, int64_t first_sample, const float* bound, float* partial, int64_t partial_floats,
                       float* rows, int64_t row_floats) {
   Shared& s = *reinterpret_cast<Shared*>(ptx::shared_memory());

@@ -1,89 +1,79 @@
-"""CUDA C++ on the host: the CUDA library's own sources, compiled against an emulation of the runtime (emulation.h)."""
+"""GPU kernels on the host: the CUDA library's sources, or their PTX (ptx.py), over an emulation of the runtime."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-import os
+import re
 import subprocess
 from pathlib import Path
 
-import cuda_resources
 import torch
 
 from hotkernels import backends
 
-HERE = Path(__file__).parent
-ROOT = cuda_resources.ROOT
-BUILD = ROOT / "build/emulated_cuda"
-LIBRARY = BUILD / "libemulated_cuda.so"  # whoever loads it gets its kernels for the CPU
-SELFTEST = BUILD / "libselftest.so"
-# -O2, no contraction: quick to compile, and sums that a compiler cannot rearrange.
-FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
-FLAGS += ["-fvisibility=hidden", "-U_FORTIFY_SOURCE"]  # which takes a fiber's longjmp for an attack
+from .libraries import LIBRARY, MACHINE, SELFTEST, TRANSLATIONS, build, build_translations
+
 ORDERS = range(16)  # bits: warps, lanes, blocks reversed, asynchronous copies done late
 
 
-def build() -> Path:
-    """Compile what changed."""
-    setup = cuda_resources.build_script()
-    found, compiler = setup.find_torch(), setup.find_compiler()
-    if found is None or compiler is None:
-        raise RuntimeError(setup.plan()[1][0])
-    torch_home = found[0]
-    extra = os.environ.get("HOTKERNELS_CXXFLAGS", "").split()
-    common = [*FLAGS, *extra, "-DHK_EMULATION", f"-I{HERE}", f"-I{ROOT / 'csrc/include'}"]
-    glue = [*common, *setup.STABLE_ABI, "-DUSE_CUDA", "-isystem", f"{torch_home / 'include'}"]
-    kernels = [*common, "-fsanitize=alignment"]  # a GPU refuses wide accesses that a CPU takes anywhere
-    steps = [(src, ["-x", "c++", *kernels]) for src in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-    steps += [(src, ["-include", "bindings.h", *glue]) for src in sorted((ROOT / "python_bindings").glob("*_cuda.cpp"))]
-    shared, own = (HERE / "emulation.cpp", glue), (HERE / "selftest.cpp", kernels)
-    link = [f"-L{torch_home / 'lib'}", *os.environ.get("HOTKERNELS_LDFLAGS", "").split(), "-Wl,-Bsymbolic"]
-
-    def words(parts: list[str]) -> str:
-        return " ".join(part.replace("$", "$$") for part in parts)
-
-    lines = [
-        "rule cxx",
-        f"  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {compiler} -shared $in -o $out {words(link)} -ltorch_cpu -lc10",
-    ]
-    for src, flags in [*steps, shared, own]:
-        lines += [f"build {src.name}.o: cxx {src}", f"  flags = {words(flags)}"]
-    for library, parts in ((LIBRARY, [*steps, shared]), (SELFTEST, [own, shared])):
-        lines += [f"build {library.name}: link {' '.join(f'{src.name}.o' for src, _ in parts)}"]
-    BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
-    run = subprocess.run([setup.find_ninja(), "-C", str(BUILD)], capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise RuntimeError(f"the emulated CUDA library must compile, got\n{run.stdout[-20000:]}")
-    return LIBRARY
-
-
-def load() -> None:
-    """Let the emulated kernels, as backend "cuda", serve CPU tensors in this process."""
-    torch.ops.load_library(str(build()))
+def load(*, by_ptx: bool = False) -> None:
+    """Let the CUDA kernels, as backend "cuda", serve CPU tensors in this process."""
+    build()
+    torch.ops.load_library(str(LIBRARY))
+    if by_ptx:
+        build_translations()
+        _translate_kernels()
     backends.LIBRARIES["_C_cuda"] = None
     for kernels in backends.OPS.values():
         if "cuda" in kernels:
             kernels["cuda"] = dataclasses.replace(kernels["cuda"], device="cpu")
 
 
-def configure(order: int | None = None, compute_capability: int = 90, library: Path = LIBRARY) -> None:
+def _symbols(library: Path) -> dict[str, int]:
+    """Every function of a library -> where it is."""
+    said = subprocess.run(["nm", str(library)], capture_output=True, text=True, check=True).stdout
+    return {symbol: int(place, 16) for place, symbol in re.findall(r"^(\S+) [tTW] (\S+)$", said, re.MULTILINE)}
+
+
+def _kernels(symbols: list[str]) -> dict[str, str]:
+    """`gather_tokens_fwd_kernel<float, 4, true>` -> its symbol: compilers disagree on namespaces without a name."""
+    mangled = [symbol for symbol in symbols if symbol.startswith("_Z") and "_kernel" in symbol]
+    said = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout
+    whole = re.compile(r"(?:void )?(?:\w+::|\(anonymous namespace\)::)+(\w+_kernel(?:<[^()]*>)?)\(.*\)")
+    found = zip(map(whole.fullmatch, said.splitlines()), mangled, strict=True)
+    return {kernel[1]: symbol for kernel, symbol in found if kernel is not None}
+
+
+def _translate_kernels() -> None:
+    """Let the translations of every kernel run instead of it."""
+    places = _symbols(LIBRARY)
+    exported = "hk_dpc_knn_tune"
+    address = ctypes.cast(ctypes.CDLL(str(LIBRARY))[exported], ctypes.c_void_p).value
+    assert address is not None
+    kernels = {name: address - places[exported] + places[symbol] for name, symbol in _kernels(list(places)).items()}
+    translate = ctypes.CDLL(str(MACHINE)).hk_emulation_translate
+    for arch, path in TRANSLATIONS.items():
+        library = ctypes.CDLL(str(path))
+        entries = _kernels([symbol.removeprefix("K_") for symbol in _symbols(path) if symbol.startswith("K_")])
+        assert entries.keys() == kernels.keys()
+        for name, symbol in entries.items():
+            function = ctypes.cast(library[f"K_{symbol}"], ctypes.c_void_p)
+            translate(ctypes.c_void_p(kernels[name]), arch == "90a", function)
+
+
+def configure(order: int | None = None, compute_capability: int = 90) -> None:
     """Choose which warps, lanes and blocks run first and which GPU this is.
 
     `order` is a sum of bits, see emulation.h; None takes another at every launch.
     """
-    set_ = ctypes.CDLL(str(library)).hk_emulation_set
+    set_ = ctypes.CDLL(str(MACHINE)).hk_emulation_set
     set_(ctypes.c_int(-1 if order is None else order), ctypes.c_int(compute_capability))
 
 
 def selftest(which: int, *, order: int = 0, bug: bool = False) -> float | None:
     """The error of a kernel of selftest.cpp; infinite if its launch failed, None if there is no such kernel."""
-    configure(order, library=SELFTEST)
+    configure(order)
     run = ctypes.CDLL(str(SELFTEST)).hk_emulation_selftest
     run.restype = ctypes.c_double
     error = run(which, bug)

@@ -12,7 +12,8 @@ import triton.runtime.interpreter as interpreter
 _given: list[tuple[int, int]] = []  # addresses [begin, end) of the running kernel's tensors
 
 
-def _span(t: Any) -> tuple[int, int]:
+def span(t: Any) -> tuple[int, int]:
+    """The addresses [begin, end) of a tensor's elements."""
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size() * (t.numel() > 0)
 
@@ -36,7 +37,7 @@ def install() -> None:
 
     def remember(self: Any, *args: Any) -> Any:
         given, named = arguments(self, *args)
-        _given[:] = [_span(t) for t in (*given, *named.values()) if hasattr(t, "data_ptr")]
+        _given[:] = [span(t) for t in (*given, *named.values()) if hasattr(t, "data_ptr")]
         return given, named
 
     def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "emulation.h"
 
@@ -76,6 +77,13 @@ int shared_memory_limit(const void* function);
 cudaError_t raise_shared_memory_limit(const void* function, int bytes);
 bool allows_cluster(const void* function, unsigned blocks);
 void allow_any_cluster(const void* function);
+
+template <class T>
+void append(std::vector<unsigned char>& parameters, const T& value) {
+  const size_t place = (parameters.size() + alignof(T) - 1) / alignof(T) * alignof(T);
+  parameters.resize(place + sizeof(T));
+  std::memcpy(parameters.data() + place, &value, sizeof(T));
+}
 
 inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
   for (unsigned i = 0; i < config.numAttrs; ++i) {
@@ -151,7 +159,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       !hk_emulation::allows_cluster(function, cluster)) {
     return cudaErrorInvalidValue;
   }
+  std::function<void()> body = [=] { kernel(arguments...); };
+  if (const hk_emulation::Translated translated = hk_emulation::translated(function)) {
+    std::vector<unsigned char> parameters;
+    (hk_emulation::append<Parameters>(parameters, arguments), ...);
+    body = [=] { translated(parameters.data()); };
+  }
   const bool done = hk_emulation::launch({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster,
-                                         static_cast<int64_t>(config->dynamicSmemBytes), [=] { kernel(arguments...); });
+                                         static_cast<int64_t>(config->dynamicSmemBytes), body);
   return done ? cudaSuccess : cudaErrorLaunchFailure;
 }

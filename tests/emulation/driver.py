@@ -76,7 +76,7 @@ class StubDriver:
             stream = ctypes.c_uint64.from_address(ctypes.addressof(config.contents) + 32).value
             values = [
                 (name, kind.from_address(params[place]).value)
-                for place, (name, kind, _) in enumerate(_parameters(job, tensors))
+                for place, (name, kind, _) in enumerate(parameters(job, tensors))
             ]
             found.append(Seen(tuple(config[0:3]), tuple(config[3:6]), config[6], stream, values))
 
@@ -98,7 +98,7 @@ class StubDriver:
             self._refuse[what].value = 0
 
 
-def _parameters(job: Launch, tensors: Sequence[Any]) -> Iterator[tuple[str, Any, Any]]:
+def parameters(job: Launch, tensors: Sequence[Any]) -> Iterator[tuple[str, Any, Any]]:
     """Name, C type and value of what machine code is given, in order: no constants, no tensors that are None."""
     given, numbers = iter(tensors), iter(job.numbers)
     for parameter in job.kernel.params:
@@ -112,7 +112,7 @@ def _parameters(job: Launch, tensors: Sequence[Any]) -> Iterator[tuple[str, Any,
 
 def meant(job: Launch, tensors: Sequence[Any]) -> list[tuple[str, Any]]:
     """What the machine code should be given."""
-    return [(name, kind(value).value) for name, kind, value in _parameters(job, tensors)]
+    return [(name, kind(value).value) for name, kind, value in parameters(job, tensors)]
 
 
 def on_a_gpu(tensors: Sequence[Any], device: int = 0, offset: int = 0) -> list[Address | None]:
@@ -164,9 +164,8 @@ def stub_driver() -> Iterator[StubDriver]:
             triton_driver._active = None
 
 
-def main() -> None:
-    """Time calls on CPU tensors that nothing is done with, on one thread: medians of 5 times 1000."""
-    torch.set_num_threads(1)
+def serve_cpu() -> None:
+    """Let Triton's launchers, as backend "triton", serve CPU tensors in this process."""
     backends.LIBRARIES["triton"] = None
     backends.TRITON_DEVICE = "cpu"
     for op in ("gathered_attention", "recovery_attention"):
@@ -177,6 +176,12 @@ def main() -> None:
             operators.implement_in_triton(
                 *(f"{op}_{name}" for name in names), module=f"hotkernels.ops.gathered_attention.{module}"
             )
+
+
+def main() -> None:
+    """Time calls on CPU tensors that nothing is done with, on one thread: medians of 5 times 1000."""
+    torch.set_num_threads(1)
+    serve_cpu()
     with stub_driver(), mock.patch.object(torch.cuda, "current_device", _cpu):
         _time()
 

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -209,9 +210,11 @@ void run_cluster() {
 }  // namespace
 
 unsigned lane() { return current->number & 31; }
+unsigned warp() { return current->number / 32; }
 unsigned cluster_rank() { return current->block->rank; }
 unsigned cluster_size() { return blocks_in_cluster; }
 unsigned char* shared_memory() { return current->block->shared; }
+int64_t shared_memory_bytes() { return shared_size; }
 
 unsigned char* shared_memory_of(const void* mine, unsigned rank) {
   const int64_t offset = static_cast<const unsigned char*>(mine) - shared_memory();
@@ -219,6 +222,15 @@ unsigned char* shared_memory_of(const void* mine, unsigned rank) {
   if (offset < 0 || offset >= shared_size) fail("in_block() takes an address in shared memory");
   if (ended(cluster[rank])) fail("in_block() names a block that has ended");
   return cluster[rank].shared + offset;
+}
+
+int rank_of(const void* address) {
+  const auto mine = [=](const Block& block) {
+    const int64_t offset = static_cast<const unsigned char*>(address) - block.shared;
+    return offset >= 0 && offset < shared_size;
+  };
+  const auto found = std::find_if(cluster.begin(), cluster.end(), mine);
+  return found == cluster.end() ? -1 : static_cast<int>(found->rank);
 }
 
 void fail(const char* what) {
@@ -355,19 +367,31 @@ namespace {
 int capability = 90;
 std::vector<std::pair<const void*, int>> raised_shared_memory;
 std::vector<const void*> any_cluster_size;
+std::map<std::pair<const void*, bool>, hk_emulation::Translated> translations;
 }  // namespace
 
 // What tests set: who runs first (-1: another order at every launch), and which GPU this is (90: capability 9.0;
 // 0: one whose driver is too old for us).
-extern "C" __attribute__((visibility("default"))) void hk_emulation_set(int order, int compute_capability) {
+extern "C" void hk_emulation_set(int order, int compute_capability) {
   hk_emulation::changing = order < 0;
   if (order >= 0) hk_emulation::order = static_cast<unsigned>(order);
   capability = compute_capability;
 }
 
+// Lets a kernel's translation for sm_90a, or for sm_80, run wherever that is what the GPU would run.
+extern "C" void hk_emulation_translate(const void* kernel, bool for_sm_90a, hk_emulation::Translated translation) {
+  translations[{kernel, for_sm_90a}] = translation;
+}
+
 namespace hk_emulation {
 
 int compute_capability() { return capability; }
+
+Translated translated(const void* kernel) {
+  const auto found = translations.find({kernel, capability / 10 == 9});
+  if (found == translations.end() && !translations.empty()) std::abort();  // it would run as compiled for the host
+  return found == translations.end() ? nullptr : found->second;
+}
 
 int shared_memory_limit(const void* function) {
   for (const auto& [raised, bytes] : raised_shared_memory) {

@@ -22,11 +22,14 @@ using Combine = void (*)(void* const (&payload)[32], unsigned mask);
 
 extern Index threadIdx, blockIdx, blockDim, gridDim;  // those of the fiber that runs
 unsigned lane();
+unsigned warp();  // in its block
 unsigned cluster_rank();
 unsigned cluster_size();
 
 unsigned char* shared_memory();
+int64_t shared_memory_bytes();
 unsigned char* shared_memory_of(const void* mine, unsigned rank);
+int rank_of(const void* address);  // of the block in whose shared memory it is, or -1
 
 void warp_instruction(unsigned mask, void* payload, Combine combine);
 void block_barrier();
@@ -49,6 +52,10 @@ void barrier_wait(const Barrier* barrier, int parity);
 void store_later(void* shared, const void* value, int bytes, Barrier* barrier, unsigned rank);
 
 [[noreturn]] void fail(const char* what);  // ends the launch with an error
+
+// A kernel of ptx.py's, and the one of those that stands for the kernel at this address, if there is one.
+using Translated = void (*)(const unsigned char* parameters);
+Translated translated(const void* kernel);
 
 // Runs all blocks; false if a barrier could never be passed or something else went wrong, which stderr then names.
 bool launch(Index grid, Index block, unsigned cluster, int64_t shared_bytes, const std::function<void()>& body);

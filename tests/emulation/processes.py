@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_resources
 import torch
 
 import emulation
@@ -15,14 +16,16 @@ from hotkernels import backends
 
 TESTS = Path(__file__).parents[1]
 # How a process is told to emulate a backend, and which of its tests to run. The interpreter is slow, so two share them;
-# and half types are little else than float32 to it: all shapes for float32, forward for float16 too.
+# and half types are little else than float32 to it: all shapes for float32. What Triton compiles rounds as a GPU does.
 CUDA, TRITON = {"HOTKERNELS_EMULATE_CUDA": "1"}, {"TRITON_INTERPRET": "1"}
 EMULATE = {
     "cuda": (CUDA, "cuda"),
+    "cuda by ptx": ({"HOTKERNELS_EMULATE_CUDA": "ptx"}, "cuda and (conformance or both_forms)"),
     "triton ops": (TRITON, "triton and not conformance"),
-    "triton conformance": (
-        TRITON,
-        "triton and conformance and not (bfloat16 and not small) and not (test_gradients and float16 and not small)",
+    "triton conformance": (TRITON, "triton and conformance and not (float16 and not small)"),
+    "triton by ptx": (
+        {"HOTKERNELS_EMULATE_TRITON": "90"},
+        "triton and conformance and (bfloat16 or (float32 and (81 or 117)))",
     ),
 }
 
@@ -49,6 +52,8 @@ def start(folder: Path) -> dict[str, Process]:
     for name, (environment, expression) in EMULATE.items():
         backend = name.partition(" ")[0]
         if backend == "triton" and importlib.util.find_spec("triton") is None:
+            continue
+        if name == "cuda by ptx" and cuda_resources.build_script().find_nvcc() is None:
             continue
         ops = [op for op, kernels in backends.OPS.items() if backend in kernels]
         files = sorted({path for op in ("conformance", *ops) for path in TESTS.glob(f"test_{op}*.py")})
