@@ -363,6 +363,10 @@ def test_keep(backend: str, N: int) -> None:
     assert (gone.index[0, :-1] >= 0).all()
     none = dpc_knn(x, 9, keep=[], backend=backend)
     assert_same(none, free)
+    few = torch.arange(N)[None] < 6
+    all_of_them = dpc_knn(x[:1], 9, keep=3, mask=few, backend=backend)  # it is right behind the other five
+    assert all_of_them.index[0, 5:].tolist() == [3, -1, -1, -1]
+    assert set(all_of_them.index[0, :5].tolist()) == {0, 1, 2, 4, 5}
 
 
 @pytest.mark.parametrize("N", [63, 500])

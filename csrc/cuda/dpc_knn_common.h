@@ -10,7 +10,7 @@
 
 namespace hotkernels::dpc {
 
-constexpr float kInf = __builtin_inff();
+constexpr float kInf = __builtin_inff(), kNaN = __builtin_nanf("");
 
 // ---- warps --------------------------------------------------------------------------------------------------------
 

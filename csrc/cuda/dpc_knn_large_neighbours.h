@@ -56,8 +56,10 @@ __device__ inline void drain_queue(const Lists& lists, int length) {
     for (int q = 0; q < most; ++q) {
       const uint64_t candidate = q < waiting ? lists.queue[q * kTile + row] : kNoNeighbour;
 #pragma unroll
-      for (int e = kLength - 1; e > 0; --e) held[e] = candidate < held[e - 1] ? held[e - 1] : min(candidate, held[e]);
-      held[0] = min(candidate, held[0]);
+      for (int e = kLength - 1; e > 0; --e) {  // a comparison serves two places, which min() would hide
+        held[e] = candidate < held[e - 1] ? held[e - 1] : candidate < held[e] ? candidate : held[e];
+      }
+      held[0] = candidate < held[0] ? candidate : held[0];
     }
 #pragma unroll
     for (int e = 0; e < kLength; ++e) list[e * kTile] = held[e];
@@ -91,13 +93,19 @@ __device__ inline void offer_tile(const Lists& lists, int length, int tile, Accu
       for (int half = 0; half < 2; ++half) {
         const int to = row_of(i, half);
         const float worst = lists.worst[to];
+        float least = kInf;
+#pragma unroll
+        for (int j = 0; j < kWarpTile / 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) least = fminf(least, d[i][j][2 * half + e]);
+        }
+        if (!(least < worst)) continue;
         int mine = 0;
 #pragma unroll
         for (int j = 0; j < kWarpTile / 8; ++j) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) mine += d[i][j][2 * half + e] < worst;
         }
-        if (mine == 0) continue;
         int place = atomicAdd(&lists.waiting[to], mine);
 #pragma unroll
         for (int j = 0; j < kWarpTile / 8; ++j) {

@@ -37,7 +37,7 @@ __host__ __device__ constexpr int row_stride(int across) { return across * kTile
 __host__ __device__ inline int across_of(const DpcKnn& p) { return ceil_div(static_cast<int>(p.N), kTile); }
 
 struct Shared : Tokens {
-  DensityKey key[kMaxTokens];
+  uint64_t key[kMaxTokens], tie[kMaxTokens];  // the DensityKey of each token
   uint64_t score[kMaxTokens];    // score_key of each token
   float2 r_far[kMaxTokens];      // r and the largest squared distance of each token
   float norm[kMaxTokens];
@@ -198,21 +198,38 @@ __device__ inline bool all_valid(const Shared& s, const Limits& limits, int n) {
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
-// The sum of the k smallest of the warp's values, in ascending order, equal ones at once. Absent values are inf.
-__device__ inline float sum_of_smallest(const float (&value)[kMaxAcross], int k) {
-  float sum = 0, last = -1;
+// Makes squared distances from a token of its products with others, of which `mine` and their norms are this lane's; the
+// smallest and the largest of them. NaN, as norms are past the end, stays NaN, and is neither.
+__device__ inline float2 distances_of(float* __restrict__ mine, const float* __restrict__ norms, float norm, int across) {
+  float least = kInf, largest = 0;
+#pragma unroll 4
+  for (int e = 0; e < across; ++e) {
+    const float d2 = ptx::max_or_nan(fmaf(-2.0f, mine[e * kWarp], norm + norms[e * kWarp]), 0.0f);
+    mine[e * kWarp] = d2;
+    least = fminf(least, d2), largest = fmaxf(largest, d2);
+  }
+  return make_float2(least, largest);
+}
+
+// The sum of the k smallest of a row, of which `mine` are this lane's, in ascending order, equal ones at once; `least` is
+// the smallest of them. NaN is not a number of the row.
+__device__ inline float sum_of_smallest(const float* mine, int across, float least, int k) {
+  float sum = 0;
   while (k > 0) {
-    float least = kInf;
-#pragma unroll
-    for (int e = 0; e < kMaxAcross; ++e) least = value[e] > last ? fminf(least, value[e]) : least;
     least = warp_min_of_nonnegative(least);
+    if (k == 1) return sum + least;
     int equal = 0;
-#pragma unroll
-    for (int e = 0; e < kMaxAcross; ++e) equal += value[e] == least;
+    float next = kInf;
+#pragma unroll 4
+    for (int e = 0; e < across; ++e) {
+      const float value = mine[e * kWarp];
+      equal += value == least;
+      next = value > least ? fminf(next, value) : next;
+    }
     equal = min(__reduce_add_sync(kAllLanes, equal), k);
     sum += static_cast<float>(equal) * least;
     k -= equal;
-    last = least;
+    least = next;
   }
   return sum;
 }
@@ -226,17 +243,21 @@ struct Choice {
   Shared& s;
   const int n;
   const int thread = static_cast<int>(threadIdx.x), warp = warp_id(), lane = lane_id();
-  const int num_keep = static_cast<int>(p.num_keep), stride = row_stride(ceil_div(n, kTile));
+  const int num_keep = static_cast<int>(p.num_keep), across = ceil_div(n, kTile), stride = row_stride(across);
   const Rows<Team> mine{team, n};
 
   __device__ const float* noise_of(int position) const { return p.noise ? p.noise + b * p.N + position : nullptr; }
   __device__ float* row(int i) const { return team.rows + (i - mine.first) * stride; }
-  // In each step a lane takes every 32nd token, and past the end token i itself: what it reads of that decides nothing,
-  // and no read waits for a branch.
-  __device__ bool is_token(int e) const { return e * kWarp + lane < n; }
-  __device__ int token_or(int e, int i) const { return is_token(e) ? e * kWarp + lane : i; }
+
+  // In each step a lane takes every 32nd token, and past the end what has no distance and the worst score: no read waits
+  // for a branch.
+  __device__ void end_tokens() const {
+    if (thread >= n && thread < kMaxTokens) s.norm[thread] = kNaN, s.score[thread] = kNotACandidate;
+  }
 
   __device__ void choose() const {
+    end_tokens();
+    __syncthreads();
     mean_distances();
     team.wait_for(kDistancesPosted, s.r_far, n);
     order();
@@ -253,23 +274,16 @@ struct Choice {
     if (p.assign) assign(kept);
   }
 
-  // r; distances overwrite the products.
+  // r; distances overwrite the products. That of a token to itself, and past the end, is NaN.
   __device__ void mean_distances() const {
     const int k = static_cast<int>(min(p.k, int64_t{n}));
     const float denominator = static_cast<float>(k) * static_cast<float>(p.C);
     for (int i = mine.first + warp; i < mine.last; i += kWarps) {
-      float d2[kMaxAcross], far = 0;
-      const float norm = s.norm[i];
-#pragma unroll
-      for (int e = 0; e < kMaxAcross; ++e) {
-        const int j = token_or(e, i);
-        const float apart = j == i ? 0 : fmaxf((norm + s.norm[j]) - 2 * row(i)[j], 0);
-        far = fmaxf(far, apart);
-        d2[e] = is_token(e) && j != i ? apart : kInf;
-        if (is_token(e)) row(i)[j] = apart;
-      }
-      const float r = sum_of_smallest(d2, k - 1) / denominator;  // the token itself adds 0
-      far = warp_max_of_nonnegative(far);
+      float* const own = row(i) + lane;
+      if (i % kWarp == lane) row(i)[i] = kNaN;
+      const float2 ends = distances_of(own, s.norm + lane, s.norm[i], across);
+      const float r = sum_of_smallest(own, across, ends.x, k - 1) / denominator;  // the token itself adds 0
+      const float far = warp_max_of_nonnegative(ends.y);
       if (lane < Team::kSize) team.post(kDistancesPosted, lane, s.r_far + i, make_float2(r, far));
     }
   }
@@ -281,7 +295,8 @@ struct Choice {
       const int position = s.position[thread];
       const double density = density_of(r, noise_of(position));
       s.density[thread] = static_cast<float>(density);
-      s.key[thread] = density_key(r, density, p.noise != nullptr, p.seed, position);
+      const DensityKey key = density_key(r, density, p.noise != nullptr, p.seed, position);
+      s.key[thread] = key.key, s.tie[thread] = key.tie;
       s.keep[thread] = kNever;
     }
     __syncthreads();
@@ -292,22 +307,31 @@ struct Choice {
     }
   }
 
-  // delta: the nearest denser token.
+  // delta: the nearest denser token. Without noise the tie, which begins with r, is all of the order.
   __device__ void deltas() const {
+    if (p.noise == nullptr) {
+      each_delta([&](int j, int i) { return s.tie[j] < s.tie[i]; });
+    } else {
+      each_delta([&](int j, int i) { return denser({s.key[j], s.tie[j]}, {s.key[i], s.tie[i]}); });
+    }
+  }
+  template <class IsDenser>
+  __device__ void each_delta(const IsDenser& is_denser) const {
     for (int i = mine.first + warp; i < mine.last; i += kWarps) {
-      const DensityKey key = s.key[i];
-      float nearest = kInf, far = 0;
-      bool any = false;
-#pragma unroll
-      for (int e = 0; e < kMaxAcross; ++e) {
-        const int j = token_or(e, i);
-        const bool is_denser = denser(s.key[j], key);
-        nearest = is_denser ? fminf(nearest, row(i)[j]) : nearest;
-        any = any || is_denser;
-        far = fmaxf(far, s.r_far[j].y);
+      const float* const own = row(i) + lane;
+      float nearest = kInf;
+#pragma unroll 4
+      for (int e = 0; e < across; ++e) {
+        const float d2 = own[e * kWarp];
+        nearest = is_denser(e * kWarp + lane, i) ? fminf(nearest, d2) : nearest;
       }
-      const float delta2 = __any_sync(kAllLanes, any) ? warp_min_of_nonnegative(nearest) : warp_max_of_nonnegative(far);
-      if (lane == 0) s.delta2[i] = delta2;
+      nearest = warp_min_of_nonnegative(nearest);
+      if (nearest == kInf) {  // the densest: the largest distance of all
+        float far = 0;
+        for (int j = lane; j < n; j += kWarp) far = fmaxf(far, s.r_far[j].y);
+        nearest = warp_max_of_nonnegative(far);
+      }
+      if (lane == 0) s.delta2[i] = nearest;
     }
   }
 
@@ -324,22 +348,18 @@ struct Choice {
 
   // A token's place is the number of better ones; tokens of `keep` come after the best.
   __device__ void slots() const {
-    int candidates = 0;
-    for (int j = lane; j < n; j += kWarp) candidates += s.keep[j] == kNever;
-    const int best = min(static_cast<int>(p.M) - num_keep, __reduce_add_sync(kAllLanes, candidates));
+    int named = 0;
+    for (int j = lane; j < n && num_keep > 0; j += kWarp) named += s.keep[j] != kNever;
+    const int best = min(static_cast<int>(p.M) - num_keep, n - __reduce_add_sync(kAllLanes, named));
     for (int i = mine.first + warp; i < mine.last; i += kWarps) {
       const uint64_t score = s.score[i];
       const int keep = s.keep[i];
       int before = 0;
       if (keep == kNever) {
-#pragma unroll
-        for (int e = 0; e < kMaxAcross; ++e) {
-          const int j = token_or(e, i);
-          before += s.score[j] < score + (j < i);
-        }
+#pragma unroll 4
+        for (int j = lane; j < across * kWarp; j += kWarp) before += s.score[j] < score + (j < i);
       } else {
-#pragma unroll
-        for (int e = 0; e < kMaxAcross; ++e) before += s.keep[token_or(e, i)] < keep;
+        for (int j = lane; j < n; j += kWarp) before += s.keep[j] < keep;
       }
       before = __reduce_add_sync(kAllLanes, before);
       const int slot = keep != kNever ? best + before : before < best ? before : -1;
@@ -353,15 +373,12 @@ struct Choice {
     const unsigned word = __ballot_sync(kAllLanes, chosen);
     if (lane == 0) s.words[warp] = word;
     __syncthreads();
-    int kept = 0, earlier = __popc(word & ((1u << lane) - 1));
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) earlier += __popc(s.words[w]);
-      kept += __popc(s.words[w]);
-    }
+    const Marked kept = marked(s);
+    const int earlier = kept.before + __popc(word & ((1u << lane) - 1));
     const int place = !chosen ? -1 : p.ordered ? earlier : s.slot[thread];
     if (thread < n) s.place[thread] = place;
     if (chosen) s.kept[place] = thread;
-    return kept;
+    return kept.all;
   }
 
   // Results. Written last, so that no barrier has to wait for global memory.

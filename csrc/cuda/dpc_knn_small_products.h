@@ -31,25 +31,29 @@ struct alignas(16) Tokens {
 
 // ---- valid tokens -------------------------------------------------------------------------------------------------
 
+// How many threads have their bit set in `words`, a word per warp: in the warps before this one, and in all.
+struct Marked {
+  int here, before, all;
+};
+__device__ inline Marked marked(const Tokens& s) {
+  const int lane = lane_id(), here = lane < kWarps ? __popc(s.words[lane]) : 0;
+  return {here, __reduce_add_sync(kAllLanes, lane < warp_id() ? here : 0), __reduce_add_sync(kAllLanes, here)};
+}
+
 // Numbers the valid positions; returns how many there are. Called by all threads, thread = position.
 __device__ inline int number_tokens(Tokens& s, bool valid) {
-  const int warp = warp_id(), lane = lane_id();
   const unsigned word = __ballot_sync(kAllLanes, valid);
-  if (lane == 0) s.words[warp] = word;
+  if (lane_id() == 0) s.words[warp_id()] = word;
   __syncthreads();
-  int before = 0, n = 0, last = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w == warp) before = n;
-    n += __popc(s.words[w]);
-    if (s.words[w] != 0) last = w;
-  }
-  const int some = n == 0 ? 0 : last * kWarp + __ffs(static_cast<int>(s.words[last])) - 1;
-  before += __popc(word & ((1u << lane) - 1));
+  const Marked tokens = marked(s);
+  const int n = tokens.all, token = tokens.before + __popc(word & ((1u << lane_id()) - 1));
+  const int some_warp = __ffs(static_cast<int>(__ballot_sync(kAllLanes, tokens.here > 0))) - 1;
   if (threadIdx.x < kMaxTokens) {
-    s.token[threadIdx.x] = valid ? before : -1;
+    s.token[threadIdx.x] = valid ? token : -1;
+    const int some = n == 0 ? 0 : some_warp * kWarp + __ffs(static_cast<int>(s.words[some_warp])) - 1;
     if (static_cast<int>(threadIdx.x) >= n) s.position[threadIdx.x] = some;
   }
-  if (valid) s.position[before] = static_cast<int>(threadIdx.x);
+  if (valid) s.position[token] = static_cast<int>(threadIdx.x);
   __syncthreads();
   return n;
 }

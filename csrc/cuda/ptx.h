@@ -20,6 +20,13 @@ __device__ inline unsigned char* shared_memory() {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// The larger, or NaN if one is.
+__device__ inline float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
 // Two floats rounded to float16, `low` in the lower half.
 __device__ inline uint32_t pack_half(float low, float high) {
   uint32_t bits;

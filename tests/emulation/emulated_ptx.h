@@ -8,6 +8,8 @@ namespace hotkernels::ptx {
 
 inline unsigned char* shared_memory() { return hk_emulation::shared_memory(); }
 
+inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? a + b : std::max(a, b); }
+
 inline uint32_t pack_half(float low, float high) {
   const auto bits = [](float x) { return std::bit_cast<uint16_t>(static_cast<_Float16>(x)); };
   return uint32_t{bits(high)} << 16 | bits(low);

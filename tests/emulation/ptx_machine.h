@@ -70,6 +70,28 @@ using Wide = std::conditional_t<
     std::same_as<T, s32>, s64,
     std::conditional_t<std::same_as<T, u32>, u64, std::conditional_t<std::same_as<T, s16>, s32, u32>>>;
 
+// Comparison.
+#define PTX_COMPARE(name, ordered, unordered)                          \
+  template <class T>                                                   \
+  Bits setp_##name(Bits x, Bits y) {                                   \
+    const auto a = T::number(x), b = T::number(y);                     \
+    return a != a || b != b ? unordered : (ordered);                   \
+  }
+PTX_COMPARE(eq, a == b, 0)
+PTX_COMPARE(ne, a != b, 0)
+PTX_COMPARE(lt, a < b, 0)
+PTX_COMPARE(le, a <= b, 0)
+PTX_COMPARE(gt, a > b, 0)
+PTX_COMPARE(ge, a >= b, 0)
+PTX_COMPARE(equ, a == b, 1)
+PTX_COMPARE(neu, a != b, 1)
+PTX_COMPARE(ltu, a < b, 1)
+PTX_COMPARE(leu, a <= b, 1)
+PTX_COMPARE(gtu, a > b, 1)
+PTX_COMPARE(geu, a >= b, 1)
+PTX_COMPARE(num, 1, 0)
+PTX_COMPARE(nan, 0, 1)
+
 // Arithmetic. Integers wrap.
 #define PTX_BINARY(name, result)                                     \
   template <class T>                                                 \
@@ -169,6 +191,10 @@ Bits max(Bits x, Bits y) {
   const auto a = T::number(x), b = T::number(y);
   if constexpr (is_float<T>) return T::bits(a > b || b != b || (a == b && std::signbit(b)) ? a : b);
   else return T::bits(std::max(a, b));
+}
+template <class T>
+Bits max_NaN(Bits x, Bits y) {
+  return setp_nan<T>(x, y) ? 0x7fffffff : max<T>(x, y);
 }
 template <class T>
 Bits rcp_rn(Bits x) {
@@ -288,27 +314,6 @@ template <class T>
 Bits selp(Bits x, Bits y, Bits which) {
   return which & 1 ? x : y;
 }
-#define PTX_COMPARE(name, ordered, unordered)                          \
-  template <class T>                                                   \
-  Bits setp_##name(Bits x, Bits y) {                                   \
-    const auto a = T::number(x), b = T::number(y);                     \
-    return a != a || b != b ? unordered : (ordered);                   \
-  }
-PTX_COMPARE(eq, a == b, 0)
-PTX_COMPARE(ne, a != b, 0)
-PTX_COMPARE(lt, a < b, 0)
-PTX_COMPARE(le, a <= b, 0)
-PTX_COMPARE(gt, a > b, 0)
-PTX_COMPARE(ge, a >= b, 0)
-PTX_COMPARE(equ, a == b, 1)
-PTX_COMPARE(neu, a != b, 1)
-PTX_COMPARE(ltu, a < b, 1)
-PTX_COMPARE(leu, a <= b, 1)
-PTX_COMPARE(gtu, a > b, 1)
-PTX_COMPARE(geu, a >= b, 1)
-PTX_COMPARE(num, 1, 0)
-PTX_COMPARE(nan, 0, 1)
-
 template <class To, class From>
 Bits cvt(Bits x) {
   if constexpr (std::same_as<From, pred>) return x;
@@ -393,6 +398,7 @@ inline const unsigned char* parameter(Bits address, int64_t) { return reinterpre
     return atom##space<T>(address, [=](Bits old) { return max<T>(old, x); });   \
   }
 PTX_LOAD(ld_param, parameter)
+PTX_LOAD(ld_global_nc, global)
 PTX_MEMORY(, generic)
 PTX_MEMORY(_global, global)
 PTX_MEMORY(_shared, shared)
