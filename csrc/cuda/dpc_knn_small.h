@@ -198,9 +198,10 @@ __device__ inline bool all_valid(const Shared& s, const Limits& limits, int n) {
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
-// Makes squared distances from a token of its products with others, of which `mine` and their norms are this lane's; the
-// smallest and the largest of them. NaN, as norms are past the end, stays NaN, and is neither.
-__device__ inline float2 distances_of(float* __restrict__ mine, const float* __restrict__ norms, float norm, int across) {
+// Makes squared distances from a token of its products with others, of which `mine` and their norms are this lane's;
+// the smallest and the largest of them. NaN, as norms are past the end, stays NaN, and is neither.
+__device__ inline float2 distances_of(float* __restrict__ mine, const float* __restrict__ norms, float norm,
+                                      int across) {
   float least = kInf, largest = 0;
 #pragma unroll 4
   for (int e = 0; e < across; ++e) {
@@ -211,8 +212,8 @@ __device__ inline float2 distances_of(float* __restrict__ mine, const float* __r
   return make_float2(least, largest);
 }
 
-// The sum of the k smallest of a row, of which `mine` are this lane's, in ascending order, equal ones at once; `least` is
-// the smallest of them. NaN is not a number of the row.
+// The sum of the k smallest of a row, of which `mine` are this lane's, in ascending order, equal ones at once; `least`
+// is the smallest of them. NaN is not a number of the row.
 __device__ inline float sum_of_smallest(const float* mine, int across, float least, int k) {
   float sum = 0;
   while (k > 0) {
@@ -249,8 +250,8 @@ struct Choice {
   __device__ const float* noise_of(int position) const { return p.noise ? p.noise + b * p.N + position : nullptr; }
   __device__ float* row(int i) const { return team.rows + (i - mine.first) * stride; }
 
-  // In each step a lane takes every 32nd token, and past the end what has no distance and the worst score: no read waits
-  // for a branch.
+  // In each step a lane takes every 32nd token, and past the end what has no distance and the worst score: no read
+  // waits for a branch.
   __device__ void end_tokens() const {
     if (thread >= n && thread < kMaxTokens) s.norm[thread] = kNaN, s.score[thread] = kNotACandidate;
   }

@@ -12,7 +12,7 @@ import torch
 
 from hotkernels import backends
 
-from .libraries import LIBRARY, MACHINE, SELFTEST, TRANSLATIONS, build, build_translations
+from .libraries import LIBRARY, MACHINE, SELFTEST, build, build_translations
 
 ORDERS = range(16)  # bits: warps, lanes, blocks reversed, asynchronous copies done late
 
@@ -22,8 +22,7 @@ def load(*, by_ptx: bool = False) -> None:
     build()
     torch.ops.load_library(str(LIBRARY))
     if by_ptx:
-        build_translations()
-        _translate_kernels()
+        translate_kernels(build_translations())
     backends.LIBRARIES["_C_cuda"] = None
     for kernels in backends.OPS.values():
         if "cuda" in kernels:
@@ -45,7 +44,7 @@ def _kernels(symbols: list[str]) -> dict[str, str]:
     return {kernel[1]: symbol for kernel, symbol in found if kernel is not None}
 
 
-def _translate_kernels() -> None:
+def translate_kernels(translations: dict[str, Path]) -> None:
     """Let the translations of every kernel run instead of it."""
     places = _symbols(LIBRARY)
     exported = "hk_dpc_knn_tune"
@@ -53,7 +52,7 @@ def _translate_kernels() -> None:
     assert address is not None
     kernels = {name: address - places[exported] + places[symbol] for name, symbol in _kernels(list(places)).items()}
     translate = ctypes.CDLL(str(MACHINE)).hk_emulation_translate
-    for arch, path in TRANSLATIONS.items():
+    for arch, path in translations.items():
         library = ctypes.CDLL(str(path))
         entries = _kernels([symbol.removeprefix("K_") for symbol in _symbols(path) if symbol.startswith("K_")])
         assert entries.keys() == kernels.keys()

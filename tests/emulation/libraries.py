@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ BUILD = ROOT / "build/emulated_cuda"
 MACHINE = BUILD / "libemulation.so"
 LIBRARY = BUILD / "libemulated_cuda.so"  # whoever loads it gets its kernels for the CPU
 SELFTEST = BUILD / "libselftest.so"
-PTX_BUILD = ROOT / "build/emulated_ptx"
-TRANSLATIONS = {arch: PTX_BUILD / f"libtranslated_{arch}.so" for arch in ("80", "90a")}  # of the library's kernels
+ARCHITECTURES = ("80", "90a")
 
 # No contraction: sums that a compiler cannot rearrange. -O2, -O1: quick to compile.
 COMMON = ["-std=c++20", "-fPIC", "-ffp-contract=off", f"-I{HERE}"]
@@ -87,15 +87,18 @@ def build() -> None:
     steps.run()
 
 
-def build_translations() -> None:
-    """Compile what changed of the CUDA library's kernels, by way of PTX. The machine must be there."""
-    steps = _Steps(PTX_BUILD)
-    for arch, library in TRANSLATIONS.items():
+def build_translations(*flags: str, architectures: Sequence[str] = ARCHITECTURES) -> dict[str, Path]:
+    """Compile what changed of the CUDA library's kernels, by way of PTX: architecture -> library."""
+    folder = ROOT / "build/emulated_ptx" / "".join(flags)
+    steps, built = _Steps(folder), {}
+    for arch in architectures:
         objects = []
         for path in SOURCES:
             stem = f"{path.stem}.{arch}"
             steps.add("ptx", f"{stem}.ptx", [path], [f"-arch=sm_{arch}"])
             steps.add("translate", f"{stem}.cpp", [f"{stem}.ptx"], [], needs=str(HERE / "ptx.py"))
-            objects.append(steps.add("cxx", f"{stem}.o", [f"{stem}.cpp"], PTX_FLAGS))
-        steps.add("link", library.name, [*objects, str(MACHINE)], [])
+            objects.append(steps.add("cxx", f"{stem}.o", [f"{stem}.cpp"], [*PTX_FLAGS, *flags]))
+        built[arch] = folder / f"libtranslated_{arch}.so"
+        steps.add("link", built[arch].name, [*objects, str(MACHINE)], [])
     steps.run()
+    return built

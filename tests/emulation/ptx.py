@@ -168,8 +168,8 @@ class _Function:
             elif statement.startswith(".reg"):
                 (lines if depth else declarations).append(self.declaration(statement[:-1]))
             else:
-                lines.append(self.instruction(statement[:-1].strip()))
-        body = "\n".join([*declarations, *lines])
+                lines.append(f"PTX_INSTRUCTION {self.instruction(statement[:-1].strip())}")
+        body = "\n".join([f"PTX_KERNEL({self.entry.name});", *declarations, *lines])
         return f'extern "C" void K_{self.entry.name}(const unsigned char* P) {{\n{body}\nreturn;\n}}\n'
 
 

@@ -1,5 +1,5 @@
-// PTX's instructions on the host, over emulation.h, named and called as ptx.py says. A register holds bits: arguments and
-// results are 64 of them, of which an instruction takes as many as its types have.
+// PTX's instructions on the host, over emulation.h, named and called as ptx.py says. A register holds bits: arguments
+// and results are 64 of them, of which an instruction takes as many as its types have.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -16,6 +16,23 @@ namespace ptx {
 
 using hk_emulation::fail;
 using Bits = uint64_t;
+
+// What every translated kernel begins with, and every instruction of it. With HK_COUNT they are counted, over all
+// threads.
+#ifdef HK_COUNT
+struct Counter {
+  const char* kernel;
+  uint64_t instructions = 0;
+  Counter* next;
+  explicit Counter(const char* kernel) : kernel(kernel), next(first) { first = this; }
+  static inline Counter* first = nullptr;  // of all modules of a library
+};
+#define PTX_KERNEL(name) static ptx::Counter counter(#name)
+#define PTX_INSTRUCTION ++counter.instructions;
+#else
+#define PTX_KERNEL(name)
+#define PTX_INSTRUCTION
+#endif
 
 // Types: the number that bits stand for.
 template <class Number, class Unsigned>
@@ -317,9 +334,11 @@ Bits selp(Bits x, Bits y, Bits which) {
 template <class To, class From>
 Bits cvt(Bits x) {
   if constexpr (std::same_as<From, pred>) return x;
-  else if constexpr (is_float<To> || std::same_as<To, bf16>) return To::bits(static_cast<typename To::N>(From::number(x)));
-  // A number keeps its sign in a wider register.
-  else return static_cast<Bits>(static_cast<int64_t>(static_cast<typename To::N>(From::number(x))));
+  else if constexpr (std::floating_point<typename To::N> || std::same_as<To, f16>) {
+    return To::bits(static_cast<typename To::N>(From::number(x)));
+  } else {  // a number keeps its sign in a wider register
+    return static_cast<Bits>(static_cast<int64_t>(static_cast<typename To::N>(From::number(x))));
+  }
 }
 template <class To, class From>
 Bits cvt_rn(Bits x) {
@@ -432,7 +451,9 @@ inline void cp_async_cg_shared_global(Bits to, Bits from, Bits size, Bits valid)
   for (int i = 0; i < count; ++i) global(from + i, 1);
   hk_emulation::copy_later(shared(to, bytes), reinterpret_cast<const void*>(from), bytes, count);
 }
-inline void cp_async_cg_shared_global(Bits to, Bits from, Bits size) { cp_async_cg_shared_global(to, from, size, size); }
+inline void cp_async_cg_shared_global(Bits to, Bits from, Bits size) {
+  cp_async_cg_shared_global(to, from, size, size);
+}
 template <class... X>
 void cp_async_ca_shared_global(X... x) {
   cp_async_cg_shared_global(x...);
@@ -703,9 +724,9 @@ void mma_sync_aligned_m16n8k8_row_col(Bits (&d)[4], const Bits (&a)[4], const Bi
   mma<A>(d, a, b, c);
 }
 
-// A matrix in shared memory, as a descriptor of a warp group's instruction says: rows of `width` bytes along k, or along
-// the other dimension, m or n, eight of which are swizzled together; `stride` is from eight to the next eight, `leading`
-// from one row's end to where it goes on.
+// A matrix in shared memory, as a descriptor of a warp group's instruction says: rows of `width` bytes along k, or
+// along the other dimension, m or n, eight of which are swizzled together; `stride` is from eight to the next eight,
+// `leading` from one row's end to where it goes on.
 template <class T>
 struct Described {
   Bits begin, leading, stride;
@@ -776,3 +797,13 @@ inline void wgmma_commit_group_sync_aligned() {}
 inline void wgmma_wait_group_sync_aligned(Bits) {}
 
 }  // namespace ptx
+
+#ifdef HK_COUNT
+// The name of the n-th kernel and its instructions; null after the last.
+extern "C" __attribute__((weak)) const char* hk_ptx_count(unsigned n, uint64_t* instructions) {
+  const ptx::Counter* c = ptx::Counter::first;
+  for (; c != nullptr && n > 0; --n) c = c->next;
+  if (c != nullptr) *instructions = c->instructions;
+  return c == nullptr ? nullptr : c->kernel;
+}
+#endif
