@@ -157,19 +157,12 @@ Bits div(Bits x, Bits y) {
     return T::bits(a / b);
   }
 }
-template <class T>
-Bits rem(Bits x, Bits y) {
-  if (T::number(y) == 0) fail("an integer is divided by zero");
-  return T::bits(T::number(x) % T::number(y));
-}
 #define PTX_SAME(name, other)                    \
   template <class T, class... X>                 \
   Bits name(X... x) {                            \
     return other<T>(x...);                       \
   }
 PTX_SAME(add_rn, add)
-PTX_SAME(sub_rn, sub)
-PTX_SAME(mul_rn, mul)
 PTX_SAME(div_rn, div)
 PTX_SAME(div_full, div)  // to 2 units in the last place
 template <class T>
@@ -230,15 +223,6 @@ template <class T>
 Bits ex2_approx_ftz(Bits x) {
   return T::bits(flushed(std::exp2(flushed(T::number(x)))));
 }
-PTX_SAME(ex2_approx, ex2_approx_ftz)
-template <class T>
-Bits lg2_approx_ftz(Bits x) {
-  return T::bits(std::log2(flushed(T::number(x))));
-}
-template <class T>
-Bits lg2_approx(Bits x) {
-  return T::bits(std::log2(T::number(x)));
-}
 
 // Bits.
 PTX_BINARY(and_, a & b)
@@ -291,13 +275,9 @@ Bits popc(Bits x) {
   return std::popcount(static_cast<typename T::U>(x));
 }
 template <class T>
-Bits clz(Bits x) {
-  return std::countl_zero(static_cast<typename T::U>(x));
-}
-template <class T>
 Bits bfind_shiftamt(Bits x) {
   static_assert(std::same_as<T, u32>);
-  return x == 0 ? 0xffffffff : clz<T>(x);
+  return x == 0 ? 0xffffffff : std::countl_zero(static_cast<uint32_t>(x));
 }
 template <class T>
 Bits prmt(Bits x, Bits y, Bits selector) {
@@ -342,8 +322,7 @@ Bits cvt(Bits x) {
 }
 template <class To, class From>
 Bits cvt_rn(Bits x) {
-  if constexpr (std::same_as<From, f64> && std::same_as<To, f32>) return f32::bits(static_cast<float>(f64::number(x)));
-  else return cvt<To, From>(x);
+  return cvt<To, From>(x);
 }
 template <class To, class From>
 Bits cvt_rn(Bits high, Bits low) {
@@ -359,15 +338,6 @@ template <class To, class From>
 Bits cvt_sat(Bits x) {
   const float a = f32::number(x);
   return f32::bits(a > 0 ? std::min(a, 1.f) : 0.f);
-}
-template <class To, class From>
-Bits cvt_rzi(Bits x) {
-  const auto a = std::trunc(From::number(x));
-  using N = typename To::N;
-  if (a != a) return 0;
-  if (a <= static_cast<double>(std::numeric_limits<N>::min())) return To::bits(std::numeric_limits<N>::min());
-  if (a >= static_cast<double>(std::numeric_limits<N>::max())) return To::bits(std::numeric_limits<N>::max());
-  return To::bits(static_cast<N>(a));
 }
 
 // Memory. An address in shared memory counts from its block's first byte; one of the cluster has, above that, its
@@ -429,10 +399,6 @@ Bits cvta_to_global(Bits x) {
 template <class T>
 Bits cvta_shared(Bits x) {  // to a generic address, which the host's are
   return reinterpret_cast<uint64_t>(hk_emulation::shared_memory() + x);
-}
-template <class T>
-Bits cvta_to_shared(Bits x) {
-  return x - reinterpret_cast<uint64_t>(hk_emulation::shared_memory());
 }
 template <class T>
 Bits mapa(Bits generic, Bits rank) {
@@ -549,12 +515,6 @@ Bits shfl_sync_up(Bits value, Bits by, Bits c, Bits mask) {
   const Segment s(c);
   const int from = s.lane - static_cast<int>(by & 31);
   return shuffle(mask, value, from, from >= s.last);
-}
-template <class T>
-Bits shfl_sync_down(Bits value, Bits by, Bits c, Bits mask) {
-  const Segment s(c);
-  const int from = s.lane + static_cast<int>(by & 31);
-  return shuffle(mask, value, from, from <= s.last);
 }
 template <class T>
 Bits shfl_sync_idx(Bits value, Bits lane, Bits c, Bits mask) {
