@@ -182,10 +182,20 @@ def _run(compiled: Any, device: int, job: Launch, tensors: Sequence[Tensor | Non
         run(job.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
+class GPU(NamedTuple):
+    """What the choice of blocks depends on, of a GPU."""
+
+    shared_bytes: float  # the most that a block can have
+    warp_groups: bool  # whether 128 threads multiply matrices together, as on Hopper alone
+
+
 @functools.cache
-def shared_bytes(device: int) -> float:
-    """The most shared memory that a block can have on a GPU; no limit for the tensors of Triton's interpreter."""
-    return math.inf if device < 0 else max_shared_mem(device)
+def gpu(device: int) -> GPU:
+    """A device's, or -1's: of the tensors of Triton's interpreter, which has no limits."""
+    if device < 0:
+        return GPU(math.inf, warp_groups=True)
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    return GPU(max_shared_mem(device), hopper)
 
 
 def cdiv(a: int, b: int) -> int:

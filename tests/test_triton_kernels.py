@@ -21,7 +21,8 @@ triton = pytest.importorskip("triton")
 if EMULATED:
     pytest.skip("under the interpreter nothing is compiled", allow_module_level=True)
 
-import triton_resources  # noqa: E402  # imports triton
+import triton_issue  # noqa: E402  # imports triton
+import triton_resources  # noqa: E402
 from emulation.driver import STREAM, StubDriver, meant, on_a_gpu, stub_driver  # noqa: E402
 
 from bench import gpu_tune  # noqa: E402
@@ -56,6 +57,27 @@ def test_launches_fit_every_generation(resources: triton_resources.Resources) ->
         if needs["shared_bytes"] > limits[generation]
     }
     assert not over
+
+
+def test_instructions_count_as_often_as_they_run() -> None:
+    """Three runs of 2..9, of which 4 and 5 run once; in each, seven of 7..8, though a branch leads around them."""
+    branches = [(3, 6), (6, 9), (8, 7), (9, 2)]
+    once, outer, inner = 2 + 2, 2 + 1 + 1, 2
+    assert triton_issue.executed(["an instruction"] * 12, branches, [3, 7]) == once + 2 + 3 * outer + 3 * 7 * inner
+    assert triton_issue.executed(["an instruction"] * 12, [], [3, 7]) == 12
+
+
+def test_loops_run_as_often_as_their_blocks_say() -> None:
+    """From one block of slots to the next, what a warp executes grows by what it executes in the loop."""
+
+    def instructions(N: int) -> list[float]:
+        with triton_resources.recorded(triton_issue.TARGET) as launches:
+            triton_resources.self_attend(1, N, 1, 64, torch.float32)
+        return [triton_issue.issue(launch)["instructions"] for launch in launches]
+
+    forward, *backward = zip(*map(instructions, (243, 259, 307)), strict=True)  # 8, 9 and 10 blocks of 32
+    assert 0 < forward[2] - forward[1] == forward[1] - forward[0]
+    assert len(backward) == 2
 
 
 def test_blocks_are_planned_for_each_gpu() -> None:
@@ -188,9 +210,17 @@ def launches_on_sm_90() -> Iterator[tuple[str, Launch, Sequence[torch.Tensor | N
         yield name, replace(job, compiled={}), tensors
 
 
-def test_shared_memory_is_what_the_driver_says(driver: StubDriver) -> None:
-    assert launcher.shared_bytes(0) == triton_resources.SHARED_BYTES[90]
-    assert launcher.shared_bytes(torch.empty(0).get_device()) == math.inf
+def test_a_gpu_is_what_the_driver_says(driver: StubDriver) -> None:
+    assert launcher.gpu(0) == triton_resources.gpu(90) == (triton_resources.SHARED_BYTES[90], True)
+    assert launcher.gpu(torch.empty(0).get_device()) == (math.inf, True)
+    for capability, version in (((10, 0), None), ((8, 0), None), ((9, 4), "a release of ROCm")):  # gfx942 says 9.4
+        launcher.gpu.cache_clear()
+        with (
+            mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+            mock.patch.object(torch.version, "hip", version),
+        ):
+            assert not launcher.gpu(0).warp_groups
+    launcher.gpu.cache_clear()
 
 
 def test_what_is_launched_reaches_the_driver(driver: StubDriver, resources: triton_resources.Resources) -> None:

@@ -113,6 +113,7 @@ WORKLOADS: dict[str, Callable[[], None]] = {
     "81 of 243 with bias, bf16": partial(attend, (100,), 8, 243, 243, 64, HALF, "set", 81, added=True),
     "81 of 243 with bias, f32": partial(attend, (100,), 8, 243, 243, 64, FLOAT, "set", 81, added=True),
     "D=32 with bias, f32": partial(attend, (100,), 8, 243, 243, 32, FLOAT, added=True),
+    "243 tokens, D=32, f32": partial(self_attend, 100, 243, 8, 32, FLOAT),
     "81 of 243, D=32 with bias, f32": partial(attend, (100,), 8, 243, 243, 32, FLOAT, "set", 81, added=True),
     "32 per query, D=8 with bias, f32": partial(attend, (1,), 8, 999, 999, 8, FLOAT, "query", 32, added=True),
     "32 per head with bias, bf16": partial(attend, (1,), 8, 999, 999, 64, HALF, "head", 32, added=True),
@@ -136,6 +137,11 @@ class Recorded(NamedTuple):
         return self.job.variant(self.tensors)
 
 
+def gpu(arch: int | str) -> launcher.GPU:
+    """What blocks depend on, of a GPU of one of the generations."""
+    return launcher.GPU(SHARED_BYTES[arch], warp_groups=arch == 90)
+
+
 @contextmanager
 def recorded(target: GPUTarget) -> Iterator[list[Recorded]]:
     """What the launchers would launch on a target, instead of launching it."""
@@ -148,7 +154,8 @@ def recorded(target: GPUTarget) -> Iterator[list[Recorded]]:
     with (
         mock.patch.object(forward, "launch", record),
         mock.patch.object(backward, "launch", record),
-        mock.patch.object(backward, "shared_bytes", return_value=SHARED_BYTES[target.arch]),
+        mock.patch.object(forward, "gpu", return_value=gpu(target.arch)),
+        mock.patch.object(backward, "gpu", return_value=gpu(target.arch)),
         mock.patch.object(torch.version, "hip", version),
     ):
         yield found

@@ -13,10 +13,10 @@ from typing import Any
 import cuda_resources
 import triton
 import triton.language as tl
+import triton_resources
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_resources import SHARED_BYTES
 
 import emulation
 from emulation import bounds, driver, ptx
@@ -93,7 +93,7 @@ def install(capability: int) -> None:
         run(module, kernel, parameters, job.programs, 32 * job.num_warps, shared_bytes, *given)
 
     forward.launch = backward.launch = launch
-    backward.shared_bytes = lambda device: SHARED_BYTES[capability]
+    forward.gpu = backward.gpu = lambda device: triton_resources.gpu(capability)
 
 
 @triton.jit

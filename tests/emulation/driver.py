@@ -129,7 +129,7 @@ def _current_stream(device: int) -> int:
 
 
 def _forget() -> None:
-    for planned in (launches._planned, launches_backward._planned, launcher._compiled, launcher.shared_bytes):
+    for planned in (launches._planned, launches_backward._planned, launcher._compiled, launcher.gpu):
         planned.cache_clear()
 
 

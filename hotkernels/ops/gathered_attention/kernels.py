@@ -2,7 +2,7 @@
 
 Tensors are [B, J, H, N, D] of any strides, J = 1 where there is one batch dim; rows are gathered as they are loaded.
 Logits are in base 2, log2(e) times the definition's, so that p is an exp2. Three kernels:
-- long: an online softmax over blocks of slots;
+- long: all slots at once, or an online softmax over blocks of them;
 - short: several pairs of sequence and head per program, each of at most 32 queries and 32 slots;
 - per_query: each query has slots of its own, so matrix products would have a single row: it sums over channels instead.
 """
@@ -25,7 +25,7 @@ INTERPRETED: tl.constexpr = tl.constexpr(launcher.INTERPRETED)
 @triton.jit
 def sequence_of(sequence, J):
     """The batch indices (b, j) of a sequence, in int64 because they are multiplied by strides."""
-    b = sequence // J
+    b = sequence.to(tl.uint32) // J.to(tl.uint32)
     return b.to(tl.int64), (sequence - b * J).to(tl.int64)
 
 
@@ -98,7 +98,7 @@ def load_rows(ptr, row, valid, stride_n, HEAD_DIM: tl.constexpr, BLOCK_D: tl.con
     mask = tl.expand_dims(valid, -1)
     if HEAD_DIM != BLOCK_D:
         mask = mask & (d < HEAD_DIM)
-    return tl.load(ptr + tl.expand_dims(offsets(row, stride_n), -1) + d, mask=mask, other=0.0)
+    return tl.load((ptr + d) + tl.expand_dims(offsets(row, stride_n), -1), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def store_rows(ptr, row, valid, stride_n, values, HEAD_DIM: tl.constexpr, BLOCK_
     mask = tl.expand_dims(valid, -1)
     if HEAD_DIM != BLOCK_D:
         mask = mask & (d < HEAD_DIM)
-    at = ptr + tl.expand_dims(offsets(row, stride_n), -1) + d
+    at = (ptr + d) + tl.expand_dims(offsets(row, stride_n), -1)
     tl.store(at, values.to(at.dtype.element_ty), mask=mask)
 
 
@@ -152,6 +152,39 @@ def log_sum_exp(row_max, row_sum):
 
 
 @triton.jit
+def slots_from(start, S, Nk, index_base, key_bias_base, key_bias_stride_n, BLOCK_N: tl.constexpr):
+    """(slot, row, key_bias, valid) [BLOCK_N] of the slots from `start` on."""
+    slot = start + tl.arange(0, BLOCK_N)
+    row, valid = rows_of_slots(None if index_base is None else index_base + slot, slot, slot < S, Nk)
+    key_bias, valid = load_key_bias(key_bias_base, row, valid, key_bias_stride_n)
+    return slot, row, key_bias, valid
+
+
+@triton.jit
+def logits_of(
+    q, k, slot, key_bias, valid, q_valid, index_ptr, bias_rows, key_bias_ptr, bias_stride_s, end, S, logit_scale,
+    PRECISION: tl.constexpr, SCALE_LAST: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] of the slots before `end`, -inf where not attended to.
+
+    If SCALE_LAST they are not scaled yet: exp2 takes logits * logit_scale - shift, one operation, rounded once. In turn
+    it may overflow from logits of 2^32 on, whose largest, the shift, is rounded by up to 256.
+    """
+    logits = product(q, tl.trans(k), None, PRECISION)
+    if not SCALE_LAST:
+        logits *= logit_scale
+    if index_ptr is None and key_bias_ptr is None and (SCALE_LAST or q.shape[1] <= 64):
+        if end > S:  # only then are slots absent; float32 of more channels has no registers for a branch
+            logits = tl.where(valid[None, :], logits, float("-inf"))
+    else:
+        logits = masked(logits, key_bias[None, :], valid[None, :], index_ptr, key_bias_ptr)
+    if bias_rows is not None:
+        both = q_valid[:, None] & valid[None, :]
+        logits += load_bias(bias_rows, slot[None, :], both, bias_stride_s)
+    return logits
+
+
+@triton.jit
 def gathered_attention_long_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, index_ptr, bias_ptr, key_bias_ptr,
     stride_qb: tl.int64, stride_qj: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64,
@@ -164,15 +197,18 @@ def gathered_attention_long_fwd_kernel(
     J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
     logit_scale: tl.float32,  # scale times log2(e)
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    REST_N: tl.constexpr, PRECISION: tl.constexpr, ONCE: tl.constexpr, SCALE_LAST: tl.constexpr,
 ):  # fmt: skip
-    """One program per (sequence, block of queries, head); heads, which are neighbours in memory, vary fastest."""
-    program = tl.program_id(0)
-    h = (program % H).to(tl.int64)
-    rest = program // H
-    blocks = (Nq + BLOCK_M - 1) // BLOCK_M
-    m = rest % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    """One program per (sequence, block of queries, head); heads, which are neighbours in memory, vary fastest.
+
+    If ONCE, the first BLOCK_N slots and the next REST_N, which may be none, are all there are.
+    """
+    program = tl.program_id(0).to(tl.uint32)
+    rest = program // H.to(tl.uint32)
+    h = (program - rest * H.to(tl.uint32)).to(tl.int64)
+    blocks = (Nq.to(tl.uint32) + BLOCK_M - 1) // BLOCK_M
     sequence = rest // blocks
+    m = (rest - sequence * blocks).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     b, j = sequence_of(sequence, J)
     q_row, q_valid = m.to(tl.int64), m < Nq
     q_base = q_ptr + b * stride_qb + j * stride_qj + h * stride_qh
@@ -186,32 +222,63 @@ def gathered_attention_long_fwd_kernel(
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
     q = load_rows(q_base, q_row, q_valid, stride_qn, HEAD_DIM, BLOCK_D)
 
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, S, BLOCK_N):
-        slot = start + tl.arange(0, BLOCK_N)
-        row, valid = rows_of_slots(None if index_ptr is None else index_base + slot, slot, slot < S, Nk)
-        key_bias, valid = load_key_bias(key_bias_base, row, valid, key_bias_stride_n)
+    unit = logit_scale if SCALE_LAST else 1.0
+    if ONCE:
+        slot, row, key_bias, valid = slots_from(0, S, Nk, index_base, key_bias_base, key_bias_stride_n, BLOCK_N)
         k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
-        logits = product(q, tl.trans(k), None, PRECISION) * logit_scale
-        logits = masked(logits, key_bias[None, :], valid[None, :], index_ptr, key_bias_ptr)
-        if bias_ptr is not None:
-            both = q_valid[:, None] & valid[None, :]
-            logits += load_bias(bias_rows, slot[None, :], both, bias_stride_s)
-        new_max = tl.maximum(row_max, tl.max(logits, 1))
-        shift = softmax_shift(new_max)
-        p = tl.exp2(logits - shift[:, None])
-        rescale = tl.exp2(row_max - shift)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
         v = load_rows(v_base, row, valid, stride_vn, HEAD_DIM, BLOCK_D)
-        acc = product(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
-        row_max = new_max
+        if REST_N > 0:
+            slot2, row2, key_bias2, valid2 = slots_from(
+                BLOCK_N, S, Nk, index_base, key_bias_base, key_bias_stride_n, REST_N
+            )
+            k2 = load_rows(k_base, row2, valid2, stride_kn, HEAD_DIM, BLOCK_D)
+            v2 = load_rows(v_base, row2, valid2, stride_vn, HEAD_DIM, BLOCK_D)
+        logits = logits_of(
+            q, k, slot, key_bias, valid, q_valid, index_ptr, bias_rows, key_bias_ptr, bias_stride_s, BLOCK_N, S,
+            logit_scale, PRECISION, SCALE_LAST,
+        )  # fmt: skip
+        row_max = tl.max(logits, 1)
+        if REST_N > 0:
+            logits2 = logits_of(
+                q, k2, slot2, key_bias2, valid2, q_valid, index_ptr, bias_rows, key_bias_ptr, bias_stride_s,
+                BLOCK_N + REST_N, S, logit_scale, PRECISION, SCALE_LAST,
+            )  # fmt: skip
+            row_max = tl.maximum(row_max, tl.max(logits2, 1))
+        row_max *= unit
+        shift = softmax_shift(row_max)
+        p = tl.exp2(logits * unit - shift[:, None])
+        row_sum = tl.sum(p, 1)
+        acc = product(p.to(v.dtype), v, None, PRECISION)
+        if REST_N > 0:
+            p2 = tl.exp2(logits2 * unit - shift[:, None])
+            row_sum += tl.sum(p2, 1)
+            acc = product(p2.to(v.dtype), v2, acc, PRECISION)
+    else:
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(0, S, BLOCK_N):
+            slot, row, key_bias, valid = slots_from(start, S, Nk, index_base, key_bias_base, key_bias_stride_n, BLOCK_N)
+            k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
+            logits = logits_of(
+                q, k, slot, key_bias, valid, q_valid, index_ptr, bias_rows, key_bias_ptr, bias_stride_s,
+                start + BLOCK_N, S, logit_scale, PRECISION, SCALE_LAST,
+            )  # fmt: skip
+            new_max = tl.maximum(row_max, tl.max(logits, 1) * unit)
+            shift = softmax_shift(new_max)
+            p = tl.exp2(logits * unit - shift[:, None])
+            rescale = tl.exp2(row_max - shift)
+            row_sum = row_sum * rescale + tl.sum(p, 1)
+            v = load_rows(v_base, row, valid, stride_vn, HEAD_DIM, BLOCK_D)
+            acc = product(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
+            row_max = new_max
 
     out = acc * reciprocal(row_sum)[:, None]
     out_base = out_ptr + b * stride_ob + j * stride_oj + h * stride_oh
     store_rows(out_base, q_row, q_valid, stride_on, out, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m, log_sum_exp(row_max, row_sum), mask=q_valid)
+    each = tl.arange(0, BLOCK_M)  # four lanes hold each row, and all would take its logarithm: let one have it
+    lse = log_sum_exp(tl.gather(row_max, each, 0), tl.gather(row_sum, each, 0))
+    tl.store(lse_ptr + (sequence.to(tl.int64) * H + h) * Nq + m, lse, mask=q_valid)
 
 
 @triton.jit
@@ -227,12 +294,12 @@ def gathered_attention_short_fwd_kernel(
     sequences: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
     logit_scale: tl.float32,  # scale times log2(e)
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr, PAIRS: tl.constexpr, SCALE_LAST: tl.constexpr,
 ):  # fmt: skip
     """One program per PAIRS pairs of sequence and head; heads, which are neighbours in memory, vary fastest."""
-    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
-    sequence = pair // H
-    live = sequence < sequences
+    pair = (tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)).to(tl.uint32)
+    sequence = pair // H.to(tl.uint32)
+    live = sequence < sequences.to(tl.uint32)
     h = (pair - sequence * H).to(tl.int64)
     b, j = sequence_of(sequence, J)
     m, slot = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[None, :]
@@ -251,16 +318,20 @@ def gathered_attention_short_fwd_kernel(
     q = load_rows(q_base, q_row, q_valid, stride_qn, HEAD_DIM, BLOCK_D)
     k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, row, valid, stride_vn, HEAD_DIM, BLOCK_D)
-    logits = product(q, tl.permute(k, 0, 2, 1), None, PRECISION) * logit_scale
-    logits = masked(logits, key_bias[:, None, :], valid[:, None, :], index_ptr, key_bias_ptr)
+    logits = product(q, tl.permute(k, 0, 2, 1), None, PRECISION)
+    unit = logit_scale if SCALE_LAST else 1.0
+    if SCALE_LAST:
+        logits = tl.where(valid[:, None, :], logits, float("-inf"))
+    else:
+        logits = masked(logits * logit_scale, key_bias[:, None, :], valid[:, None, :], index_ptr, key_bias_ptr)
     if bias_ptr is not None:
         bias_rows = bias_ptr + (b * bias_stride_b + j * bias_stride_j + h * bias_stride_h)[:, None, None]
         bias_rows += offsets(m[:, :, None], bias_stride_q)
         both = q_valid[:, :, None] & valid[:, None, :]
         logits += load_bias(bias_rows, slot[:, None, :], both, bias_stride_s)
 
-    row_max = tl.max(logits, 2)
-    p = tl.exp2(logits - softmax_shift(row_max)[:, :, None])
+    row_max = tl.max(logits, 2) * unit
+    p = tl.exp2(logits * unit - softmax_shift(row_max)[:, :, None])
     row_sum = tl.sum(p, 2)
     acc = product(p.to(v.dtype), v, None, PRECISION)
     out = acc * reciprocal(row_sum)[:, :, None]

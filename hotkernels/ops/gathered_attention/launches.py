@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...dtypes import FUSED, names
 from ...errors import fail
-from ...launcher import Launch, cdiv, launch, next_power_of_2, prepare
+from ...launcher import GPU, Launch, cdiv, gpu, launch, next_power_of_2, prepare
 from .api import MAX_HEAD_DIM, broadcastable, fits_rows, rows_of_index, token_major
 from .kernels import (
     gathered_attention_long_fwd_kernel,
@@ -40,9 +40,10 @@ class Problem:
         index: Tensor | None = None,
         bias: Tensor | None = None,
         key_bias: Tensor | None = None,
-        shared_bytes: float = math.inf,  # of a block, at most
+        *,
+        gpu: GPU,
     ) -> None:
-        self.shared_bytes = shared_bytes
+        self.gpu = gpu
         query, key, value = (with_contiguous_last(t) for t in (query, key, value))
         self.query, self.key, self.value = query, key, value
         self.index, self.bias, self.key_bias = index, bias, key_bias
@@ -166,34 +167,58 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# (float32, BLOCK_D up to) -> the largest blocks of the long kernel. None spills more than 8 bytes on sm_90 with Triton
-# 3.6 to 3.9 (tests/data/triton_resources.json): float32 of at most 32 queries does, in three quarters of the
-# instructions that twice the warps take.
-_LONG = {
-    (False, 64): Blocks(128, 64, 8, 2),
-    (False, 128): Blocks(64, 32, 4, 2),
-    (False, 256): Blocks(32, 32, 4, 1),
-    (True, 64): Blocks(64, 32, 4, 2),
-    (True, 128): Blocks(32, 32, 8, 1),
-    (True, 256): Blocks(16, 16, 8, 1),
+Table = dict[tuple[str, int], Blocks]  # (dtypes, and whether with a bias; BLOCK_D up to) -> blocks
+
+# The largest blocks of the long kernel.
+_LONG: Table = {
+    ("half", 64): Blocks(128, 64, 8, 2),
+    ("half", 128): Blocks(64, 32, 4, 2),
+    ("half", 256): Blocks(32, 32, 4, 1),
+    ("float32", 64): Blocks(64, 32, 4, 2),
+    ("float32", 128): Blocks(32, 32, 8, 1),
+    ("float32", 256): Blocks(16, 16, 8, 1),
+}
+_LONG_OF_WARP_GROUPS: Table = {
+    ("half", 128): Blocks(64, 64, 4, 2),
+    ("half", 256): Blocks(64, 32, 4, 1),
+    ("float32", 128): Blocks(64, 32, 4, 1),
 }
 SHORT = 32  # the most queries, and slots, of the short kernel
 
 # One function per kernel picks its blocks; bench/gpu_tune.py measures the alternatives.
 
 
+def blocks_of(p: Problem, table: Table, of_warp_groups: Table) -> Blocks:
+    """The first there are: for GPUs with warp groups, for all, without a bias; 32 channels may count as 64."""
+    dtype = "float32" if p.query.dtype == torch.float32 else "half"
+    kind = dtype if p.bias is None else f"{dtype} with bias"
+    places = [(of_warp_groups, kind)] if p.gpu.warp_groups else []
+    places += [(table, kind), (table, dtype)]
+    sizes = [32, 64] if p.BLOCK_D <= 32 else [p.BLOCK_D]
+    return next(where[of, size] for where, of in places for size in sizes if (of, size) in where)
+
+
 def long_blocks(p: Problem) -> Blocks:
-    """Blocks, smaller where they would be mostly padding; not chosen by batch sizes, which must not change the bits."""
+    """Blocks, smaller where they would be mostly padding; not chosen by batch sizes, which must not change the bits.
+
+    N >= S, a power of two or the sum of two, takes all slots at once, without an online softmax.
+    """
     float32 = p.query.dtype == torch.float32
-    M, N, num_warps, num_stages = _LONG[float32, max(64, p.BLOCK_D)]
+    M, N, num_warps, num_stages = blocks_of(p, _LONG, _LONG_OF_WARP_GROUPS)
     narrow_half = not float32 and p.BLOCK_D <= 64
-    if p.index is not None:  # each row has its own address: copying ahead costs more instructions than it hides
-        N, num_stages = 32 if narrow_half else N, 1
-    if p.S <= 256 and (p.S - 1) % 64 < 32:  # 81 slots are three blocks of 32 or two of 64
-        N = min(N, 32)
+    fits = narrow_half and p.bias is None and p.D % 8 == 0  # few registers are needed beside the tiles
+    if fits and p.S <= 128:
+        N = max(16, next_power_of_2(p.S + 1) // 2)
+        if N < p.S:
+            N += max(16, next_power_of_2(p.S - N))
+    else:
+        if p.index is not None:  # each row has its own address: copying ahead costs more instructions than it hides
+            N, num_stages = 32 if narrow_half else N, 1
+        if not fits and p.S <= 256 and (p.S - 1) % 64 < 32:  # 81 slots are three blocks of 32 or two of 64
+            N = min(N, 32)
     if p.S <= N:
         num_stages = 1
-    if narrow_half and N == 32 and p.bias is None:
+    if fits or (narrow_half and N == 32 and p.bias is None):
         num_warps = 4  # each of 8 would do as much work per slot, for half as many queries
     least = 2 if float32 and p.bias is None else 4
     while M > 32 and p.Nq <= M // 2:
@@ -223,8 +248,8 @@ def per_query_blocks(p: Problem) -> Blocks:
 class Forward:
     """The plan of a forward pass, made on tensors without data: arguments checked, its launch prepared."""
 
-    def __init__(self, op: str, scale: float, given: Sequence[Any], precision: str) -> None:
-        p = Problem(op, *given)
+    def __init__(self, op: str, scale: float, given: Sequence[Any], gpu: GPU, precision: str) -> None:
+        p = Problem(op, *given, gpu=gpu)
         out = p.token_major(p.query, p.Nq)
         self._launch = forward_launch(p, out, scale, precision)
         self._made = layouts((out, p.query.new_empty((*p.batch, p.H, p.Nq), dtype=torch.float32)))
@@ -240,13 +265,14 @@ class Forward:
 
 
 @functools.lru_cache(maxsize=PLANS)
-def _planned(op: str, scale: float, of: Layouts, precision: str) -> Forward:
-    return Forward(op, scale, without_data(of), precision)
+def _planned(op: str, scale: float, of: Layouts, gpu: GPU, precision: str) -> Forward:
+    return Forward(op, scale, without_data(of), gpu, precision)
 
 
 def attention_forward(op: str, scale: float, given: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """out [*batch, H, Nq, D], stored [B, Nq, (J,) H, D], and lse [*batch, H, Nq], of Problem's six tensors."""
-    return _planned(op, scale, layouts(given), dot_precision(given[0].dtype)).on(*given)
+    query = given[0]
+    return _planned(op, scale, layouts(given), gpu(query.get_device()), dot_precision(query.dtype)).on(*given)
 
 
 def layouts(tensors: Sequence[Tensor | None]) -> Layouts:
@@ -268,6 +294,8 @@ def forward_launch(p: Problem, out: Tensor, scale: float, precision: str) -> Lau
     """The launch that serves a problem."""
     numbers = {**p.numbers, **p.row_strides("stride_o", out), "logit_scale": scale * math.log2(math.e)}
     constants = {"HEAD_DIM": p.D, "BLOCK_D": p.BLOCK_D, "PRECISION": precision}
+    half, plain = p.query.dtype != torch.float32, p.bias is None and p.key_bias is None
+    constants["SCALE_LAST"] = half and plain and scale > 1e-30  # a product with which must leave -inf as it is
     if p.per_query:
         blocks = per_query_blocks(p)
         kernel, programs = gathered_attention_per_query_fwd_kernel, p.sequences * p.Nq * cdiv(p.H, blocks.M)
@@ -281,7 +309,8 @@ def forward_launch(p: Problem, out: Tensor, scale: float, precision: str) -> Lau
     else:
         blocks = long_blocks(p)
         kernel, programs = gathered_attention_long_fwd_kernel, p.sequences * p.H * cdiv(p.Nq, blocks.M)
-        constants |= {"BLOCK_M": blocks.M, "BLOCK_N": blocks.N}
+        N, once = 1 << blocks.N.bit_length() - 1, p.S <= blocks.N
+        constants |= {"BLOCK_M": blocks.M, "BLOCK_N": N, "REST_N": blocks.N - N if once else 0, "ONCE": once}
     return prepare(kernel, programs, numbers, constants, blocks.num_warps, blocks.num_stages, p.query.dtype, ROWS)
 
 

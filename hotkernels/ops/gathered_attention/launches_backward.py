@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import fail
-from ...launcher import Launch, cdiv, launch, next_power_of_2, prepare, shared_bytes
+from ...launcher import GPU, Launch, cdiv, gpu, launch, next_power_of_2, prepare
 from .api import unpack
 from .kernels_backward import (
     gathered_attention_bias_bwd_kernel,
@@ -29,6 +29,8 @@ from .launches import (
     Blocks,
     Layouts,
     Problem,
+    Table,
+    blocks_of,
     dot_precision,
     empty,
     layouts,
@@ -40,31 +42,44 @@ from .launches import (
 
 PROGRAMS = 256  # of a kernel that sums over sequences: two for each multiprocessor of an H200
 
-# At most 16 bytes of spills on sm_90 with Triton 3.6 to 3.9 (tests/data/triton_resources.json). Exceptions: float32 of
-# more than 128 channels, up to 168 bytes; and the fused kernel of 243 tokens in half types, with 39 channels up to 96
-# bytes, with 64 channels 56 bytes under 3.9.
-# (float32, BLOCK_D up to) -> blocks of the queries kernel.
-_QUERIES = {
-    (False, 64): Blocks(128, 64, 8, 2),
-    (False, 128): Blocks(64, 32, 4, 1),
-    (False, 256): Blocks(32, 64, 8, 1),
-    (True, 64): Blocks(32, 64, 8, 1),
-    (True, 128): Blocks(16, 16, 4, 1),
-    (True, 256): Blocks(16, 16, 8, 1),
+# Blocks of the queries kernel: what takes fewest instructions without spilling much (tests/triton_issue.py and
+# tests/data/triton_resources.json, with Triton 3.6 to 3.9). A bias' addresses need registers. Where four warps multiply
+# 64 rows together, as on Hopper, the rows of four warps leave them more registers than those of eight.
+_QUERIES: Table = {
+    ("half", 64): Blocks(128, 64, 8, 2),
+    ("half with bias", 64): Blocks(64, 32, 4, 1),
+    ("half", 128): Blocks(64, 32, 4, 1),
+    ("half", 256): Blocks(32, 64, 8, 1),
+    ("float32", 32): Blocks(64, 16, 4, 1),
+    ("float32", 64): Blocks(32, 64, 8, 1),
+    ("float32 with bias", 64): Blocks(32, 32, 4, 1),
+    ("float32", 128): Blocks(16, 16, 4, 1),
+    ("float32", 256): Blocks(16, 16, 8, 1),
 }
-# (float32, BLOCK_D up to) -> blocks of the keys kernel.
-_KEYS = {
-    (False, 64): Blocks(64, 128, 8, 2),
-    (False, 128): Blocks(32, 64, 8, 1),
-    (False, 256): Blocks(32, 32, 8, 1),
-    (True, 64): Blocks(64, 32, 8, 1),
-    (True, 128): Blocks(32, 16, 8, 1),
-    (True, 256): Blocks(16, 16, 8, 1),
+_QUERIES_OF_WARP_GROUPS: Table = {
+    ("half", 256): Blocks(64, 32, 4, 1),
+    ("float32", 64): Blocks(64, 32, 4, 1),
+    ("float32 with bias", 64): Blocks(64, 16, 4, 1),
+    ("float32", 128): Blocks(16, 32, 4, 1),
 }
-# float32 -> blocks of both for up to 64 channels with a bias, whose addresses need registers.
-_WITH_BIAS = {
-    False: (Blocks(64, 32, 4, 1), Blocks(32, 64, 8, 1)),
-    True: (Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1)),
+# Blocks of the keys kernel.
+_KEYS: Table = {
+    ("half", 64): Blocks(64, 128, 8, 2),
+    ("half with bias", 64): Blocks(32, 64, 8, 1),
+    ("half", 128): Blocks(32, 64, 8, 1),
+    ("half", 256): Blocks(32, 32, 8, 1),
+    ("float32", 32): Blocks(16, 64, 4, 1),
+    ("float32", 64): Blocks(64, 32, 8, 1),
+    ("float32 with bias", 64): Blocks(32, 16, 4, 1),
+    ("float32", 128): Blocks(32, 16, 8, 1),
+    ("float32", 256): Blocks(16, 16, 8, 1),
+}
+_KEYS_OF_WARP_GROUPS: Table = {
+    ("half with bias", 64): Blocks(32, 64, 4, 1),
+    ("half", 128): Blocks(32, 64, 4, 1),
+    ("half", 256): Blocks(32, 32, 4, 1),
+    ("float32", 64): Blocks(32, 64, 4, 1),
+    ("float32 with bias", 64): Blocks(16, 64, 4, 1),
 }
 # float32 -> blocks of the bias kernel, and BLOCK_C, the channels that it takes at a time.
 _BIAS = {False: (Blocks(64, 32, 8, 1), 64), True: (Blocks(16, 32, 4, 1), 16)}
@@ -72,14 +87,12 @@ _BIAS = {False: (Blocks(64, 32, 8, 1), 64), True: (Blocks(16, 32, 4, 1), 16)}
 
 def queries_blocks(p: Problem) -> Blocks:
     """Blocks of the queries kernel."""
-    float32, size = p.query.dtype == torch.float32, max(64, p.BLOCK_D)
-    return _WITH_BIAS[float32][0] if p.bias is not None and size == 64 else _QUERIES[float32, size]
+    return blocks_of(p, _QUERIES, _QUERIES_OF_WARP_GROUPS)
 
 
 def keys_blocks(p: Problem) -> Blocks:
     """Blocks of the keys kernel."""
-    float32, size = p.query.dtype == torch.float32, max(64, p.BLOCK_D)
-    return _WITH_BIAS[float32][1] if p.bias is not None and size == 64 else _KEYS[float32, size]
+    return blocks_of(p, _KEYS, _KEYS_OF_WARP_GROUPS)
 
 
 def fused_blocks(p: Problem) -> Blocks | None:
@@ -107,7 +120,7 @@ def _blocks_of_all_queries(p: Problem) -> Blocks | None:
     # With 64 columns every product is a warp group's; an index, a shared query or masked channels leave it too few
     # registers. 64 take up to 113 KB of shared memory; GPUs without warp groups may have 99: sm_86, sm_89, sm_120.
     plain = p.index is None and p.query.dim() > 3 and p.D == p.BLOCK_D
-    return Blocks(M, min(N, 64 if plain and p.shared_bytes >= 128 * 1024 else 32), 8, 1)
+    return Blocks(M, min(N, 64 if plain and p.gpu.shared_bytes >= 128 * 1024 else 32), 8, 1)
 
 
 def sequences_at_once(p: Problem, blocks: Blocks) -> int:
@@ -178,14 +191,14 @@ class Backward:
         op: str,
         wanted: Wanted,
         given: Given,
-        shared_bytes: float,  # of a block, at most
+        gpu: GPU,
         programs: int,  # about so many of a kernel that sums over sequences
         precision: str,  # of matrix products
     ) -> None:
         read = given.as_read()
         self._copies = any(a is not b for a, b in zip(given, read, strict=True))
         self.tensors: dict[str, Any] = read._asdict()
-        p = self.problem = Problem(op, read.q, read.k, read.v, read.index, read.bias, read.key_bias, shared_bytes)
+        p = self.problem = Problem(op, read.q, read.k, read.v, read.index, read.bias, read.key_bias, gpu=gpu)
         self.lse, self.packed, self.programs, self.precision = read.lse, wanted.packed, programs, precision
         self.shared_query = p.query.dim() == 3
         self._check(op)
@@ -364,14 +377,14 @@ class Backward:
 
 
 @functools.lru_cache(maxsize=PLANS)
-def _planned(op: str, wanted: Wanted, of: Layouts, shared_bytes: float, programs: int, precision: str) -> Backward:
-    return Backward(op, wanted, Given(*without_data(of)), shared_bytes, programs, precision)
+def _planned(op: str, wanted: Wanted, of: Layouts, gpu: GPU, programs: int, precision: str) -> Backward:
+    return Backward(op, wanted, Given(*without_data(of)), gpu, programs, precision)
 
 
 def attention_backward(op: str, wanted: Wanted, given: Given) -> tuple[Any, ...]:
     """RESULTS of a call."""
-    shared, precision = shared_bytes(given.q.get_device()), dot_precision(given.q.dtype)
-    return _planned(op, wanted, layouts(given), shared, PROGRAMS, precision).on(given)
+    of, precision = gpu(given.q.get_device()), dot_precision(given.q.dtype)
+    return _planned(op, wanted, layouts(given), of, PROGRAMS, precision).on(given)
 
 
 def gathered_attention_bwd(
