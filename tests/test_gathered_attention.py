@@ -244,6 +244,17 @@ def test_running_maximum(backend: str, kind: str, rising: bool) -> None:
     assert_close(ours, exact, atol=5e-4 if backend in GPU_BACKENDS else 5e-5)
 
 
+@pytest.mark.parametrize("last", [10.0, 600.0, -600.0])
+@pytest.mark.parametrize("kind", ["dense", "set"])
+def test_maximum_of_half_types(backend: str, kind: str, last: float) -> None:
+    """Up to 128 keys are taken at once, in one or two tiles; the logits rise, or fall, from 0 to the last one."""
+    query, value = torch.ones(1, 1, 40, 16, dtype=torch.float16), torch.randn(1, 1, 81, 16).half()
+    key = (torch.randn(1, 1, 81, 16) * 0.1 + torch.linspace(0, last / 4, 81)[:, None]).half()
+    index = None if kind == "dense" else torch.arange(81)[None]
+    ours = gathered_attention(query, key, value, index, return_lse=True, backend=backend)
+    assert_close(ours, attend(*upcast([query, key, value]), index), atol=2e-3)
+
+
 @each_kind
 def test_scale(backend: str, kind: str) -> None:
     args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)
