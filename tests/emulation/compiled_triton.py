@@ -53,7 +53,7 @@ def run(module: str, kernel: str, parameters: bytes, blocks: int, threads: int, 
 
 @functools.cache
 def _library(module: str) -> ctypes.CDLL:
-    machine = (HERE / "ptx_machine.h").read_text()
+    machine = "".join(path.read_text() for path in sorted(HERE.glob("ptx_*.h")))
     stem = BUILD / hashlib.sha256((ptx.translate(module) + machine).encode()).hexdigest()[:32]
     library = stem.with_suffix(".so")
     if not library.exists():

@@ -1,4 +1,4 @@
-// Memory and launches of ptx_machine.h.
+// Memory, as of ptx_memory.h, and launches of PTX.
 #include "ptx_machine.h"
 
 namespace ptx {
