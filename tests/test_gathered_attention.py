@@ -255,6 +255,15 @@ def test_maximum_of_half_types(backend: str, kind: str, last: float) -> None:
     assert_close(ours, attend(*upcast([query, key, value]), index), atol=2e-3)
 
 
+@pytest.mark.parametrize("Nk", [17, 81, 300])
+def test_logits_beyond_the_integers_of_float32(backend: str, Nk: int) -> None:
+    """All are 1.4e11, near which float32 knows numbers to 16384 (github.com/pytorch/pytorch/issues/121558)."""
+    query, key = (torch.full((1, 1, N, 64), 133120.0, dtype=torch.bfloat16) for N in (17, Nk))
+    value = torch.randn(1, 1, Nk, 64).bfloat16()
+    out = gathered_attention(query, key, value, backend=backend)
+    assert_close((out,), (value.double().mean(-2, keepdim=True).expand(out.shape),), atol=2e-3)
+
+
 @each_kind
 def test_scale(backend: str, kind: str) -> None:
     args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)

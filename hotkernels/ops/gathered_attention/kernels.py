@@ -163,17 +163,15 @@ def slots_from(start, S, Nk, index_base, key_bias_base, key_bias_stride_n, BLOCK
 @triton.jit
 def logits_of(
     q, k, slot, key_bias, valid, q_valid, index_ptr, bias_rows, key_bias_ptr, bias_stride_s, end, S, logit_scale,
-    PRECISION: tl.constexpr, SCALE_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N] of the slots before `end`, -inf where not attended to.
 
-    If SCALE_LAST they are not scaled yet: exp2 takes logits * logit_scale - shift, one operation, rounded once. In turn
-    it may overflow from logits of 2^32 on, whose largest, the shift, is rounded by up to 256.
+    Scaled here and not within exp2(logits * scale - shift), one operation less: from 2^32 on the shift is rounded by so
+    much that this would overflow, as it did in FlashAttention (github.com/pytorch/pytorch/issues/121558).
     """
-    logits = product(q, tl.trans(k), None, PRECISION)
-    if not SCALE_LAST:
-        logits *= logit_scale
-    if index_ptr is None and key_bias_ptr is None and (SCALE_LAST or q.shape[1] <= 64):
+    logits = product(q, tl.trans(k), None, PRECISION) * logit_scale
+    if index_ptr is None and key_bias_ptr is None and (q.dtype != tl.float32 or q.shape[1] <= 64):
         if end > S:  # only then are slots absent; float32 of more channels has no registers for a branch
             logits = tl.where(valid[None, :], logits, float("-inf"))
     else:
@@ -197,7 +195,7 @@ def gathered_attention_long_fwd_kernel(
     J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
     logit_scale: tl.float32,  # scale times log2(e)
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    REST_N: tl.constexpr, PRECISION: tl.constexpr, ONCE: tl.constexpr, SCALE_LAST: tl.constexpr,
+    REST_N: tl.constexpr, PRECISION: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """One program per (sequence, block of queries, head); heads, which are neighbours in memory, vary fastest.
 
@@ -222,7 +220,6 @@ def gathered_attention_long_fwd_kernel(
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
     q = load_rows(q_base, q_row, q_valid, stride_qn, HEAD_DIM, BLOCK_D)
 
-    unit = logit_scale if SCALE_LAST else 1.0
     if ONCE:
         slot, row, key_bias, valid = slots_from(0, S, Nk, index_base, key_bias_base, key_bias_stride_n, BLOCK_N)
         k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
@@ -235,22 +232,21 @@ def gathered_attention_long_fwd_kernel(
             v2 = load_rows(v_base, row2, valid2, stride_vn, HEAD_DIM, BLOCK_D)
         logits = logits_of(
             q, k, slot, key_bias, valid, q_valid, index_ptr, bias_rows, key_bias_ptr, bias_stride_s, BLOCK_N, S,
-            logit_scale, PRECISION, SCALE_LAST,
+            logit_scale, PRECISION,
         )  # fmt: skip
         row_max = tl.max(logits, 1)
         if REST_N > 0:
             logits2 = logits_of(
                 q, k2, slot2, key_bias2, valid2, q_valid, index_ptr, bias_rows, key_bias_ptr, bias_stride_s,
-                BLOCK_N + REST_N, S, logit_scale, PRECISION, SCALE_LAST,
+                BLOCK_N + REST_N, S, logit_scale, PRECISION,
             )  # fmt: skip
             row_max = tl.maximum(row_max, tl.max(logits2, 1))
-        row_max *= unit
         shift = softmax_shift(row_max)
-        p = tl.exp2(logits * unit - shift[:, None])
+        p = tl.exp2(logits - shift[:, None])
         row_sum = tl.sum(p, 1)
         acc = product(p.to(v.dtype), v, None, PRECISION)
         if REST_N > 0:
-            p2 = tl.exp2(logits2 * unit - shift[:, None])
+            p2 = tl.exp2(logits2 - shift[:, None])
             row_sum += tl.sum(p2, 1)
             acc = product(p2.to(v.dtype), v2, acc, PRECISION)
     else:
@@ -262,11 +258,11 @@ def gathered_attention_long_fwd_kernel(
             k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
             logits = logits_of(
                 q, k, slot, key_bias, valid, q_valid, index_ptr, bias_rows, key_bias_ptr, bias_stride_s,
-                start + BLOCK_N, S, logit_scale, PRECISION, SCALE_LAST,
+                start + BLOCK_N, S, logit_scale, PRECISION,
             )  # fmt: skip
-            new_max = tl.maximum(row_max, tl.max(logits, 1) * unit)
+            new_max = tl.maximum(row_max, tl.max(logits, 1))
             shift = softmax_shift(new_max)
-            p = tl.exp2(logits * unit - shift[:, None])
+            p = tl.exp2(logits - shift[:, None])
             rescale = tl.exp2(row_max - shift)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             v = load_rows(v_base, row, valid, stride_vn, HEAD_DIM, BLOCK_D)
@@ -294,7 +290,7 @@ def gathered_attention_short_fwd_kernel(
     sequences: tl.int32, J: tl.int32, H: tl.int32, Nq: tl.int32, Nk: tl.int32, S: tl.int32,
     logit_scale: tl.float32,  # scale times log2(e)
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, PAIRS: tl.constexpr, SCALE_LAST: tl.constexpr,
+    PRECISION: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One program per PAIRS pairs of sequence and head; heads, which are neighbours in memory, vary fastest."""
     pair = (tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)).to(tl.uint32)
@@ -318,20 +314,16 @@ def gathered_attention_short_fwd_kernel(
     q = load_rows(q_base, q_row, q_valid, stride_qn, HEAD_DIM, BLOCK_D)
     k = load_rows(k_base, row, valid, stride_kn, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, row, valid, stride_vn, HEAD_DIM, BLOCK_D)
-    logits = product(q, tl.permute(k, 0, 2, 1), None, PRECISION)
-    unit = logit_scale if SCALE_LAST else 1.0
-    if SCALE_LAST:
-        logits = tl.where(valid[:, None, :], logits, float("-inf"))
-    else:
-        logits = masked(logits * logit_scale, key_bias[:, None, :], valid[:, None, :], index_ptr, key_bias_ptr)
+    logits = product(q, tl.permute(k, 0, 2, 1), None, PRECISION) * logit_scale
+    logits = masked(logits, key_bias[:, None, :], valid[:, None, :], index_ptr, key_bias_ptr)
     if bias_ptr is not None:
         bias_rows = bias_ptr + (b * bias_stride_b + j * bias_stride_j + h * bias_stride_h)[:, None, None]
         bias_rows += offsets(m[:, :, None], bias_stride_q)
         both = q_valid[:, :, None] & valid[:, None, :]
         logits += load_bias(bias_rows, slot[:, None, :], both, bias_stride_s)
 
-    row_max = tl.max(logits, 2) * unit
-    p = tl.exp2(logits * unit - softmax_shift(row_max)[:, :, None])
+    row_max = tl.max(logits, 2)
+    p = tl.exp2(logits - softmax_shift(row_max)[:, :, None])
     row_sum = tl.sum(p, 2)
     acc = product(p.to(v.dtype), v, None, PRECISION)
     out = acc * reciprocal(row_sum)[:, :, None]

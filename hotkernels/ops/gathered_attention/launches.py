@@ -294,8 +294,6 @@ def forward_launch(p: Problem, out: Tensor, scale: float, precision: str) -> Lau
     """The launch that serves a problem."""
     numbers = {**p.numbers, **p.row_strides("stride_o", out), "logit_scale": scale * math.log2(math.e)}
     constants = {"HEAD_DIM": p.D, "BLOCK_D": p.BLOCK_D, "PRECISION": precision}
-    half, plain = p.query.dtype != torch.float32, p.bias is None and p.key_bias is None
-    constants["SCALE_LAST"] = half and plain and scale > 1e-30  # a product with which must leave -inf as it is
     if p.per_query:
         blocks = per_query_blocks(p)
         kernel, programs = gathered_attention_per_query_fwd_kernel, p.sequences * p.Nq * cdiv(p.H, blocks.M)
