@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -78,6 +79,23 @@ def test_loops_run_as_often_as_their_blocks_say() -> None:
     forward, *backward = zip(*map(instructions, (243, 259, 307)), strict=True)  # 8, 9 and 10 blocks of 32
     assert 0 < forward[2] - forward[1] == forward[1] - forward[0]
     assert len(backward) == 2
+
+
+def test_no_compiler_fuses_the_scale_with_the_subtraction_of_the_maximum() -> None:
+    """In one FFMA, exp2 would overflow: test_logits_beyond_the_integers_of_float32, which sees what LLVM does only."""
+    forward = {name: job for name, job in triton_resources.jobs_on(triton_issue.TARGET).items() if "fwd" in name}
+    for name, launch in forward.items():
+        made_by: dict[str, str] = {}  # register -> the instruction that wrote it
+        exponents = []
+        for instruction in triton_issue.machine_code(launch)[0]:
+            operation, *registers = re.findall(r"[A-Z][\w.]*", re.sub(r"^@!?\w+ ", "", instruction))
+            if operation == "MUFU.EX2":
+                exponents.append(made_by[registers[-1]])
+            if registers:
+                made_by[registers[0]] = operation
+        assert exponents
+        assert set(exponents) == {"FADD"}, name
+    assert len(forward) > 20
 
 
 def test_blocks_are_planned_for_each_gpu() -> None:

@@ -22,8 +22,10 @@ ISSUED_PER_US = 132 * 4 * 1755  # by all schedulers
 TARGET = GENERATIONS["sm_90"]
 
 
-def machine_code(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
+def machine_code(launch: Recorded) -> tuple[list[str], list[tuple[int, int]]]:
     """A kernel's instructions, and its branches as (from, to): places in the list."""
+    source, options = launch.variant.source()
+    cubin = triton.compile(source, target=TARGET, options=options).asm["cubin"]
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -76,10 +78,7 @@ def executed(code: list[str], branches: list[tuple[int, int]], runs: list[int]) 
 
 def issue(launch: Recorded) -> dict[str, float]:
     """Microseconds, and what they come from."""
-    source, options = launch.variant.source()
-    compiled = triton.compile(source, target=TARGET, options=options)
-    code, branches = machine_code(compiled.asm["cubin"])
-    warp = executed(code, branches, trips(launch.job))
+    warp = executed(*machine_code(launch), trips(launch.job))
     programs, warps = launch.job.programs, launch.job.num_warps
     return {"us": programs * warps * warp / ISSUED_PER_US, "programs": programs, "warps": warps, "instructions": warp}
 
