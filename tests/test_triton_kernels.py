@@ -108,6 +108,27 @@ def test_blocks_are_planned_for_each_gpu() -> None:
     assert blocks == {"sm_80": (256, 64), "sm_89": (256, 32), "sm_90": (256, 64)}
 
 
+@pytest.mark.parametrize(
+    ("generation", "D", "dtype", "added", "queries", "keys"),
+    [
+        ("sm_80", 32, torch.float32, False, (64, 16, 4), (16, 64, 4)),
+        ("sm_80", 64, torch.float32, False, (32, 64, 8), (64, 32, 8)),
+        ("sm_90", 32, torch.float32, False, (64, 32, 4), (32, 64, 4)),  # 32 channels as 64
+        ("sm_90", 64, torch.float32, True, (64, 16, 4), (16, 64, 4)),
+        ("sm_90", 64, torch.bfloat16, False, (128, 64, 8), (64, 128, 8)),  # as everywhere
+        ("sm_90", 128, torch.bfloat16, False, (64, 32, 4), (32, 64, 4)),
+        ("sm_90", 128, torch.bfloat16, True, (64, 32, 4), (32, 64, 8)),  # a bias has no room in the one above
+    ],
+)
+def test_blocks_are_the_nearest_in_their_tables(
+    generation: str, D: int, dtype: torch.dtype, added: bool, queries: tuple[int, ...], keys: tuple[int, ...]
+) -> None:
+    with triton_resources.recorded(triton_resources.GENERATIONS[generation]) as launches:
+        triton_resources.attend((4,), 2, 300, 300, D, dtype, added=added)
+    made = [(*launch.job.constants[2:4], launch.job.num_warps) for launch in launches]
+    assert made[1:3] == [queries, keys]
+
+
 @pytest.mark.parametrize("arg", ["query", "key", "index"])
 def test_what_kernels_count_in_32_bits_is_less_than_they_hold(arg: str) -> None:
     most = 2**31 - 4097

@@ -42,9 +42,7 @@ from .launches import (
 
 PROGRAMS = 256  # of a kernel that sums over sequences: two for each multiprocessor of an H200
 
-# Blocks of the queries kernel: what takes fewest instructions without spilling much (tests/triton_issue.py and
-# tests/data/triton_resources.json, with Triton 3.6 to 3.9). A bias' addresses need registers. Where four warps multiply
-# 64 rows together, as on Hopper, the rows of four warps leave them more registers than those of eight.
+# Blocks of the queries kernel, chosen as the forward kernels' are. A bias' addresses need registers.
 _QUERIES: Table = {
     ("half", 64): Blocks(128, 64, 8, 2),
     ("half with bias", 64): Blocks(64, 32, 4, 1),
