@@ -170,7 +170,7 @@ class Blocks(NamedTuple):
 Table = dict[tuple[str, int], Blocks]  # (dtypes, and whether with a bias; BLOCK_D up to) -> blocks
 
 # Blocks are those that take fewest instructions without spilling much, under Triton 3.6 to 3.9 (tests/triton_issue.py,
-# tests/data/triton_resources.json). Hopper, where a group of four warps multiplies 64 rows together, has some of its own.
+# tests/data/triton_resources.json). Hopper, where four warps multiply 64 rows together, has some of its own.
 # The largest blocks of the long kernel:
 _LONG: Table = {
     ("half", 64): Blocks(128, 64, 8, 2),
