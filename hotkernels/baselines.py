@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 
 @torch.no_grad()
@@ -176,3 +177,88 @@ class TokenRecoveryEager(nn.Module):
         x = x.transpose(1, 2).flatten(0, 1)
         token = self.x_token.expand(B * J, -1, -1)
         return (token + self.cross_attention(token, x, x)).unflatten(0, (B, J)).transpose(1, 2)
+
+
+class BiLevelRoutingAttentionEager(nn.Module):
+    """BiFormer's, without its options; arguments and state_dict keys as hotkernels.nn.BiLevelRoutingAttention."""
+
+    class Projection(nn.Module):
+        """One projection, split into queries and what belongs to keys."""
+
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.dim = dim
+            self.qkv = nn.Linear(dim, 3 * dim)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            """Query [..., C], and keys and values [..., 2 * C]."""
+            return self.qkv(x).split([self.dim, 2 * self.dim], -1)
+
+    class Router(nn.Module):
+        """The `topk` regions that are most like each, and their share."""
+
+        def __init__(self, dim: int, topk: int, scale: float) -> None:
+            super().__init__()
+            self.topk, self.scale = topk, scale
+            self.emb, self.routing_act = nn.Identity(), nn.Softmax(-1)
+
+        def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+            """Shares and regions [B, P, topk], of mean queries and keys [B, P, C]."""
+            query, key = self.emb(query.detach()), self.emb(key.detach())
+            logits, routes = (query * self.scale @ key.transpose(-2, -1)).topk(self.topk, -1)
+            return self.routing_act(logits), routes
+
+    class Gather(nn.Module):
+        """Copies what each region attends to."""
+
+        def __init__(self, mul_weight: str = "none") -> None:
+            super().__init__()
+            self.mul_weight = mul_weight
+
+        def forward(self, r_idx: Tensor, r_weight: Tensor, kv: Tensor) -> Tensor:
+            """Keys and values [B, P, topk, R, 2 * C] of the regions r_idx [B, P, topk], of kv [B, P, R, 2 * C]."""
+            P, R, C = kv.shape[1:]
+            chosen = kv[:, None].expand(-1, P, -1, -1, -1).gather(2, r_idx[..., None, None].expand(-1, -1, -1, R, C))
+            return chosen * r_weight[..., None, None] if self.mul_weight == "soft" else chosen
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        n_win: int = 7,
+        qk_scale: float | None = None,
+        topk: int = 4,
+        soft_routing: bool = False,
+        side_dwconv: int = 3,
+        auto_pad: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dim, self.qk_dim, self.num_heads, self.n_win, self.topk = dim, dim, num_heads, n_win, topk
+        self.scale = qk_scale or dim**-0.5
+        self.lepe = nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim)
+        self.router = self.Router(dim, topk, self.scale)
+        self.kv_gather = self.Gather("soft" if soft_routing else "none")
+        self.qkv = self.Projection(dim)
+        self.wo = nn.Linear(dim, dim)
+        self.kv_down = nn.Identity()
+        self.attn_act = nn.Softmax(-1)
+        self.auto_pad = auto_pad
+
+    def forward(self, x: Tensor, ret_attn_mask: bool = False) -> Tensor:
+        """Attend between the regions of x [B, height, width, C]."""
+        n, (_, height, width, C) = self.n_win, x.shape
+        if self.auto_pad:
+            x = F.pad(x, (0, 0, 0, (n - width % n) % n, 0, (n - height % n) % n))
+        B, H, W, _ = x.shape
+        h, w = H // n, W // n
+        query, kv = self.qkv(x.view(B, n, h, n, w, C).transpose(2, 3).reshape(B, n * n, h, w, C))
+        pooled = self.kv_down(kv.flatten(0, 1).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2).unflatten(0, (B, n * n))
+        values = kv[..., C:].unflatten(1, (n, n)).transpose(2, 3).reshape(B, H, W, C)
+        lepe = self.lepe(values.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
+        weight, routes = self.router(query.mean([2, 3]), kv[..., :C].mean([2, 3]))
+        chosen = self.kv_gather(r_idx=routes, r_weight=weight, kv=pooled)
+        key, value = chosen.reshape(B * n * n, -1, 2, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        query = query.reshape(B * n * n, h * w, self.num_heads, -1).transpose(1, 2)
+        out = self.attn_act(query * self.scale @ key.transpose(-2, -1)) @ value
+        out = out.transpose(1, 2).reshape(B, n, n, h, w, C).transpose(2, 3).reshape(B, H, W, C)
+        return self.wo(out + lepe)[:, :height, :width].contiguous()

@@ -257,7 +257,9 @@ AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_
     check_tensor(*grad_lse, problem.key, op, "grad_lse", compute, problem.per_head({p.Nq}));
     p.grad_lse = grad_lse->const_data_ptr();
   }
-  if (args.index) problem.take_inverse(*args.index, start, slots, op);
+  const bool by_slot = args.index && !p.index_per_query && !start && !slots;
+  HK_CHECK(!by_slot || !need_key_bias, op, "start and slots", "given where key_bias needs a gradient", "none");
+  if (args.index && !by_slot) problem.take_inverse(*args.index, start, slots, op);
 
   const Tensor& like = problem.query;
   const bool shared_query = like.dim() == 3;
@@ -271,8 +273,9 @@ AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_
     p.grad_key = problem.packed_view(*packed, 1), p.grad_value = problem.packed_view(*packed, 2);
   } else {
     if (!shared_query) grads.query = problem.token_major(like, p.Nq), p.grad_query = problem.view(grads.query);
-    grads.key = problem.token_major(problem.key, p.Nk), p.grad_key = problem.view(grads.key);
-    grads.value = problem.token_major(problem.value, p.Nk), p.grad_value = problem.view(grads.value);
+    const int64_t rows = by_slot ? p.S : p.Nk;
+    grads.key = problem.token_major(problem.key, rows), p.grad_key = problem.view(grads.key);
+    grads.value = problem.token_major(problem.value, rows), p.grad_value = problem.view(grads.value);
   }
   if (shared_query || sum_bias) p.parts = std::min(kParts, std::max<int64_t>(p.B * p.J, 1));
   Tensor query_parts = zeros({shared_query ? p.parts : 0, p.H, p.Nq, p.D});

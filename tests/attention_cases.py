@@ -123,6 +123,13 @@ def _for_all_samples(name: str) -> Make:
     return make
 
 
+def _keys_of_all_samples(dtype: torch.dtype, B: int, J: tuple[int, ...], Nq: int, **options: Any) -> Args:
+    """A set per sample of keys that are there once for all samples."""
+    query, key, value = (torch.randn(b, *j, 2, N, 16) for b, j, N in ((B, J, Nq), (1, J, 40), (1, (1,) * len(J), 40)))
+    tokens = {name: t.to(dtype) for name, t in (("query", query), ("key", key), ("value", value))}
+    return {**tokens, "index": random_slots((B, 11), 40), **options}
+
+
 def _stride_zero(kind: str) -> Make:
     def make(dtype: torch.dtype) -> Args:
         return {
@@ -153,6 +160,9 @@ def _gathered_raw(args: Args) -> list[tuple[str, tuple]]:
         for grad_lse, need in ((None, False), (torch.randn_like(lse), True)):
             backward = (q, k, v, out, lse, index, *inverse, b, args["key_bias"], 0.3, need, need)
             calls.append(("gathered_attention_bwd", (torch.randn_like(out), grad_lse, *backward)))
+        if kind == "set":
+            backward = (q, k, v, out, lse, index, None, None, b, args["key_bias"], 0.3, True, False)
+            calls.append(("gathered_attention_bwd", (torch.randn_like(out), None, *backward)))
     q, k, v = torch.randn(3, 2, 2, 5, 8).half().unbind(0)
     b = torch.randn(1, 2, 5, 5)
     out, lse = torch.ops.hotkernels.gathered_attention_fwd(q, k, v, None, b, None, 0.3)
@@ -250,6 +260,7 @@ def _gathered_bad_raw() -> list[BadRaw]:
         Bad("grad_lse", lambda a: {"grad_lse": a["grad_lse"][:1]}),
         Bad("grad_lse", lambda a: {"grad_lse": torch.cat([a["grad_lse"]] * 2)}),
         Bad("grad_lse", lambda a: {"grad_lse": a["grad_lse"].double()}),
+        Bad("start and slots", lambda a: {"index": a["index"][:, 0, 0, 0].clone(), "start": None, "slots": None}),
         Bad("query", lambda a: {"query": a["query"][0, 0]}),  # shared, where the index is per query
         Bad("index", lambda a: {"index": torch.full_like(a["index"], 9)}, expected="-1 or in [0, 9)", got="9"),
     ]
@@ -353,6 +364,13 @@ OPS.append(
             "frames of joints": _along_frames,
             "batch dims of size 1": _broadcast,
             **{f"a {name} for all samples": _for_all_samples(name) for name in ("key", "value")},
+            "keys of all samples": lambda dtype: _keys_of_all_samples(
+                dtype, 5, (), 17, bias=torch.randn(1, 2, 17, 11).to(dtype)
+            ),
+            "keys of all samples, two batch dims": lambda dtype: _keys_of_all_samples(dtype, 3, (2,), 9),
+            "keys of all samples and many queries": lambda dtype: _keys_of_all_samples(
+                dtype, 2, (), 300, key_bias=torch.randn(2, 40).to(dtype)
+            ),
             **{f"stride 0, {kind}": _stride_zero(kind) for kind in KINDS},
             "nothing to attend to": _attention((2,), 2, 5, 9, 16, "set", 4, absent=1.0, bias=(5, 4), key_bias=(2,)),
             "nothing, per query": _attention((2,), 2, 5, 9, 16, "query", 4, absent=1.0, bias=(5, 4), key_bias=(2,)),

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hotkernels.baselines import AttentionEager, CrossAttentionEager
+from hotkernels.baselines import AttentionEager, BiLevelRoutingAttentionEager, CrossAttentionEager
 from hotkernels.models.eager import (
     DropPath,
     HoTMixSTEEager,
@@ -329,6 +329,41 @@ class ViT(nn.Module):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+class NarrowProjection(BiLevelRoutingAttentionEager.Projection):
+    """Queries and keys of half the channels."""
+
+    def __init__(self) -> None:
+        super().__init__(32)
+        self.dim, self.qkv = 16, nn.Linear(32, 64)
+
+
+class BiFormerBlock(nn.Module):
+    def __init__(self, dim: int, topk: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = layer_norm(dim), BiLevelRoutingAttentionEager(dim, dim // 16, 3, topk=topk)
+        self.norm2, self.mlp = layer_norm(dim), nn.Sequential(nn.Linear(dim, 48), nn.GELU(), nn.Linear(48, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        x = x + self.attn(self.norm1(x))
+        return (x + self.mlp(self.norm2(x))).permute(0, 3, 1, 2)
+
+
+class BiFormer(nn.Module):
+    """Two stages, with regions of 16 and of 4 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downsample_layers = nn.ModuleList([nn.Conv2d(3, 32, 4, 4), nn.Conv2d(32, 64, 2, 2)])
+        self.stages = nn.ModuleList([BiFormerBlock(32, 2), BiFormerBlock(64, 5)])
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(downsample(x))
+        return self.head(x.flatten(2).mean(-1))
 
 
 class TimmMlp(nn.Module):

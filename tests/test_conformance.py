@@ -25,6 +25,7 @@ import hotkernels
 from hotkernels.backends import LIBRARIES, why_not
 from hotkernels.backends import OPS as KERNELS
 from hotkernels.bench.workloads import rounding_floor
+from hotkernels.ops.gather_tokens.reference import gather_tokens_bwd_reference
 from hotkernels.ops.invert_index.reference import invert_index_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -329,8 +330,9 @@ def test_an_index_out_of_range_is_never_read(
     grad_out = random_like(op.function(**absent, backend=backend))
     with monkeypatch.context() as gpu:
         gpu.setattr("hotkernels.errors.can_look", lambda values: False)
-        if EMULATED == "triton":  # whose backward would find the C++ kernel, which looks
+        if EMULATED == "triton":  # whose backward would find the C++ kernels, which look
             gpu.setattr(torch.ops.hotkernels, "invert_index", invert_index_reference)
+            gpu.setattr(torch.ops.hotkernels, "gather_tokens_bwd", gather_tokens_bwd_reference)
         # PyTorch's own sums have no order.
         assert_same(answers(op, backend, args, grad_out), answers(op, backend, absent, grad_out), backend != "torch")
     with hotkernels.checked(), pytest.raises(ValueError, match=rf"^{op.name}: {name} must be -1 or in \[0, {N}\)"):

@@ -558,6 +558,18 @@ def test_no_matrix_of_logits_is_kept(backend: str, kind: str) -> None:
     assert sum(t.numel() for t in saved) < 40_000
 
 
+@only_cpp
+def test_keys_of_all_samples_are_not_written_for_each(backend: str) -> None:
+    """Backward takes memory for the slots of all samples, not for all keys of all samples."""
+    query = torch.randn(64, 2, 4, 16)
+    key, value = (torch.randn(1, 2, 4096, 16, requires_grad=True) for _ in range(2))
+    out = gathered_attention(query, key, value, torch.randint(-1, 4096, (64, 9)), backend=backend)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.autograd.grad(out, (key, value), torch.ones_like(out))
+    asked = sum(max(e.self_cpu_memory_usage, 0) for e in profile.events())
+    assert asked <= 3 * (key.numel() + value.numel()) * 4  # once for each sample, 32 times that
+
+
 def test_autocast_names_the_dtype_that_was_given() -> None:
     query, key, value = heads(1)
     error = r"^gathered_attention: key must be a tensor of float64, got float32$"

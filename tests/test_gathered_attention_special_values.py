@@ -216,6 +216,17 @@ def test_samples_that_share_keys_and_mask_different_ones(backend: str, Nq: int, 
     assert whole[:, 0].isfinite().all()
 
 
+@pytest.mark.parametrize("Nq", [5, 300])
+def test_a_mask_of_keys_of_all_samples(backend: str, Nq: int) -> None:
+    """A mask needs no gradient: with one, backward takes another way."""
+    args = [torch.randn(B, 2, N, 16) for B, N in ((3, Nq), (1, 40), (1, 40))]
+    index, key_bias = torch.randint(-1, 40, (3, 23)), torch.zeros(3, 40)
+    key_bias[torch.rand(3, 40) < 0.3] = -torch.inf
+    ours = gradients(lambda *args: gathered_attention(*args, index, key_bias=key_bias, backend=backend), *args)
+    truth = gradients(lambda *args: attend(*args, index, key_bias=key_bias.double())[0], *upcast(args))
+    assert_close(ours, truth, 2e-5)
+
+
 @each_kind
 def test_large_logits(backend: str, kind: str) -> None:
     """Far beyond what exp can take."""

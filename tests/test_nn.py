@@ -14,8 +14,13 @@ from torch import Tensor, nn
 
 import hotkernels
 from hotkernels import gather_tokens
-from hotkernels.baselines import AttentionEager, CrossAttentionEager, TokenRecoveryEager
-from hotkernels.nn import Attention, CrossAttention, TokenPruning, TokenRecovery
+from hotkernels.baselines import (
+    AttentionEager,
+    BiLevelRoutingAttentionEager,
+    CrossAttentionEager,
+    TokenRecoveryEager,
+)
+from hotkernels.nn import Attention, BiLevelRoutingAttention, CrossAttention, TokenPruning, TokenRecovery
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -197,6 +202,31 @@ def test_token_recovery(options: dict[str, Any], B: int, M: int, J: int, L: int)
 
 
 # ---- half types ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 6, 6, 32), {}),  # regions of 4 tokens: an index per query
+        ((3, 9, 12, 32), {"topk": 1, "qk_scale": 0.4}),
+        ((1, 24, 15, 32), {"topk": 9, "side_dwconv": 5}),  # all regions
+        ((2, 10, 7, 32), {"auto_pad": True}),
+        ((2, 1, 1, 32), {"auto_pad": True, "topk": 2}),
+    ],
+    ids=str,
+)
+def test_attention_between_regions(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    eager = BiLevelRoutingAttentionEager
+    ours, eager = pair(BiLevelRoutingAttention, eager, 32, num_heads=2, n_win=3, **options)
+    assert_as_published(ours, eager, lambda m, x: m(x), [torch.randn(shape)])
+
+
+def test_regions_compile_and_export() -> None:
+    ours, x = BiLevelRoutingAttention(32, 2, 3, side_dwconv=0), torch.randn(2, 9, 12, 32)
+    expected = ours(x)
+    torch.testing.assert_close(torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)(x), expected)
+    torch.testing.assert_close(torch.export.export(ours, (x,)).module()(x), expected)
+    assert ours(x[:0]).shape == (0, 9, 12, 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -564,6 +594,31 @@ def test_what_a_hook_sees_is_not_overwritten() -> None:
         (
             lambda: CrossAttention(16)(*[torch.zeros(2, 5, 16)] * 2, torch.zeros(2, 4, 16)),
             r"^CrossAttention: x_3 must be \[2, 5, C\] as x_2, got \[2, 4, 16\]$",
+        ),
+        *[
+            (lambda given=given: BiLevelRoutingAttention(32, **given), rf"^BiLevelRoutingAttention: {message}$")
+            for given, message in (
+                ({"num_heads": 5}, "dim must be a multiple of num_heads = 5, got 32"),
+                ({"n_win": 0}, "n_win must be at least 1, got 0"),
+                ({"topk": 50}, r"topk must be in \[1, 49\], got 50"),
+                ({"side_dwconv": 4}, "side_dwconv must be 0 or odd, got 4"),
+                ({"qk_dim": 16}, "qk_dim must be 32, got 16"),
+                ({"kv_downsample_mode": "maxpool"}, "kv_downsample_mode must be 'identity', got 'maxpool'"),
+                ({"param_attention": "qkv"}, "param_attention must be 'qkvo', got 'qkv'"),
+                ({"soft_routing": True}, "soft_routing must be False, got True"),
+            )
+        ],
+        (
+            lambda: BiLevelRoutingAttention(32)(torch.zeros(2, 14, 14, 16)),
+            r"^BiLevelRoutingAttention: x must be \[B, height, width, C = 32\], got \[2, 14, 14, 16\]$",
+        ),
+        (
+            lambda: BiLevelRoutingAttention(32)(torch.zeros(2, 14, 13, 32)),
+            r"^BiLevelRoutingAttention: x must be .+ that n_win = 7 divides \(or with auto_pad\), got \[2, 14, 13, 32",
+        ),
+        (
+            lambda: BiLevelRoutingAttention(32, auto_pad=True)(torch.zeros(2, 14, 0, 32)),
+            r"^BiLevelRoutingAttention: x must be of a height and a width .+, got \[2, 14, 0, 32\]$",
         ),
         (lambda: TokenPruning(16, 3)(torch.zeros(2, 5, 16)), r"^TokenPruning: x must be \[.+, got \[2, 5, 16\]$"),
         (lambda: TokenRecovery(16, 9)(torch.zeros(2, 5, 16)), r"^TokenRecovery: x must be \[.+, got \[2, 5, 16\]$"),

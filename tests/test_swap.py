@@ -20,7 +20,7 @@ from published_tcformer import GridAttention, TCFormer
 from torch import Tensor, nn
 
 import hotkernels
-from hotkernels.baselines import AttentionEager, CrossAttentionEager
+from hotkernels.baselines import AttentionEager, BiLevelRoutingAttentionEager, CrossAttentionEager
 from hotkernels.compat import hot
 from hotkernels.models import eager
 from hotkernels.models.eager import cluster_dpc_knn
@@ -35,6 +35,7 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "TPC-MHFormer": (lambda: published.MHFormer(k=5), (2, 27, 4, 2)),
     "TCFormer": (TCFormer, (2, 3, 32, 32)),
     "ViT": (ViT, (2, 3, 16, 16)),
+    "BiFormer": (published.BiFormer, (2, 3, 48, 48)),
 }
 
 
@@ -104,17 +105,18 @@ REPORTS = {
     "TPC-MHFormer": {"encoder_1.attn", "SHR_blocks.0.attn_3", "CHI_blocks.0.attn_1", ""},
     "TCFormer": {"block1.0.attn", "block1.1.attn", "block2.0.attn", "block3.1.attn", "ctm1", "ctm2"},
     "ViT": {"blocks.0.attn", "blocks.1.attn"},
+    "BiFormer": {"stages.0.attn", "stages.1.attn"},
 }
 
 
 @each_model
 def test_report(name: str) -> None:
     model, x = made(name)
-    attentions = {
-        n for n, m in model.named_modules() if isinstance(m, (AttentionEager, VisionAttention, GridAttention))
-    }
+    kinds = (AttentionEager, VisionAttention, GridAttention, BiLevelRoutingAttentionEager)
+    attentions = {n for n, m in model.named_modules() if isinstance(m, kinds)}
     crossed = {n for n, m in model.named_modules() if isinstance(m, CrossAttentionEager)}
-    mlps = {n for n, m in model.named_modules() if isinstance(m, eager.Mlp) and _HAS_ONEDNN}
+    kinds = (eager.Mlp, *((nn.Sequential,) if name == "BiFormer" else ()))
+    mlps = {n for n, m in model.named_modules() if isinstance(m, kinds) and _HAS_ONEDNN}
     report = hotkernels.swap(model, example_inputs=x)
     assert swapped_modules(model) >= REPORTS[name]
     assert {path for path, _ in report.replaced if not path.startswith("ctm")} == attentions | crossed | mlps

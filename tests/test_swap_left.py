@@ -18,7 +18,7 @@ from published_tcformer import GridAttention, KeyValueAttention, TCAttention
 from torch import Tensor, nn
 
 import hotkernels
-from hotkernels.baselines import AttentionEager, CrossAttentionEager
+from hotkernels.baselines import AttentionEager, BiLevelRoutingAttentionEager, CrossAttentionEager
 from hotkernels.models import eager
 from hotkernels.nn.linear import _HAS_ONEDNN
 from hotkernels.swap import twins
@@ -430,6 +430,26 @@ class ClassAttn(nn.Module):
         return (self.q(x[:, :1]) @ self.k(x).mT).softmax(-1) @ self.v(x)
 
 
+class WeightedRoutes(BiLevelRoutingAttentionEager):
+    """Whose values are weighted after the attention, once more."""
+
+    def forward(self, x: Tensor, ret_attn_mask: bool = False) -> Tensor:
+        return super().forward(x) * self.router.scale
+
+
+def of_regions(**parts: Any) -> nn.Module:
+    module = BiLevelRoutingAttentionEager(32, 4, 3)
+    for name, part in parts.items():
+        setattr(module, name, part)
+    return module
+
+
+def hooked_gather() -> nn.Module:
+    module: Any = BiLevelRoutingAttentionEager(32, 4, 3)
+    module.kv_gather.register_forward_hook(lambda _, __, out: out * 2)
+    return module
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "q and k norms": (lambda: VisionAttention(32, 4, qk_norm=True), "it has q_norm, a LayerNorm"),
     "relative bias": (RelativeBias, "it has relative_position_bias_table"),
@@ -493,6 +513,21 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "to_qkv with a talking head": (lambda: of_to_qkv(mix=nn.Conv2d(4, 4, 1)), "it has mix, a Conv2d"),
     "to_qkv with another norm": (lambda: of_to_qkv(norm=nn.Identity()), "it has norm, a Identity"),
     "hooked softmax": (hooked_softmax, "attend has hooks, which would not run"),
+    "soft routes": (
+        lambda: BiLevelRoutingAttentionEager(32, 4, 3, soft_routing=True),
+        "its routes have soft weights",
+    ),
+    "weighted routes": (lambda: WeightedRoutes(32, 4, 3), "its output differs from attention between regions"),
+    "pooled keys": (lambda: of_regions(kv_down=nn.AvgPool2d(2)), "kv_down is torch.nn.modules.pooling.AvgPool2d"),
+    "hooked gather": (hooked_gather, "kv_gather has hooks, which would not run"),
+    "regions with wide heads": (
+        lambda: BiLevelRoutingAttentionEager(514, 2, 3),
+        "2 heads of 514 channels: a head has at most 256",
+    ),
+    "regions with narrow queries": (
+        lambda: of_regions(qkv=published.NarrowProjection()),
+        "qkv makes 64 channels of 32",
+    ),
     "needs a mask": (lambda: NeedsMask(32, 4), "its forward or its gradient fails (TypeError on [2, 5, 32], None)"),
     "any number of arguments": (lambda: AnyNumber(32, 4), "its forward takes x, more"),
     "second output detached": (lambda: DetachedMetric(32, 4), "it returns a tuple"),

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import hotkernels
-from hotkernels.baselines import AttentionEager, CrossAttentionEager
+from hotkernels.baselines import AttentionEager, BiLevelRoutingAttentionEager, CrossAttentionEager
 from hotkernels.models import eager
 from hotkernels.swap import classes, twins
+from hotkernels.swap.modules import routing_attention
 
 
 def tokens(N: int, score: bool = False) -> dict[str, Any]:
@@ -510,3 +511,61 @@ def test_twins_lend_no_names_that_a_class_may_have_itself() -> None:
     for twin in twins.TWINS:
         lent = {name for cls in twin.__mro__[:-1] for name in vars(cls)} - {"forward", *classes._OF_TWINS}
         assert [name for name in lent if not name.startswith(("__", "_hotkernels_"))] == []
+
+
+# ---- attention between regions ---------------------------------------------------------------------------------------
+
+
+def gather_twice(module: Any) -> None:
+    module.kv_gather.register_forward_hook(lambda _, __, out: out * 2)
+
+
+def project_more(module: Any) -> None:
+    module.qkv.qkv = LowRank(32, 96)
+
+
+REGIONS: dict[str, tuple[Callable[[Any], object], bool]] = {  # what is done since the swap, and whether it stays fused
+    "nothing": (lambda m: None, True),
+    "fewer routes": (lambda m: setattr(m.router, "topk", 1), True),
+    "a hook on a projection": (lambda m: m.wo.register_forward_hook(lambda _, __, out: out * 2), True),
+    "another projection": (project_more, True),
+    "another convolution": (lambda m: setattr(m, "lepe", nn.Identity()), True),
+    "soft weights": (lambda m: setattr(m.kv_gather, "mul_weight", "soft"), False),
+    "a hook on the gather": (gather_twice, False),
+    "another softmax": (lambda m: setattr(m, "attn_act", nn.Sigmoid()), False),
+    "pooled keys": (lambda m: setattr(m, "kv_down", nn.AvgPool2d(2)), False),
+    "other regions": (lambda m: setattr(m, "n_win", 2), False),
+}
+
+
+@pytest.mark.parametrize("change", REGIONS)
+def test_attention_between_regions(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    does, fused = REGIONS[change]
+    plain = BiLevelRoutingAttentionEager(32, 4, 3, topk=2)
+    ours, x = copy.deepcopy(plain), torch.randn(2, 12, 6, 32, requires_grad=True)
+    hotkernels.swap(ours)
+    calls: list[Any] = []
+    routing = routing_attention.bi_level_routing
+    monkeypatch.setattr(routing_attention, "bi_level_routing", lambda *args: calls.append(args) or routing(*args))
+    results = []
+    for each in (ours, plain):
+        torch.manual_seed(0)
+        does(each)
+        out = each(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (x, *each.parameters()))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert bool(calls) == fused
+
+
+@torch.no_grad()
+def test_regions_of_images_that_they_do_not_divide() -> None:
+    for padded in (False, True):
+        plain = BiLevelRoutingAttentionEager(32, 4, 3, auto_pad=padded)
+        ours, x = copy.deepcopy(plain), torch.randn(2, 10, 7, 32)
+        hotkernels.swap(ours)
+        if padded:
+            torch.testing.assert_close(ours(x), plain(x))
+            continue
+        for each in (ours, plain):
+            with pytest.raises(RuntimeError, match="shape"):
+                each(x)

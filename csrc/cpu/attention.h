@@ -91,6 +91,8 @@ struct Core {
   const int64_t Dp = round_up(p.D, lanes), Da = round_up(p.D, lanes * deep) / deep;  // operands of a row across, along
   const int64_t blocks = (p.Nq + Q - 1) / Q;
   const T scale_after = pairs ? static_cast<T>(p.scale) : T{1}, scale_before = pairs ? T{1} : static_cast<T>(p.scale);
+  const bool by_slot = p.index && !p.start;
+  const int64_t key_grads = by_slot ? p.S : p.Nk;  // rows of grad_key and grad_value
   const bool shared_query = p.query.stride_b == 0 && p.query.stride_j == 0 && p.B * p.J > 1;
 
   // Scratch.
@@ -405,8 +407,9 @@ struct Core {
                         grad_key_rows + k0 * Dp, Dp, block > 0);
         if (k0 == 0) {
           if (!query_sum) prefetch_written(p.grad_query, item, q0, q0 + count);
-          prefetch_written(p.grad_key, item, p.Nk * block / blocks, p.Nk * (block + 1) / blocks);
-          prefetch_written(p.grad_value, item, p.Nk * block / blocks, p.Nk * (block + 1) / blocks);
+          const int64_t first = key_grads * block / blocks, last = key_grads * (block + 1) / blocks;
+          prefetch_written(p.grad_key, item, first, last);
+          prefetch_written(p.grad_value, item, first, last);
         }
         const O* across = k_across + k0 / deep * across_stride;
         multiply<true>(grads_across, Q, across, across_stride, count, Dp / lanes, operands(n), grad_query, Dp, k0 > 0);
@@ -509,16 +512,17 @@ struct Core {
     }
   }
 
-  // Gradients of the packed keys to the tokens they came from; a token in several slots gets their sum, in order.
+  // Gradients of the packed keys to their slots, or to their tokens: one in several slots gets their sum, in order.
   void write_grad_rows(const HeadsView& to, const T* rows, T factor, int64_t b, int64_t j, int64_t h) {
     S* out = at(to, b, j, h);
-    const int64_t *start = p.start + b * p.start_stride_b, *slots = p.slots + b * p.slots_stride_b;
-    if (p.index) {
+    const int64_t* start = p.start ? p.start + b * p.start_stride_b : nullptr;
+    const int64_t* slots = p.slots + b * p.slots_stride_b;
+    if (start) {
       for (int64_t key = 0; key < keys; ++key) place[slot(key)] = key;
     }
-    for (int64_t n = 0, key = 0; n < p.Nk; ++n) {
-      const bool absent = masked<T>(p, b, j, n);
-      if (!p.index && !absent) {
+    for (int64_t n = 0, key = 0; n < key_grads; ++n) {
+      const bool absent = by_slot ? key == keys || slot(key) != n : masked<T>(p, b, j, n);
+      if (!start && !absent) {
         write_row(out + n * to.stride_n, rows + key++ * Dp, factor);
         continue;
       }

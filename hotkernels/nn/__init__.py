@@ -2,5 +2,6 @@
 
 from .attention import Attention, CrossAttention
 from .hourglass import TokenPruning, TokenRecovery
+from .routing import BiLevelRoutingAttention
 
-__all__ = ["Attention", "CrossAttention", "TokenPruning", "TokenRecovery"]
+__all__ = ["Attention", "BiLevelRoutingAttention", "CrossAttention", "TokenPruning", "TokenRecovery"]

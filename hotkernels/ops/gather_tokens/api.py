@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import Kernel, choose, register
+from ...backends import LIBRARIES, Kernel, choose, register
 from ...dtypes import FLOATING, HALF, INTEGER
 from ...errors import check_index, check_tensor, fail, matches
 from ...operators import composite, differentiable_once, fake, wants_grad
-from .reference import gather_tokens_reference
+from .reference import gather_tokens_bwd_reference, gather_tokens_reference
 
 _OP = "gather_tokens"
 _PLAIN = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)  # copied, no arithmetic
@@ -21,6 +21,9 @@ register(
     cpp=Kernel((*FLOATING, *_PLAIN), device="cpu", library="_C_cpu"),
     cuda=Kernel((*FLOATING, *_PLAIN), device="cuda", library="_C_cuda"),
 )
+if LIBRARIES["_C_cpu"] is None and LIBRARIES["_C_cuda"] is not None:
+    # As with invert_index: the backward of Triton's attention to keys of all samples sums them, per token, over slots.
+    torch.library.impl("hotkernels::gather_tokens_bwd", "cuda")(gather_tokens_bwd_reference)
 
 
 class GatherTokens(torch.autograd.Function):

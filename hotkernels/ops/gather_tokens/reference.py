@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dtypes import HALF
+from ...dtypes import HALF, accumulator
 
 
 def gather_tokens_reference(x: Tensor, index: Tensor, pos: Tensor | None = None) -> Tensor:
@@ -25,3 +25,12 @@ def gather_tokens_reference(x: Tensor, index: Tensor, pos: Tensor | None = None)
     if pos is not None:
         out = out + pos.reshape(pos.shape[0], *[1] * (x.dim() - 3), pos.shape[1])
     return out.to(dtype).contiguous()
+
+
+def gather_tokens_bwd_reference(grad_out: Tensor, index: Tensor, num_tokens: int) -> Tensor:
+    """Return, per token, the sum of the rows [b, m] that name it; an index outside [0, num_tokens) names none."""
+    there = (index >= 0) & (index < num_tokens)
+    sums = grad_out.new_zeros(len(index), num_tokens + 1, *grad_out.shape[2:], dtype=accumulator(grad_out.dtype))
+    sample = torch.arange(len(index), device=index.device)[:, None]
+    sums.index_put_((sample, index.where(there, num_tokens)), grad_out.to(sums.dtype), accumulate=True)
+    return sums[:, :num_tokens].to(grad_out.dtype).contiguous()

@@ -33,7 +33,10 @@ implement_in_triton(
 
 
 class GatheredAttention(torch.autograd.Function):
-    """gathered_attention over the raw operators; index, start and slots are an InvertedIndex's, or None."""
+    """gathered_attention over the raw operators; index, start and slots are an InvertedIndex's, or None.
+
+    Under a set of keys per sample, key and value may have the batch dim 1, one for all samples.
+    """
 
     @staticmethod
     def forward(
@@ -49,6 +52,8 @@ class GatheredAttention(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         """Attend; keep the log sum exp of the logits for the backward pass."""
+        ctx.of_all_samples = key.shape[0] != query.shape[0]
+        key, value = _for_each_sample(query, key, value)
         out, lse = torch.ops.hotkernels.gathered_attention_fwd(query, key, value, index, bias, key_bias, scale)
         ctx.save_for_backward(query, key, value, out, lse, index, start, slots, bias, key_bias)
         ctx.scale = scale
@@ -63,13 +68,20 @@ class GatheredAttention(torch.autograd.Function):
         need_bias, need_key_bias = ctx.needs_input_grad[6:8]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        if index is not None and start is None:
+        by_slot = ctx.of_all_samples and not need_key_bias
+        if by_slot:
+            start = slots = None
+        elif index is not None and start is None:
             rows = index if index.dim() == 2 else index.flatten(-2)
             start, slots = torch.ops.hotkernels.invert_index(rows, key.shape[-2])
         grad_query, grad_key, grad_value, grad_bias, grad_key_bias = torch.ops.hotkernels.gathered_attention_bwd(
             grad_out, grad_lse, query, key, value, out, lse, index, start, slots, bias, key_bias, ctx.scale,
             need_bias, need_key_bias,
         )  # fmt: skip
+        if by_slot:
+            grad_key, grad_value = (_sum_over_samples(grad, index, key.shape[-2]) for grad in (grad_key, grad_value))
+        elif ctx.of_all_samples:
+            grad_key, grad_value = (grad.sum(0, keepdim=True) for grad in (grad_key, grad_value))
         return (
             grad_query,
             grad_key,
@@ -81,6 +93,20 @@ class GatheredAttention(torch.autograd.Function):
             grad_key_bias.sum(-2).sum_to_size(key_bias.shape) if need_key_bias else None,
             None,
         )
+
+
+def _for_each_sample(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """key and value in query's batch, where they may be there once for all samples."""
+    if key.shape[0] == query.shape[0]:
+        return key, value
+    return key.expand(len(query), *key.shape[1:]), value.expand(len(query), *value.shape[1:])
+
+
+def _sum_over_samples(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
+    """Gradients [1, (J,) H, N, D] of tokens for all samples, from those [B, (J,) H, M, D] of the sets [B or 1, M]."""
+    rows = grad.movedim(-2, 1)  # as they are stored
+    named = index.expand(rows.shape[:2]).reshape(1, -1)
+    return torch.ops.hotkernels.gather_tokens_bwd(rows.flatten(0, 1)[None], named, num_tokens).movedim(1, -2)
 
 
 class PackedAttention(torch.autograd.Function):
@@ -280,12 +306,15 @@ def gathered_attention(
     shape = key.shape
     Nk = shape[-2]
     batch: tuple[int, ...] = shape[:-3]
-    if value.shape != shape or query.shape[:-3] != batch:  # they broadcast, which takes PyTorch 12 us and more to say
-        batch = common_batch(_OP, query, key, value)
-        query, key, value = (t.expand(*batch, *t.shape[-3:]) for t in (query, key, value))
     start = slots = None
     if isinstance(index, InvertedIndex):
         index, start, slots = index
+    if value.shape != shape or query.shape[:-3] != batch:  # they broadcast, which takes PyTorch 12 us and more to say
+        batch = common_batch(_OP, query, key, value)
+        once = key.shape[0] == value.shape[0] == 1 and isinstance(index, Tensor) and index.dim() == 2
+        of_keys = (1, *batch[1:]) if once else batch
+        query = query.expand(*batch, *query.shape[-3:])
+        key, value = (t.expand(*of_keys, *t.shape[-3:]) for t in (key, value))
     num_slots = Nk
     if index is not None:
         index = _checked_index(index, batch, H, Nq, query.device)
@@ -302,6 +331,7 @@ def gathered_attention(
     if index is not None:
         check_index(_OP, "index", index, Nk, chosen)
     if chosen == "torch":
+        key, value = _for_each_sample(query, key, value)
         out, lse = gathered_attention_reference(
             query, key, value, index, bias, key_bias, scale, dropout_p, bool(return_lse)
         )
@@ -326,6 +356,7 @@ def _fused(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     if not wants_grad(query, key, value, bias, key_bias):
+        key, value = _for_each_sample(query, key, value)
         return torch.ops.hotkernels.gathered_attention_fwd(query, key, value, index, bias, key_bias, scale)
     query, key, value = distinct(query, key, value)
     return GatheredAttention.apply(query, key, value, index, start, slots, bias, key_bias, scale)
@@ -465,7 +496,8 @@ def _gathered_attention_bwd_fake(
         grad_bias = lse.new_empty(*lead, H, query.shape[-2], slots_of)
     if need_key_bias:
         grad_key_bias = lse.new_empty(*batch, H, Nk)
-    return grad_query, token_major(key, key.shape), token_major(value, value.shape), grad_bias, grad_key_bias
+    rows = (*batch, H, index.shape[-1] if index is not None and start is None else Nk, key.shape[-1])
+    return grad_query, token_major(key, rows), token_major(value, rows), grad_bias, grad_key_bias
 
 
 @fake("gathered_attention_packed_bwd")

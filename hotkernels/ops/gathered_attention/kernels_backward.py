@@ -5,8 +5,9 @@ grad_logits = p * (grad_out v^T - delta), grad_value = p^T grad_out, grad_query 
 grad_key = scale * grad_logits^T q. No program adds to what another one wrote.
 
 Under a set index, columns are the entries of the inverted index, sorted by token, and a token's first entry stands for
-all of them: their logits differ by the bias only, so p is summed over them first. In the kernels logits and lse are in
-base 2, as in the forward pass.
+all of them: their logits differ by the bias only, so p is summed over them first. Without an inverse, columns are the
+set's slots, and so are the rows of grad_key and grad_value. In the kernels logits and lse are in base 2, as in the
+forward pass.
 """
 
 import triton
@@ -94,6 +95,9 @@ def _tokens(entry, valid, S, Nk, index_ptr, start_ptr, slots_ptr):
     """Per column: its token, whether that is in [0, Nk) and this its first entry, and how many slots name it."""
     if index_ptr is None:
         return entry, valid, 1
+    elif slots_ptr is None:
+        token, valid = rows_of_slots(index_ptr + entry, entry, valid, Nk)
+        return token, valid, 1
     else:
         slot = tl.load(slots_ptr + entry, mask=valid, other=-1)
         valid &= within(slot, S)
@@ -104,9 +108,18 @@ def _tokens(entry, valid, S, Nk, index_ptr, start_ptr, slots_ptr):
 
 
 @triton.jit
-def _of_attended(grads, attended, key_bias_ptr):
-    """Gradients of keys, 0 for masked ones, whose sums hold 0 * NaN where a query is NaN."""
-    if key_bias_ptr is None:
+def _gradient_rows(entry, exists, token, valid, slots_ptr):
+    """Per column: which row of grad_key and grad_value is its, and whether it stores that."""
+    if slots_ptr is None:
+        return entry, exists
+    else:
+        return token, valid
+
+
+@triton.jit
+def _of_attended(grads, attended, key_bias_ptr, index_ptr, slots_ptr):
+    """Gradients of keys, 0 for masked ones and absent slots, whose sums hold 0 * NaN where a query is NaN."""
+    if key_bias_ptr is None and (index_ptr is None or slots_ptr is not None):
         return grads
     else:
         return tl.where(attended, grads, 0.0)
@@ -214,8 +227,8 @@ def gathered_attention_fused_bwd_kernel(
         grad_at = b * stride_grad_kb + j * stride_grad_kj + h * stride_grad_kh
         grad_k_base, grad_v_base = grad_k_ptr + grad_at, grad_v_ptr + grad_at
         index_base = None if index_ptr is None else index_ptr + b * index_stride_b
-        slots_base = None if index_ptr is None else slots_ptr + b * index_stride_b
-        start_base = None if index_ptr is None else start_ptr + b * start_stride_b
+        slots_base = None if slots_ptr is None else slots_ptr + b * index_stride_b
+        start_base = None if slots_ptr is None else start_ptr + b * start_stride_b
         bias_rows = None
         if bias_ptr is not None:
             bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
@@ -226,8 +239,9 @@ def gathered_attention_fused_bwd_kernel(
             grad_key_bias_base = grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk
         for block in range(0, S, BLOCK_N):
             entry = (block + column).to(tl.int64)
-            valid = _in_batch(entry < S, sequence, sequences, G)
-            token, valid, copies = _tokens(entry, valid, S, Nk, index_base, start_base, slots_base)
+            exists = _in_batch(entry < S, sequence, sequences, G)
+            token, valid, copies = _tokens(entry, exists, S, Nk, index_base, start_base, slots_base)
+            row, stored = _gradient_rows(entry, exists, token, valid, slots_ptr)
             key_bias, attended = load_key_bias(key_bias_base, token, valid, key_bias_stride_n)
             k = load_rows(_rows_of(k_base, G), token, attended, stride_kn, HEAD_DIM, BLOCK_D)
             v = load_rows(_rows_of(v_base, G), token, attended, stride_vn, HEAD_DIM, BLOCK_D)
@@ -236,23 +250,23 @@ def gathered_attention_fused_bwd_kernel(
                 logits += _per_column(key_bias)
             p = _probabilities(
                 logits, _per_row(lse), _per_row(row_valid), _per_column(attended), _per_column(entry),
-                1 if index_ptr is None else _per_column(copies), bias_rows, bias_stride_s,
-                None if index_ptr is None else _rows_of(slots_base, G), S,
+                1 if slots_ptr is None else _per_column(copies), bias_rows, bias_stride_s,
+                None if slots_ptr is None else _rows_of(slots_base, G), S,
             )  # fmt: skip
             grad_v = product(_transposed(p.to(q.dtype)), grad_out, None, PRECISION)
-            grad_v = _of_attended(grad_v, _per_row(attended), key_bias_ptr)
-            store_rows(_rows_of(grad_v_base, G), token, valid, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
+            grad_v = _of_attended(grad_v, _per_row(attended), key_bias_ptr, index_ptr, slots_ptr)
+            store_rows(_rows_of(grad_v_base, G), row, stored, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
             grad_p = product(grad_out, _transposed(v), None, PRECISION)
             grad_logits = p * (grad_p - _per_row(delta))
             if grad_key_bias_ptr is not None:
-                grad_key_bias = _of_attended(tl.sum(grad_logits, -2), attended, key_bias_ptr)
+                grad_key_bias = _of_attended(tl.sum(grad_logits, -2), attended, key_bias_ptr, index_ptr, slots_ptr)
                 tl.store(grad_key_bias_base + token, grad_key_bias, mask=valid)
             grad_logits = grad_logits.to(q.dtype)
             grad_k = product(_transposed(grad_logits), q, None, PRECISION) * scale
-            grad_k = _of_attended(grad_k, _per_row(attended), key_bias_ptr)
-            store_rows(_rows_of(grad_k_base, G), token, valid, stride_grad_kn, grad_k, HEAD_DIM, BLOCK_D)
+            grad_k = _of_attended(grad_k, _per_row(attended), key_bias_ptr, index_ptr, slots_ptr)
+            store_rows(_rows_of(grad_k_base, G), row, stored, stride_grad_kn, grad_k, HEAD_DIM, BLOCK_D)
             grad_q = product(grad_logits, k, grad_q, PRECISION)
-        if index_ptr is not None:
+        if slots_ptr is not None:
             for block in range(0, Nk, BLOCK_N):
                 token = (block + column).to(tl.int64)
                 _clear_unnamed(
@@ -322,8 +336,8 @@ def gathered_attention_queries_bwd_kernel(
         k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
         v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
         index_base = None if index_ptr is None else index_ptr + b * index_stride_b
-        slots_base = None if index_ptr is None else slots_ptr + b * index_stride_b
-        start_base = None if index_ptr is None else start_ptr + b * start_stride_b
+        slots_base = None if slots_ptr is None else slots_ptr + b * index_stride_b
+        start_base = None if slots_ptr is None else start_ptr + b * start_stride_b
         bias_rows = None
         if bias_ptr is not None:
             bias_rows = bias_ptr + b * bias_stride_b + j * bias_stride_j + h * bias_stride_h + i * bias_stride_q
@@ -340,7 +354,7 @@ def gathered_attention_queries_bwd_kernel(
                 logits += key_bias[None, :]
             p = _probabilities(
                 logits, lse[:, None], row_valid[:, None], attended[None, :], entry[None, :],
-                1 if index_ptr is None else copies[None, :], bias_rows, bias_stride_s, slots_base, S,
+                1 if slots_ptr is None else copies[None, :], bias_rows, bias_stride_s, slots_base, S,
             )  # fmt: skip
             grad_p = product(grad_out, tl.trans(v), None, PRECISION)
             grad_logits = p * (grad_p - delta[:, None])
@@ -378,10 +392,11 @@ def gathered_attention_keys_bwd_kernel(
     sequence = rest // blocks
     b, j = sequence_of(sequence, J)
     index_base = None if index_ptr is None else index_ptr + b * index_stride_b
-    slots_base = None if index_ptr is None else slots_ptr + b * index_stride_b
-    start_base = None if index_ptr is None else start_ptr + b * start_stride_b
+    slots_base = None if slots_ptr is None else slots_ptr + b * index_stride_b
+    start_base = None if slots_ptr is None else start_ptr + b * start_stride_b
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
     token, valid, copies = _tokens(entry, entry < S, S, Nk, index_base, start_base, slots_base)
+    row, stored = _gradient_rows(entry, entry < S, token, valid, slots_ptr)
     key_bias, attended = load_key_bias(key_bias_base, token, valid, key_bias_stride_n)
     k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
     v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
@@ -409,7 +424,7 @@ def gathered_attention_keys_bwd_kernel(
             logits += key_bias[:, None]
         p = _probabilities(
             logits, lse[None, :], row_valid[None, :], attended[:, None], entry[:, None],
-            1 if index_ptr is None else copies[:, None], bias_rows, bias_stride_s, slots_base, S,
+            1 if slots_ptr is None else copies[:, None], bias_rows, bias_stride_s, slots_base, S,
         )  # fmt: skip
         grad_v = product(p.to(q.dtype), grad_out, grad_v, PRECISION)
         grad_p = product(v, tl.trans(grad_out), None, PRECISION)
@@ -417,17 +432,18 @@ def gathered_attention_keys_bwd_kernel(
         if grad_key_bias_ptr is not None:
             grad_key_bias += tl.sum(grad_logits, -1)
         grad_k = product(grad_logits.to(q.dtype), q, grad_k, PRECISION)
-    grad_v = _of_attended(grad_v, attended[:, None], key_bias_ptr)
-    grad_k = _of_attended(grad_k, attended[:, None], key_bias_ptr)
+    grad_v = _of_attended(grad_v, attended[:, None], key_bias_ptr, index_ptr, slots_ptr)
+    grad_k = _of_attended(grad_k, attended[:, None], key_bias_ptr, index_ptr, slots_ptr)
     grad_at = b * stride_grad_kb + j * stride_grad_kj + h * stride_grad_kh
     grad_k_base, grad_v_base = grad_k_ptr + grad_at, grad_v_ptr + grad_at
-    store_rows(grad_v_base, token, valid, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
-    store_rows(grad_k_base, token, valid, stride_grad_kn, grad_k * scale, HEAD_DIM, BLOCK_D)
+    store_rows(grad_v_base, row, stored, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
+    store_rows(grad_k_base, row, stored, stride_grad_kn, grad_k * scale, HEAD_DIM, BLOCK_D)
     grad_key_bias_base = None
     if grad_key_bias_ptr is not None:
         grad_key_bias_base = grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk
-        tl.store(grad_key_bias_base + token, _of_attended(grad_key_bias, attended, key_bias_ptr), mask=valid)
-    if index_ptr is not None:
+        grad_key_bias = _of_attended(grad_key_bias, attended, key_bias_ptr, index_ptr, slots_ptr)
+        tl.store(grad_key_bias_base + token, grad_key_bias, mask=valid)
+    if slots_ptr is not None:
         for block in range(0, (Nk - 1) // (blocks * BLOCK_N) + 1):  # range(0, Nk, blocks * BLOCK_N) could pass 2^31
             token = block * (blocks * BLOCK_N) + entry
             _clear_unnamed(

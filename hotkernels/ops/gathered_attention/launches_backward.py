@@ -199,6 +199,9 @@ class Backward:
         p = self.problem = Problem(op, read.q, read.k, read.v, read.index, read.bias, read.key_bias, gpu=gpu)
         self.lse, self.packed, self.programs, self.precision = read.lse, wanted.packed, programs, precision
         self.shared_query = p.query.dim() == 3
+        self.by_slot = p.index is not None and not p.per_query and read.start is None and read.slots is None
+        if self.by_slot and wanted.key_bias:
+            fail(op, "start and slots", "given where key_bias needs a gradient", "none")
         self._check(op)
         if wanted.packed and p.Nq != p.Nk:
             fail(op, "query", f"of as many tokens as key, {p.Nk}", p.Nq)
@@ -221,8 +224,9 @@ class Backward:
             for name, view in zip(PACKED, unpack(t["grad_qkv"]), strict=True):
                 self._make_rows(name, view)
         else:
-            self._make_rows("grad_k", p.token_major(p.key, p.Nk))
-            self._make_rows("grad_v", p.token_major(p.value, p.Nk))
+            rows = p.S if self.by_slot else p.Nk
+            self._make_rows("grad_k", p.token_major(p.key, rows))
+            self._make_rows("grad_v", p.token_major(p.value, rows))
             if not self.shared_query:
                 self._make_rows("grad_q", p.token_major(p.query, p.Nq))
         if wanted.key_bias:
@@ -275,7 +279,7 @@ class Backward:
         for arg, t in ((name, self.tensors[name]) for name in ("lse", "grad_lse")):
             if t is not None and (t.shape != rows or t.dtype != torch.float32 or not t.is_contiguous()):
                 fail(op, arg, f"{list(rows)} of float32, contiguous", f"{t.dtype} {list(t.shape)}")
-        if p.index is None:
+        if p.index is None or self.by_slot:
             return
         if p.per_query and self.shared_query:
             fail(op, "query", "of key's batch where the index is per query", list(p.query.shape))
@@ -289,7 +293,7 @@ class Backward:
     def _leading(self, name: str) -> dict[str, int]:
         """(b, j, h) strides of start or slots."""
         p = self.problem
-        bjh = (0, 0, 0) if p.index is None else p.leading(strides(self.tensors[name])[:-1])
+        bjh = (0, 0, 0) if p.index is None or self.by_slot else p.leading(strides(self.tensors[name])[:-1])
         return named(f"{name}_stride_", "bjh", bjh)
 
     def _make_rows(self, name: str, t: Tensor) -> None:
