@@ -32,6 +32,19 @@ test_set = rows(
     at("hot_set_243_to_81", (34, 243, 512), 81, contenders=DENSE),
     backward=True,
 )
+test_regions = rows(
+    "gathered_attention",
+    *(
+        at(f"biformer_{name}", shape, shape[1], heads=shape[2] // 32, regions=regions, k=k, contenders=DENSE)
+        for name, shape, regions, k in (
+            ("stage1", (8, 3136, 64), 49, 1),
+            ("stage2", (8, 784, 128), 49, 4),
+            ("stage3", (8, 196, 256), 49, 16),
+        )
+    ),
+    at("biformer_512px", (1, 16384, 64), 16384, heads=2, regions=256, k=4, memory=True, contenders=DENSE),
+    backward=True,
+)
 test_per_query = rows(
     "gathered_attention",
     at("knn_n4096_k32", (1, 4096, 512), 4096, k=32, quick=False, memory=True, contenders=DENSE),
@@ -55,6 +68,16 @@ test_on_gpus = rows(
             ("mixste_temporal_b16", (272, 243, 512), 243),
             ("hot_set_243_to_81_b16", (272, 243, 512), 81),
         )
+    ),
+    at_gpu(
+        "biformer_stage1_b64_bf16",
+        (64, 3136, 64),
+        3136,
+        heads=2,
+        regions=49,
+        k=1,
+        dtype=torch.bfloat16,
+        contenders=DENSE,
     ),
     at_gpu("mixste_temporal_b16_tf32", (272, 243, 512), 243, contenders=DENSE, tf32=True),
     at_gpu("knn_n16384_k32_bf16", (1, 16384, 512), 16384, k=32, dtype=torch.bfloat16, contenders=DENSE),

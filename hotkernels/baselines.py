@@ -215,11 +215,13 @@ class BiLevelRoutingAttentionEager(nn.Module):
             super().__init__()
             self.mul_weight = mul_weight
 
-        def forward(self, r_idx: Tensor, r_weight: Tensor, kv: Tensor) -> Tensor:
+        def forward(self, r_idx: Tensor, r_weight: Tensor | None, kv: Tensor) -> Tensor:
             """Keys and values [B, P, topk, R, 2 * C] of the regions r_idx [B, P, topk], of kv [B, P, R, 2 * C]."""
             P, R, C = kv.shape[1:]
             chosen = kv[:, None].expand(-1, P, -1, -1, -1).gather(2, r_idx[..., None, None].expand(-1, -1, -1, R, C))
-            return chosen * r_weight[..., None, None] if self.mul_weight == "soft" else chosen
+            if self.mul_weight == "none" or r_weight is None:
+                return chosen
+            return chosen * r_weight[..., None, None]
 
     def __init__(
         self,

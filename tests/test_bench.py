@@ -39,6 +39,8 @@ ATTENTION = [
     ("gathered_attention", 10, {}),
     ("gathered_attention", 10, {"k": 5}),
     ("gathered_attention", 10, {"k": 5, "local": True, "inverted": True, "heads": 4}),
+    ("gathered_attention", 40, {"k": 2, "regions": 4}),
+    ("gathered_attention", 40, {"k": 3, "regions": 10}),
     ("recovery_attention", 10, {}),
     ("recovery_attention", 10, {"core": True}),
 ]

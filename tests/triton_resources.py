@@ -75,6 +75,19 @@ def attend(
     )
 
 
+def attend_to_regions(regions: int, tokens: int, H: int, D: int, dtype: torch.dtype, S: int) -> None:
+    """The launchers behind nn.BiLevelRoutingAttention: of keys of all regions, S for each, and gradients of slots."""
+    query, key = (
+        torch.empty(b, n, H, D, dtype=dtype, device="meta").transpose(1, 2)
+        for b, n in ((regions, tokens), (1, regions * tokens))
+    )
+    index, key = torch.empty(regions, S, dtype=torch.int64, device="meta"), key.expand(regions, -1, -1, -1)
+    out, lse = forward.gathered_attention_fwd(query, key, key, index, None, None, 1.0)
+    backward.gathered_attention_bwd(
+        out, None, query, key, key, out, lse, index, None, None, None, None, 1.0, False, False
+    )
+
+
 def self_attend(B: int, N: int, H: int, D: int, dtype: torch.dtype) -> None:
     """The launchers behind nn.Attention."""
     query, key, value = torch.empty(B, N, 3, H, D, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
@@ -117,6 +130,9 @@ WORKLOADS: dict[str, Callable[[], None]] = {
     "81 of 243, D=32 with bias, f32": partial(attend, (100,), 8, 243, 243, 32, FLOAT, "set", 81, added=True),
     "32 per query, D=8 with bias, f32": partial(attend, (1,), 8, 999, 999, 8, FLOAT, "query", 32, added=True),
     "32 per head with bias, bf16": partial(attend, (1,), 8, 999, 999, 64, HALF, "head", 32, added=True),
+    "regions of 64 tokens, D=32, bf16": partial(attend_to_regions, 784, 64, 2, 32, HALF, 64),
+    "regions of 64 tokens, D=32, f32": partial(attend_to_regions, 784, 64, 2, 32, FLOAT, 64),
+    "regions of 400 tokens, D=32, bf16": partial(attend_to_regions, 64, 400, 2, 32, HALF, 1600),
     "243 tokens, D=39, bf16": partial(attend, (100,), 8, 243, 243, 39, HALF),
     "D=39, bf16": partial(attend, (100,), 8, 351, 351, 39, HALF),
     "D=128, bf16": partial(attend, (100,), 4, 243, 243, 128, HALF),

@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from ..baselines import (
+    BiLevelRoutingAttentionEager,
     TokenRecoveryEager,
     attention_eager,
     cluster_dpc_knn_eager,
@@ -22,6 +23,7 @@ from ..baselines import (
 )
 from ..errors import fail
 from ..nn import TokenRecovery
+from ..nn.routing import attend_to_regions
 from ..ops.dpc_knn import dpc_knn
 from ..ops.gather_tokens import gather_tokens
 from ..ops.gathered_attention import gathered_attention
@@ -233,6 +235,7 @@ def gathered_attention_workload(
     k: int | None = None,
     local: bool = False,
     inverted: bool = False,
+    regions: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     backend: str | None = None,
@@ -240,12 +243,15 @@ def gathered_attention_workload(
     """Self-attention from the output of the qkv projection, [B, N, 3 * C], to [B, N, C].
 
     Every token attends to all (`clusters` = N), to a set of `clusters` tokens per sample, or to `k` tokens of its own:
-    random ones, or `local` ones at most `k` away. `inverted`: with an index whose inverse is at hand.
+    random ones, or `local` ones at most `k` away. `inverted`: with an index whose inverse is at hand. Or they lie in
+    `regions`, one after the other, and those of each attend to those of `k` random ones, as in BiFormer.
 
     SDPA takes no index: a set is gathered for it; in place of `k` tokens it attends to all, which masking would slow.
     """
     B, N, C = shape
     D = _head_dim("gathered_attention", C, heads)
+    if regions is not None:
+        return _regions_workload(_tokens((B, N, 3 * C), dtype, device), regions, k or 1, heads, backend)
     generator = torch.Generator().manual_seed(1)
     batch = torch.arange(B, device=device)[:, None]
     what = f"{_sizes(shape)} H{heads} D{D}"
@@ -295,6 +301,34 @@ def gathered_attention_workload(
         args = (*args, kept.to(device))
         what += f", {clusters} keys"
     return Workload(what, args, eager, ours, grad_of=(0,), sdpa=fused, flex=flex)
+
+
+def _regions_workload(qkv: Tensor, regions: int, k: int, heads: int, backend: str | None) -> Workload:
+    """For the projection qkv [B, N, 3 * C]. SDPA gets copies by plain indexing, whose backward pass is far faster."""
+    B, N, C = *qkv.shape[:2], qkv.shape[2] // 3
+    if N % regions != 0:
+        fail("gathered_attention", "regions", f"a divisor of N = {N}", regions)
+    scale = (C // heads) ** -0.5
+    routes = torch.rand(B, regions, regions, generator=torch.Generator().manual_seed(1)).argsort(-1)[..., :k]
+    batch = torch.arange(B, device=qkv.device)[:, None, None]
+
+    def copying(attention: Callable[..., Tensor], gather: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(qkv: Tensor, routes: Tensor) -> Tensor:
+            query, both = qkv.unflatten(1, (regions, -1)).split([C, 2 * C], -1)
+            chosen = gather(routes, None, both).reshape(B * regions, -1, 2, heads, C // heads)
+            query = query.reshape(B * regions, -1, heads, C // heads).transpose(1, 2)
+            return attention(query, *chosen.permute(2, 0, 3, 1, 4)).transpose(1, 2).reshape(B, N, C)
+
+        return call
+
+    def ours(qkv: Tensor, routes: Tensor) -> Tensor:
+        query, key, value = qkv.unflatten(1, (regions, -1)).chunk(3, -1)
+        return attend_to_regions(query, key, value, routes, heads, scale, backend).flatten(1, 2)
+
+    what = f"{_sizes((B, N, C))} H{heads} D{C // heads}, {k} of {regions} regions"
+    eager = copying(functools.partial(attention_eager, scale=scale), BiLevelRoutingAttentionEager.Gather())
+    fused = copying(sdpa, lambda routes, _, both: both[batch, routes])
+    return Workload(what, (qkv, routes.to(qkv.device)), eager, ours, grad_of=(0,), sdpa=fused)
 
 
 def recovery_attention_workload(

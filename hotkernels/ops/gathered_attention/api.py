@@ -287,7 +287,9 @@ def gathered_attention(
     range counts as absent.
 
     Cost: no [Nq, Nk] tensor and no gathered copy of the keys, forward or backward; under an index per query, backward
-    keeps two floats per slot.
+    keeps two floats per slot. Where each sample has a set [B, M] of keys that are there once for all samples (batch dim
+    1: a memory, or the regions of an image), backward holds gradients of the B * M slots, not of all keys B times,
+    unless key_bias has a gradient.
 
     Source: Vaswani et al. 2017, eq. 1; online softmax: Milakov & Gimelshein 2018; backward from lse: Dao et al. 2022
     (FlashAttention); sets of keys as in HoT (Li et al., CVPR 2024), keys per query as in RoITr (Yu et al., CVPR 2023).
