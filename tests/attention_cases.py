@@ -368,6 +368,7 @@ OPS.append(
                 dtype, 5, (), 17, bias=torch.randn(1, 2, 17, 11).to(dtype)
             ),
             "keys of all samples, two batch dims": lambda dtype: _keys_of_all_samples(dtype, 3, (2,), 9),
+            "keys of all samples, of which there are none": lambda dtype: _keys_of_all_samples(dtype, 0, (), 5),
             "keys of all samples and many queries": lambda dtype: _keys_of_all_samples(
                 dtype, 2, (), 300, key_bias=torch.randn(2, 40).to(dtype)
             ),

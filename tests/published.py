@@ -251,6 +251,34 @@ class PolicyAttention(AttentionEager):
         return self.proj_drop(self.proj((attn @ v).transpose(1, 2).reshape(B, N, C)))
 
 
+class PairedPolicyAttention(PolicyAttention):
+    """TPS's: also returns None, or the probabilities if asked for."""
+
+    def forward(self, x: Tensor, policy: Tensor | None, return_attn: bool = False) -> Any:
+        out = super().forward(x, policy)
+        if not return_attn:
+            return out, None
+        q, k, _ = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return out, (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+
+
+class HaltingAttention(AttentionEager):
+    """A-ViT's: tokens that have halted are attended to no more."""
+
+    def __init__(self, dim: int, heads: int, masked_softmax_bias: float = -1000.0) -> None:
+        super().__init__(dim, heads)
+        self.mask, self.masked_softmax_bias = None, masked_softmax_bias
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        attn = q @ k.transpose(-2, -1) * self.scale
+        if mask is not None:
+            attn = attn + mask.view(mask.shape[0], 1, 1, mask.shape[1]) * self.masked_softmax_bias
+        x = (self.attn_drop(attn.softmax(-1)) @ v).transpose(1, 2).reshape(B, N, C)
+        return self.proj_drop(self.proj(x))
+
+
 class ToMeAttention(AttentionEager):
     """ToMe's: a merged token counts as often as it has been merged; also returns what tokens are compared by."""
 

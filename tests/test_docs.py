@@ -80,6 +80,8 @@ FIGURES = [  # of README's first table, row by row: op, row, what is compared
     ("gathered_attention", "mixste_temporal", "eager"),
     ("gathered_attention", "mixste_temporal", "sdpa"),
     ("gathered_attention", "knn_n4096_k32", "eager"),
+    ("gathered_attention", "biformer_stage2", "eager"),
+    ("gathered_attention", "biformer_stage2", "sdpa"),
     ("recovery_attention", "hot_mixste_b1", "eager"),
     ("hot-mixste", "swapped", "eager"),
     ("hot-mixste", "native", "eager"),
@@ -87,7 +89,7 @@ FIGURES = [  # of README's first table, row by row: op, row, what is compared
 
 
 def _cell(op: str, row: str, against: str, results: Path) -> str:
-    """`2.5x / 2.9x`: forward and, where there is one, with backward, of one results file."""
+    """`2.5x / 2.9x`: forward and, where there is one, with backward, of one results file; "-" without the row."""
     if op == "hot-mixste":
         measured = json.loads((results.parent / f"hot-mixste-{results.name}").read_text())["rows"]
         pairs = [(measured[step][against], measured[step][row]) for step in ("forward", "training step")]
@@ -95,7 +97,7 @@ def _cell(op: str, row: str, against: str, results: Path) -> str:
         rows = [r for r in json.loads(results.read_text())["rows"] if (r["op"], r["row"]) == (op, row)]
         pairs = [(r["seconds"][against], r["seconds"]["ours"]) for r in rows]
     ratios = [theirs["median"] / ours["median"] for theirs, ours in pairs]
-    return " / ".join(f"{ratio:.1f}x" if ratio < 9.95 else f"{ratio:.0f}x" for ratio in ratios)
+    return " / ".join(f"{ratio:.1f}x" if ratio < 9.95 else f"{ratio:.0f}x" for ratio in ratios) or "-"
 
 
 def test_readme_figures_are_those_of_the_results() -> None:

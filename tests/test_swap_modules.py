@@ -41,6 +41,7 @@ DROPS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "ViT": (lambda: VisionAttention(32, 4), (torch.randn(3, 5, 32),)),
     "MixSTE": (lambda: AttentionEager(32, 4), (torch.randn(3, 5, 32),)),
     "ToMe": (lambda: published.ToMeAttention(32, 4), (torch.randn(3, 5, 32), 1 + torch.rand(3, 5, 1))),
+    "A-ViT": (lambda: published.HaltingAttention(32, 4), (torch.randn(3, 5, 32), torch.eye(3, 5))),
     "EViT": (lambda: published.EvitAttention(32, 4), (torch.randn(3, 7, 32), 0.8, 4)),
     "TokenReduction": (lambda: published.RankingAttention(32, 4), (torch.randn(3, 9, 32),)),
     "VideoMAE": (lambda: published.QvBiasAttention(32, 4), (torch.randn(3, 5, 32),)),
@@ -340,6 +341,20 @@ def test_attention_without_a_policy(padded: bool, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Tensor, "softmax", None)
     torch.testing.assert_close(module(x, policy=None), plain)
     torch.testing.assert_close(module(x, None, **({"padding_mask": None} if padded else {})), plain)
+
+
+@torch.no_grad()
+def test_attention_that_returns_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, policy = published.PairedPolicyAttention(32, 4), torch.randn(3, 5, 32), torch.rand(3, 5, 1).round()
+    plain, (asked, weights), (with_policy, _) = module(x, None), module(x, None, True), module(x, policy)
+    assert hotkernels.swap(module).replaced == [("", "attention, where policy is None and return_attn is False")]
+    assert torch.equal(module(x, None, return_attn=True)[1], weights)
+    assert torch.equal(module(x, None, True)[0], asked)
+    assert torch.equal(module(x, policy)[0], with_policy)
+    monkeypatch.setattr(Tensor, "softmax", None)
+    out, nothing = module(x, None)
+    torch.testing.assert_close(out, plain[0])
+    assert nothing is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ..ops.gathered_attention import gathered_attention
 from .attention import check_dim
 from .linear import linear
 
-_FEW = 8  # tokens of a region that are better served by an index per query: of 4 tokens in 0.5 to 0.7 of the time
+_FEW = 8  # tokens of a region; fewer are better served by an index per query: 4 in 0.5 to 0.75 of the time
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -115,7 +115,10 @@ class BiLevelRoutingAttention(nn.Module):
             fail(_NAME, "x", f"of a height and a width that n_win = {n} divides (or with auto_pad)", list(x.shape))
         # By PyTorch's product, not by `linear`: routes that nearly tie are as the published module rounds them.
         return bi_level_routing(
-            self, x, lambda x: self.qkv["qkv"](x).chunk(3, -1), lambda query, key: (query @ key.mT).topk(self.topk)[1]
+            self,
+            x,
+            lambda regions: self.qkv["qkv"](regions).chunk(3, -1),
+            lambda query, key: (query * self.scale @ key.mT).topk(self.topk).indices,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class _PolicyAttention(Published):
     """DynamicViT's: forward(x [B, N, C], policy); without a policy, as in evaluation, it is plain attention."""
 
     kind = "attention"
+    _hotkernels_also: ClassVar[tuple[Any, ...]] = ()  # what it returns beside the result
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
@@ -63,7 +64,16 @@ class _PolicyAttention(Published):
             return super().forward(x, **named)
         if policy is not None or not served(self, (*QKV, *AFTER), (x,), *more, *named.values()):
             return super().forward(x, policy, *more, **named)
-        return project(self, self_attention(self, x))
+        out = project(self, self_attention(self, x))
+        return (out, *self._hotkernels_also) if self._hotkernels_also else out
+
+
+@register_twin
+class _PairedPolicyAttention(_PolicyAttention):
+    """TPS's: the same, which returns (out, None) unless it is asked for the probabilities."""
+
+    kind = "attention"
+    _hotkernels_also = (None,)
 
 
 @register_twin
@@ -91,12 +101,8 @@ class _ProportionalAttention(Published):
         if not served(self, (*QKV, *AFTER), (x,), *more, *named.values()):
             return super().forward(x, size, *more, **named)
         qkv = linear(self.qkv, x)
-        query, key, value = unpack(qkv.unflatten(-1, (3, self.num_heads, -1)))
-        if size is None:
-            attended = attend_packed(qkv, self.num_heads, self.scale)
-        else:
-            out: Any = gathered_attention(query, key, value, key_bias=size.log()[..., 0], scale=self.scale)
-            attended = out.transpose(1, 2).flatten(2)
+        _, key, _ = unpack(qkv.unflatten(-1, (3, self.num_heads, -1)))
+        attended = attend_packed(qkv, self.num_heads, self.scale, None if size is None else size.log()[..., 0])
         return project(self, attended), key.mean(1)
 
 
@@ -115,6 +121,35 @@ class _Attention(Published):
         if not served(self, (*QKV, *AFTER), (x,), *more, *named.values()):
             return super().forward(x, *more, **named)
         return project(self, self_attention(self, x))
+
+
+@register_twin
+class _HaltingAttention(Published):
+    """A-ViT's: forward(x [B, N, C], mask [B, N] = None); logits of keys get mask times masked_softmax_bias."""
+
+    kind = "attention to tokens that go on"
+
+    @classmethod
+    def fits(cls, module: Any) -> bool | str:
+        halting = isinstance(getattr(module, "masked_softmax_bias", None), (int, float))
+        return halting and has_layers(module, "qkv") and (attention_obstacle(module, 2, QKV) or True)
+
+    @classmethod
+    def examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        x = random_tokens(module.qkv, 2, 5)
+        return [(x,), (x, torch.tensor([[0.0, 0.0, 1.0, 0.0, 1.0]]).to(x).expand(2, -1))]
+
+    @classmethod
+    def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
+        x = random_tokens(module.qkv, 1, LONG)
+        return [(x, (x[..., 0] > 1).to(x.dtype))]
+
+    def forward(self: Any, x: Tensor, mask: Any = None, /, *more: Any, **named: Any) -> Any:
+        known = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        if not known or not served(self, (*QKV, *AFTER), (x,), *more, *named.values()):
+            return super().forward(x, mask, *more, **named)
+        bias = None if mask is None else mask * self.masked_softmax_bias
+        return project(self, attend_packed(linear(self.qkv, x), self.num_heads, self.scale, bias))
 
 
 @register_twin
@@ -243,6 +278,10 @@ class _SequenceAttention(Published):
         return project(self, self_attention(self, x.unflatten(0, (-1, seqlen)), along=-3).flatten(0, 1))
 
 
-def attend_packed(qkv: Tensor, heads: int, scale: float) -> Tensor:
-    """Self-attention of a projection [B, N, 3 * C], before `proj`."""
-    return packed_attention(qkv.unflatten(-1, (3, heads, -1)), scale).transpose(1, 2).flatten(2)
+def attend_packed(qkv: Tensor, heads: int, scale: float, key_bias: Tensor | None = None) -> Tensor:
+    """Self-attention of a projection [B, N, 3 * C], before `proj`; key_bias [B, N] is added to the logits of a key."""
+    qkv = qkv.unflatten(-1, (3, heads, -1))
+    if key_bias is None:
+        return packed_attention(qkv, scale).transpose(1, 2).flatten(2)
+    query, key, value = unpack(qkv)
+    return gathered_attention(query, key, value, key_bias=key_bias, scale=scale).transpose(1, 2).flatten(2)
