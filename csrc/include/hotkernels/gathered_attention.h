@@ -38,7 +38,8 @@ struct Attention {
   void* grad_query_parts;   // [parts, H, Nq, D] compute, zeroed, instead of grad_query; or null
   void* grad_bias_parts;    // [parts, H, Nq, S] compute, zeroed, instead of grad_bias; or null
   // With an index: its inverse (invert_index.h) over the entries of each set or (b, j, h), [.., Nk + 1] and
-  // [.., Nq * S or S], with the strides below. Null with a set: grad_key and grad_value are those of its S slots.
+  // [.., Nq * S or S], with the strides below. Null with a set: grad_key and grad_value are those of its S slots,
+  // unspecified for absent ones.
   const int64_t *start, *slots;
   int64_t start_stride_b, start_stride_j, start_stride_h, slots_stride_b, slots_stride_j, slots_stride_h;
   void* pairs;              // index_per_query only: scratch [B, J, Nq, S, H, 2] compute, for (p, grad_logit) of a slot

@@ -108,18 +108,9 @@ def _tokens(entry, valid, S, Nk, index_ptr, start_ptr, slots_ptr):
 
 
 @triton.jit
-def _gradient_rows(entry, exists, token, valid, slots_ptr):
-    """Per column: which row of grad_key and grad_value is its, and whether it stores that."""
-    if slots_ptr is None:
-        return entry, exists
-    else:
-        return token, valid
-
-
-@triton.jit
-def _of_attended(grads, attended, key_bias_ptr, index_ptr, slots_ptr):
-    """Gradients of keys, 0 for masked ones and absent slots, whose sums hold 0 * NaN where a query is NaN."""
-    if key_bias_ptr is None and (index_ptr is None or slots_ptr is not None):
+def _of_attended(grads, attended, key_bias_ptr):
+    """Gradients of keys, 0 for masked ones, whose sums hold 0 * NaN where a query is NaN."""
+    if key_bias_ptr is None:
         return grads
     else:
         return tl.where(attended, grads, 0.0)
@@ -239,9 +230,9 @@ def gathered_attention_fused_bwd_kernel(
             grad_key_bias_base = grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk
         for block in range(0, S, BLOCK_N):
             entry = (block + column).to(tl.int64)
-            exists = _in_batch(entry < S, sequence, sequences, G)
-            token, valid, copies = _tokens(entry, exists, S, Nk, index_base, start_base, slots_base)
-            row, stored = _gradient_rows(entry, exists, token, valid, slots_ptr)
+            valid = _in_batch(entry < S, sequence, sequences, G)
+            token, valid, copies = _tokens(entry, valid, S, Nk, index_base, start_base, slots_base)
+            row = entry if slots_ptr is None else token
             key_bias, attended = load_key_bias(key_bias_base, token, valid, key_bias_stride_n)
             k = load_rows(_rows_of(k_base, G), token, attended, stride_kn, HEAD_DIM, BLOCK_D)
             v = load_rows(_rows_of(v_base, G), token, attended, stride_vn, HEAD_DIM, BLOCK_D)
@@ -254,17 +245,17 @@ def gathered_attention_fused_bwd_kernel(
                 None if slots_ptr is None else _rows_of(slots_base, G), S,
             )  # fmt: skip
             grad_v = product(_transposed(p.to(q.dtype)), grad_out, None, PRECISION)
-            grad_v = _of_attended(grad_v, _per_row(attended), key_bias_ptr, index_ptr, slots_ptr)
-            store_rows(_rows_of(grad_v_base, G), row, stored, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
+            grad_v = _of_attended(grad_v, _per_row(attended), key_bias_ptr)
+            store_rows(_rows_of(grad_v_base, G), row, valid, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
             grad_p = product(grad_out, _transposed(v), None, PRECISION)
             grad_logits = p * (grad_p - _per_row(delta))
             if grad_key_bias_ptr is not None:
-                grad_key_bias = _of_attended(tl.sum(grad_logits, -2), attended, key_bias_ptr, index_ptr, slots_ptr)
+                grad_key_bias = _of_attended(tl.sum(grad_logits, -2), attended, key_bias_ptr)
                 tl.store(grad_key_bias_base + token, grad_key_bias, mask=valid)
             grad_logits = grad_logits.to(q.dtype)
             grad_k = product(_transposed(grad_logits), q, None, PRECISION) * scale
-            grad_k = _of_attended(grad_k, _per_row(attended), key_bias_ptr, index_ptr, slots_ptr)
-            store_rows(_rows_of(grad_k_base, G), row, stored, stride_grad_kn, grad_k, HEAD_DIM, BLOCK_D)
+            grad_k = _of_attended(grad_k, _per_row(attended), key_bias_ptr)
+            store_rows(_rows_of(grad_k_base, G), row, valid, stride_grad_kn, grad_k, HEAD_DIM, BLOCK_D)
             grad_q = product(grad_logits, k, grad_q, PRECISION)
         if slots_ptr is not None:
             for block in range(0, Nk, BLOCK_N):
@@ -396,7 +387,7 @@ def gathered_attention_keys_bwd_kernel(
     start_base = None if slots_ptr is None else start_ptr + b * start_stride_b
     key_bias_base = None if key_bias_ptr is None else key_bias_ptr + b * key_bias_stride_b + j * key_bias_stride_j
     token, valid, copies = _tokens(entry, entry < S, S, Nk, index_base, start_base, slots_base)
-    row, stored = _gradient_rows(entry, entry < S, token, valid, slots_ptr)
+    row = entry if slots_ptr is None else token
     key_bias, attended = load_key_bias(key_bias_base, token, valid, key_bias_stride_n)
     k_base = k_ptr + b * stride_kb + j * stride_kj + h * stride_kh
     v_base = v_ptr + b * stride_vb + j * stride_vj + h * stride_vh
@@ -432,17 +423,16 @@ def gathered_attention_keys_bwd_kernel(
         if grad_key_bias_ptr is not None:
             grad_key_bias += tl.sum(grad_logits, -1)
         grad_k = product(grad_logits.to(q.dtype), q, grad_k, PRECISION)
-    grad_v = _of_attended(grad_v, attended[:, None], key_bias_ptr, index_ptr, slots_ptr)
-    grad_k = _of_attended(grad_k, attended[:, None], key_bias_ptr, index_ptr, slots_ptr)
+    grad_v = _of_attended(grad_v, attended[:, None], key_bias_ptr)
+    grad_k = _of_attended(grad_k, attended[:, None], key_bias_ptr)
     grad_at = b * stride_grad_kb + j * stride_grad_kj + h * stride_grad_kh
     grad_k_base, grad_v_base = grad_k_ptr + grad_at, grad_v_ptr + grad_at
-    store_rows(grad_v_base, row, stored, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
-    store_rows(grad_k_base, row, stored, stride_grad_kn, grad_k * scale, HEAD_DIM, BLOCK_D)
+    store_rows(grad_v_base, row, valid, stride_grad_kn, grad_v, HEAD_DIM, BLOCK_D)
+    store_rows(grad_k_base, row, valid, stride_grad_kn, grad_k * scale, HEAD_DIM, BLOCK_D)
     grad_key_bias_base = None
     if grad_key_bias_ptr is not None:
         grad_key_bias_base = grad_key_bias_ptr + (sequence.to(tl.int64) * H + h) * Nk
-        grad_key_bias = _of_attended(grad_key_bias, attended, key_bias_ptr, index_ptr, slots_ptr)
-        tl.store(grad_key_bias_base + token, grad_key_bias, mask=valid)
+        tl.store(grad_key_bias_base + token, _of_attended(grad_key_bias, attended, key_bias_ptr), mask=valid)
     if slots_ptr is not None:
         for block in range(0, (Nk - 1) // (blocks * BLOCK_N) + 1):  # range(0, Nk, blocks * BLOCK_N) could pass 2^31
             token = block * (blocks * BLOCK_N) + entry
