@@ -10,7 +10,7 @@ import pytest
 import torch
 from attention_cases import KINDS, attend, index_of
 from cases import upcast
-from test_gathered_attention import assert_equal, each_kind, heads, only_cpp
+from test_gathered_attention import assert_close, assert_equal, each_kind, gradients, heads, only_cpp
 from torch import Tensor
 
 from hotkernels import gathered_attention
@@ -23,6 +23,16 @@ def test_the_function_to_build_on(backend: str, kind: str) -> None:
     args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)
     out, lse = GatheredAttention.apply(*args, index, None, None, None, None, 0.25)
     assert_equal((out, lse), gathered_attention(*args, index, scale=0.25, return_lse=True, backend=backend))
+
+
+@only_cpp
+@each_kind
+def test_the_function_to_build_on_takes_keys_of_all_samples(backend: str, kind: str) -> None:
+    query, key, value = heads(2)
+    args, index = (query, key[:1], value[:1]), index_of(kind, (2,), 2, 17, 9, 5, 0.0)
+    ours = gradients(lambda *args: GatheredAttention.apply(*args, index, None, None, None, None, 0.25), *args)
+    truth = gradients(lambda *args: attend(*args, index, scale=0.25), *upcast(args))
+    assert_close(ours, truth, 2e-5)
 
 
 def _shapes(draw: random.Random) -> dict[str, Any]:

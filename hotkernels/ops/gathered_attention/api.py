@@ -35,7 +35,7 @@ implement_in_triton(
 class GatheredAttention(torch.autograd.Function):
     """gathered_attention over the raw operators; index, start and slots are an InvertedIndex's, or None.
 
-    Under a set of keys per sample, key and value may have the batch dim 1, one for all samples.
+    key and value may have the batch dim 1, one for all samples.
     """
 
     @staticmethod
@@ -68,7 +68,7 @@ class GatheredAttention(torch.autograd.Function):
         need_bias, need_key_bias = ctx.needs_input_grad[6:8]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        by_slot = ctx.of_all_samples and not need_key_bias
+        by_slot = ctx.of_all_samples and index is not None and index.dim() == 2 and not need_key_bias
         if by_slot:
             start = slots = None
         elif index is not None and start is None:
@@ -313,6 +313,7 @@ def gathered_attention(
         index, start, slots = index
     if value.shape != shape or query.shape[:-3] != batch:  # they broadcast, which takes PyTorch 12 us and more to say
         batch = common_batch(_OP, query, key, value)
+        # Under sets, keys that are there once stay so: backward sums over slots, not over all keys of all samples.
         once = key.shape[0] == value.shape[0] == 1 and isinstance(index, Tensor) and index.dim() == 2
         of_keys = (1, *batch[1:]) if once else batch
         query = query.expand(*batch, *query.shape[-3:])
