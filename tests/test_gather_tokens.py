@@ -12,6 +12,7 @@ from cases import layouts
 from hotkernels import checked, gather_tokens
 from hotkernels.autograd import GatherTokens
 from hotkernels.dtypes import HALF
+from hotkernels.ops.gather_tokens.reference import gather_tokens_bwd_reference
 
 only_cpp = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 
@@ -45,6 +46,17 @@ def test_all_values_of_half_types(backend: str, dtype: torch.dtype, C: int) -> N
     x, pos = values.view(1, 64, 1024)[..., :C], values[torch.randperm(len(values))].view(64, 1024)[:, :C]
     out = gather_tokens(x, torch.arange(64)[None], pos, backend=backend)
     torch.testing.assert_close(out, (x.float() + pos.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@only_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
+def test_the_sum_that_stands_in_on_a_gpu_without_our_library(backend: str, dtype: torch.dtype) -> None:
+    """It takes an index out of range for none, as GPU kernels do."""
+    grad_out, index = torch.randn(3, 40, 2, 5).to(dtype), torch.randint(-1, 9, (3, 40))
+    expected = torch.ops.hotkernels.gather_tokens_bwd(grad_out, index, 9)
+    ours = gather_tokens_bwd_reference(grad_out, index.masked_fill(index < 0, 1 << 40), 9)
+    torch.testing.assert_close(ours, expected)
+    assert ours.is_contiguous()
 
 
 def test_copies_from_any_strides_are_contiguous(backend: str) -> None:

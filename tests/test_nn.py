@@ -210,7 +210,7 @@ def test_token_recovery(options: dict[str, Any], B: int, M: int, J: int, L: int)
         ((2, 6, 6, 32), {}),  # regions of 4 tokens: an index per query
         ((3, 9, 12, 32), {"topk": 1, "qk_scale": -0.4}),
         ((1, 24, 15, 32), {"topk": 9, "side_dwconv": 5}),  # all regions
-        ((2, 10, 7, 32), {"auto_pad": True}),
+        ((2, 10, 8, 32), {"auto_pad": True}),
         ((2, 1, 1, 32), {"auto_pad": True, "topk": 2}),
     ],
     ids=str,

@@ -344,6 +344,15 @@ def test_attention_without_a_policy(padded: bool, monkeypatch: pytest.MonkeyPatc
 
 
 @torch.no_grad()
+def test_a_mask_of_other_dims_goes_to_the_original() -> None:
+    module, x, mask = published.HaltingAttention(32, 4), torch.randn(3, 5, 32), torch.eye(3, 5)
+    expected = module(x, mask)
+    hotkernels.swap(module)
+    assert torch.equal(module(x, mask[..., None]), expected)
+    assert not torch.equal(module(x), expected)
+
+
+@torch.no_grad()
 def test_attention_that_returns_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x, policy = published.PairedPolicyAttention(32, 4), torch.randn(3, 5, 32), torch.rand(3, 5, 1).round()
     plain, (asked, weights), (with_policy, _) = module(x, None), module(x, None, True), module(x, policy)
@@ -576,7 +585,7 @@ def test_attention_between_regions(change: str, monkeypatch: pytest.MonkeyPatch)
 def test_regions_of_images_that_they_do_not_divide() -> None:
     for padded in (False, True):
         plain = BiLevelRoutingAttentionEager(32, 4, 3, auto_pad=padded)
-        ours, x = copy.deepcopy(plain), torch.randn(2, 10, 7, 32)
+        ours, x = copy.deepcopy(plain), torch.randn(2, 10, 8, 32)
         hotkernels.swap(ours)
         if padded:
             torch.testing.assert_close(ours(x), plain(x))
