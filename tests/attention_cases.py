@@ -123,11 +123,13 @@ def _for_all_samples(name: str) -> Make:
     return make
 
 
-def _keys_of_all_samples(dtype: torch.dtype, B: int, J: tuple[int, ...], Nq: int, **options: Any) -> Args:
-    """A set per sample of keys that are there once for all samples."""
+def _keys_of_all_samples(
+    dtype: torch.dtype, B: int, J: tuple[int, ...], Nq: int, sets: tuple[int, int] | None = None, **options: Any
+) -> Args:
+    """A set per sample, or `sets`, of keys that are there once for all samples."""
     query, key, value = (torch.randn(b, *j, 2, N, 16) for b, j, N in ((B, J, Nq), (1, J, 40), (1, (1,) * len(J), 40)))
     tokens = {name: t.to(dtype) for name, t in (("query", query), ("key", key), ("value", value))}
-    return {**tokens, "index": random_slots((B, 11), 40), **options}
+    return {**tokens, "index": random_slots(sets or (B, 11), 40), **options}
 
 
 def _stride_zero(kind: str) -> Make:
@@ -369,6 +371,8 @@ OPS.append(
             ),
             "keys of all samples, two batch dims": lambda dtype: _keys_of_all_samples(dtype, 3, (2,), 9),
             "keys of all samples, of which there are none": lambda dtype: _keys_of_all_samples(dtype, 0, (), 5),
+            "keys and a set of all samples": lambda dtype: _keys_of_all_samples(dtype, 3, (), 17, (1, 11)),
+            "a key of all samples": lambda dtype: _keys_of_all_samples(dtype, 3, (), 17, (1, 1)),
             "keys of all samples and many queries": lambda dtype: _keys_of_all_samples(
                 dtype, 2, (), 300, key_bias=torch.randn(2, 40).to(dtype)
             ),

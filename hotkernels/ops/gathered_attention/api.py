@@ -105,7 +105,7 @@ def _for_each_sample(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
 def _sum_over_samples(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
     """Gradients [1, (J,) H, N, D] of tokens for all samples, from those [B, (J,) H, M, D] of the sets [B or 1, M]."""
     rows = grad.movedim(-2, 1)  # as they are stored
-    named = index.expand(rows.shape[:2]).reshape(1, -1)
+    named = index.expand(rows.shape[:2]).reshape(1, -1).contiguous()  # a slot for all samples is expanded, too
     return torch.ops.hotkernels.gather_tokens_bwd(rows.flatten(0, 1)[None], named, num_tokens).movedim(1, -2)
 
 
