@@ -558,6 +558,17 @@ def test_no_matrix_of_logits_is_kept(backend: str, kind: str) -> None:
     assert sum(t.numel() for t in saved) < 40_000
 
 
+def test_one_key_of_all_samples(backend: str) -> None:
+    """Its index, expanded, has no layout that a kernel reads."""
+    query, key, value = torch.randn(3, 2, 17, 16), *torch.randn(2, 1, 2, 9, 16)
+    leaf = value.requires_grad_()
+    out = gathered_attention(query, key, leaf, torch.tensor([[4]]), backend=backend)
+    (ours,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+    expected = torch.zeros_like(value)
+    expected[:, :, 4] = 3 * 17
+    torch.testing.assert_close(ours, expected)
+
+
 @only_cpp
 def test_keys_of_all_samples_are_not_written_for_each(backend: str) -> None:
     """Backward takes memory for the slots of all samples, not for all keys of all samples."""
