@@ -72,7 +72,6 @@ class _PolicyAttention(Published):
 class _PairedPolicyAttention(_PolicyAttention):
     """TPS's: the same, which returns (out, None) unless it is asked for the probabilities."""
 
-    kind = "attention"
     _hotkernels_also = (None,)
 
 
