@@ -28,6 +28,7 @@ def main() -> int:
 
     torch.set_num_threads(1)  # on a small shared machine two threads mostly measure the scheduler
     about = harness.header()
+    harness.check_out(parser, args.out, about)
     markdown = "\n".join(f"- {name}: {value}" for name, value in about.items()) + "\n"
     markdown += "- medians of interleaved rounds; ratios over 1: ours is faster; extra MiB: in the order of the times\n"
     print(markdown, end="")

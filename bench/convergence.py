@@ -131,15 +131,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run, print, save."""
     parser = argparse.ArgumentParser(prog="python -m bench.convergence", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--seeds", type=int, default=3)
-    add("--steps", type=int, default=300)
+    add("--seeds", type=int, default=3, help="pairs of trainings (%(default)s)")
+    add("--steps", type=int, default=300, help="of each training (%(default)s)")
     add("--batch", type=int, default=4, help="windows per step (%(default)s)")
-    add("--frames", type=int, default=81)
-    add("--channels", type=int, default=64)
-    add("--depth", type=int, default=4)
-    add("--motions", type=int, default=12, help="generated motions to train on; a quarter as many are held out")
+    add("--frames", type=int, default=81, help="per window, of which a third is kept (%(default)s)")
+    add("--channels", type=int, default=64, help="of the model (%(default)s)")
+    add("--depth", type=int, default=4, help="its pairs of blocks (%(default)s)")
+    add("--motions", type=int, default=12, help="to train on (%(default)s); a quarter as many are held out")
     add("--seconds", type=float, default=20.0, help="of each (%(default)s)")
-    add("--out", type=Path, default=Path("convergence_out"), metavar="DIR")
+    add("--out", type=Path, default=Path("convergence_out"), metavar="DIR", help="for curves and losses (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(f"HoT-MixSTE, {args.frames} frames, {args.frames // 3} kept, {args.channels} channels, depth {args.depth}, "

@@ -5,6 +5,7 @@ The workloads themselves and the clock are in hotkernels.bench, which also times
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import importlib
@@ -24,6 +25,7 @@ import torch
 
 from hotkernels.bench.timing import interleaved, machine, mebibytes, peak_memory
 from hotkernels.bench.workloads import WORKLOADS, Workload
+from hotkernels.doctor import unfused
 
 OPS = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 CONTENDERS = ("eager", "compile", "sdpa", "ours")
@@ -167,6 +169,13 @@ def header() -> dict[str, Any]:
     with contextlib.suppress(OSError):
         commit = commit or subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     return machine() | {"commit": commit or "unknown"}
+
+
+def check_out(parser: argparse.ArgumentParser, folder: Path, about: dict[str, Any]) -> None:
+    """Refuse to publish figures of plain PyTorch as ours, or of code that no commit has."""
+    why = unfused() or ("the tree has changes without a commit" if about["commit"].endswith("-dirty") else None)
+    if why and folder.resolve() == Path(__file__).parent / "results":
+        parser.error(f"--out must be elsewhere than bench/results, where figures are published ({why})")
 
 
 def import_rows(ops: Iterable[str] = ()) -> list[Row]:

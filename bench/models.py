@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import hotkernels
-from bench.harness import header
+from bench.harness import check_out, header
 from hotkernels.baselines import AttentionEager
 from hotkernels.bench.timing import interleaved, mebibytes, peak_memory
 from hotkernels.models import HoTMixSTE
@@ -137,11 +137,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=2, help="sequences of HoT-MixSTE (%(default)s)")
     parser.add_argument("--channels", type=int, default=OPTIONS["channels"], help="its width (%(default)s)")
     parser.add_argument("--depth", type=int, default=OPTIONS["depth"], help="its pairs of blocks (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--rounds", type=int, default=5, help="calls of each (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where to write all figures (default: nowhere)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     saved: dict[str, Any] = {"machine": header()}
+    if args.out:
+        check_out(parser, args.out.parent, saved["machine"])
     print("; ".join(f"{name} {value}" for name, value in saved["machine"].items()))
     wrong = _vit(args, saved) if args.model == "vit" else _hot_mixste(args, saved)
     if wrong:

@@ -30,10 +30,13 @@ FROM_ENVIRONMENT = os.environ.get("HOTKERNELS_BACKEND") or None
 
 def _load(library: str) -> str | None:
     """Import a native library, which registers its operators. None if it loaded, else the exact reason why not."""
+    name, package = f"hotkernels.{library}", Path(__file__).parent
     try:
-        importlib.import_module(f"hotkernels.{library}")
+        spec = importlib.util.find_spec(name)
+        if spec and spec.origin and Path(spec.origin).resolve().parent != package.resolve():
+            raise ImportError(f"what Python finds belongs to another hotkernels: {spec.origin}")
+        importlib.import_module(name)
     except ImportError as error:
-        package = Path(__file__).parent
         report = package / "build_report.txt"
         if not report.exists() and (package.parent / "setup.py").exists():
             return f"{library}: not built in the source tree {package.parent}, from which Python imports hotkernels"

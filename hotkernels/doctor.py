@@ -103,6 +103,12 @@ def _unserved() -> str | None:
     return None if any(backend for backend, *_ in servers) else servers[0][2]
 
 
+def unfused() -> str | None:
+    """Why plain PyTorch serves every call on CPUs, which whoever reads a time should know; None if kernels do."""
+    why = LIBRARIES["_C_cpu"]
+    return None if why is None else f"nothing is fused: {why} (see hotkernels doctor)"
+
+
 def problems() -> list[str]:
     """What is wrong with this installation, or with the environment that it was started in."""
     found = [f"{name} was built but did not load: {LIBRARIES[name]}" for name in failed()]

@@ -96,6 +96,18 @@ def test_why_a_library_is_not_loaded(
 
 
 @needs_cpp
+def test_another_installations_library_is_not_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A second checkout beside an editable installation would run its own Python with the first one's kernels."""
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "hotkernels/backends.py"))
+    told = str(backends._load("_C_cpu"))
+    assert told.startswith("_C_cpu: what Python finds belongs to another hotkernels: /")
+    (tmp_path / "setup.py").touch()
+    assert backends._load("_C_cpu") == (
+        f"_C_cpu: not built in the source tree {tmp_path}, from which Python imports hotkernels"
+    )
+
+
+@needs_cpp
 def test_a_torch_with_cuda_has_the_libraries_tried() -> None:
     code = """
 import importlib, importlib.util, torch

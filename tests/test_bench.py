@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -44,6 +46,32 @@ ATTENTION = [
     ("recovery_attention", 10, {}),
     ("recovery_attention", 10, {"core": True}),
 ]
+
+
+@pytest.mark.parametrize(
+    ("commit", "lost", "told"),
+    [
+        ("abc", None, None),
+        ("unknown", None, None),
+        ("abc-dirty", None, "the tree has changes without a commit"),
+        ("abc", "_C_cpu: gone", "nothing is fused: _C_cpu: gone"),
+    ],
+)
+def test_what_nobody_could_repeat_is_not_published(
+    commit: str,
+    lost: str | None,
+    told: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(hotkernels.backends.LIBRARIES, "_C_cpu", lost)
+    parser = argparse.ArgumentParser()
+    harness.check_out(parser, tmp_path, {"commit": commit})
+    with contextlib.nullcontext() if told is None else pytest.raises(SystemExit):
+        harness.check_out(parser, ROOT / "bench/results", {"commit": commit})
+    said = capsys.readouterr().err
+    assert told in said if told else not said
 
 
 @pytest.mark.parametrize("op", FLOATING)
@@ -421,7 +449,8 @@ def test_command_names_the_call(op: str, options: list[str], told: str, capsys: 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--shape", "2,x"], "invalid shape value"),
+        (["--shape", "2,x"], "must be sizes of at least 1, as in 16,243,512, got '2,x'"),
+        (["--shape", "2,0,8"], "must be sizes of at least 1"),
         (["--shape", "2,40"], "--shape must be B,N,C"),
         (["--op", "recovery_attention", "--shape", "2,40,8"], "--shape must be B,F,J,C, got 3 sizes"),
         (
@@ -432,18 +461,20 @@ def test_command_names_the_call(op: str, options: list[str], told: str, capsys: 
         (["--shape", "2,40,8", "--backend", "abacus"], "backend must be"),
         (["--shape", "2,40,8", "-k", "41"], "dpc_knn: k must be in"),
         (["--shape", "1,99999999999,999999999"], "--shape must be one that fits the memory, got (1, 99999999999,"),
-        (["--shape", "1,99999999999999999999,9"], "invalid shape value"),
-        (["--shape", "2,40,8", "--device", "moon"], "invalid device value"),
-        (["--shape", "2,40,8", "--device", "meta"], "invalid device value"),
+        (["--shape", "1,99999999999999999999,9"], "must be sizes of at least 1"),
+        (["--shape", "2,40,8", "--device", "moon"], "must be cpu or cuda, got 'moon'"),
+        (["--shape", "2,40,8", "--device", "meta"], "must be cpu or cuda, got 'meta'"),
         pytest.param(
             ["--shape", "2,40,8", "--device", "cuda"],
             "must be a device that is here, got 'cuda' (torch has no CUDA)",
             marks=pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA"),
         ),
         (["--shape", "2,40,8", "--device", "cpu:x"], "must be a device that is here, got 'cpu:x' (Invalid device"),
-        (["--shape", "2,40,8", "--seconds", "nan"], "invalid seconds value"),
-        (["--shape", "2,40,8", "--seconds", "inf"], "invalid seconds value"),
-        (["--shape", "2,40,8", "--seconds", "-1"], "invalid seconds value"),
+        (["--shape", "2,40,8", "--seconds", "nan"], "must be a number of at least 0, got 'nan'"),
+        (["--shape", "2,40,8", "--seconds", "inf"], "must be a number of at least 0, got 'inf'"),
+        (["--shape", "2,40,8", "--seconds", "-1"], "must be a number of at least 0, got '-1'"),
+        (["--shape", "2,40,8", "--seconds", "soon"], "must be a number of at least 0, got 'soon'"),
+        (["--shape", "2,40,8", "--threads", "1000000"], "four to each core, got 1000000"),
         (["--shape", "2,40,8", "--threads", "0"], "must be at least 1, got 0"),
         (["--shape", "2,40,8", "--backward"], "has no backward"),
         (["--op", "merge_tokens", "--shape", "2,40,8", "-k", "3"], "has no option 'k'"),

@@ -215,6 +215,18 @@ def test_doctor_accepts_a_backend_that_serves_some_calls(monkeypatch: pytest.Mon
     assert "cpp: float32, float16, bfloat16; none (dpc_knn: HOTKERNELS_BACKEND must be one that" in doctor.report()
 
 
+def test_whoever_reads_a_time_learns_that_nothing_is_fused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(backends.LIBRARIES, "_C_cpu", None)
+    assert doctor.unfused() is None
+    monkeypatch.setitem(backends.LIBRARIES, "_C_cpu", "_C_cpu: not built: no C++ compiler")
+    assert main(["bench", "--shape", "1,9,8", "--seconds", "0"]) == 0
+    assert (
+        "; isa nothing is fused: _C_cpu: not built: no C++ compiler (see hotkernels doctor);" in capsys.readouterr().out
+    )
+
+
 def test_doctor_tells_where_gpu_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = backends.Kernel((torch.float32,), device="cuda")
     monkeypatch.setitem(backends.OPS, "dpc_knn", {**backends.OPS["dpc_knn"], "triton": kernel})

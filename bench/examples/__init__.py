@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hotkernels.bench.timing import interleaved, mebibytes, peak_memory
+from hotkernels.doctor import unfused
 
 
 def arguments(about: str | None, **options: int) -> argparse.Namespace:
@@ -17,7 +18,10 @@ def arguments(about: str | None, **options: int) -> argparse.Namespace:
     for name, default in ({"rounds": 5} | options).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="%(default)s")
     torch.set_num_threads(1)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if why := unfused():
+        print(why)
+    return args
 
 
 def saved(eager: Callable[[], Any], ours: Callable[[], Any], rounds: int) -> None:

@@ -7,8 +7,10 @@ else the machine does hits all of them; medians are reported. The suite in bench
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -26,21 +28,30 @@ _SHAPES = {
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(size) for size in text.split(","))
-    if min(sizes) < 1 or max(sizes) > torch.iinfo(torch.int64).max:
-        raise ValueError
-    return sizes
+    with contextlib.suppress(ValueError):
+        sizes = tuple(int(size) for size in text.split(","))
+        if min(sizes) >= 1 and max(sizes) <= torch.iinfo(torch.int64).max:
+            return sizes
+    raise argparse.ArgumentTypeError(f"must be sizes of at least 1, as in 16,243,512, got '{text}'")
 
 
 def _seconds(text: str) -> float:
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number of at least 0, got '{text}'")
+
+
+def _threads(text: str) -> int:
+    threads, most = count(text), 4 * (os.cpu_count() or 1)  # far more, and OpenMP ends the process
+    if threads > most:
+        raise argparse.ArgumentTypeError(f"must be in [1, {most}], four to each core, got {threads}")
+    return threads
 
 
 def _device(text: str) -> str:
     if text.partition(":")[0] not in ("cpu", "cuda"):  # others have no clock here, and meta tensors no values
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got '{text}'")
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
@@ -49,17 +60,13 @@ def _device(text: str) -> str:
     return text
 
 
-# argparse: "invalid shape value".
-_shape.__name__, _seconds.__name__, _device.__name__ = "shape", "seconds", "device"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hotkernels bench",
         description="Time an op against the published eager code on your own shapes, after checking its answers.",
         epilog="example: hotkernels bench --op dpc_knn --shape 16,243,512 --clusters 81 -k 2",
     )
-    parser.add_argument("--op", choices=WORKLOADS, default="dpc_knn")
+    parser.add_argument("--op", choices=WORKLOADS, default="dpc_knn", help="default dpc_knn")
     parser.add_argument(
         "--shape",
         type=_shape,
@@ -88,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", help="of ours: cuda, triton, cpp or torch (default: the fastest that serves it)")
     parser.add_argument("--backward", action="store_true", help="time forward + backward")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the eager code")
-    parser.add_argument("--threads", type=count, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--threads", type=_threads, default=1, help="CPU threads (default 1)")
     parser.add_argument("--seconds", type=_seconds, default=2.0, help="time per contender (default 2)")
     return parser
 
@@ -146,6 +153,8 @@ def main(argv: Sequence[str]) -> int:
                 f"{timings['eager'].median / timing.median:8.2f}x"
                 + ("" if memory is None else f"{mebibytes(memory):10.1f} MiB extra")
             )
+        if args.op == "gathered_attention" and args.k:
+            print("  sdpa takes no index: it attends to all keys")
     except (ValueError, TypeError) as error:
         if " must be " not in str(error):  # not of the one form: a defect, which shows where it is
             raise

@@ -18,7 +18,7 @@ import torch
 
 from .. import __version__
 from ..backends import instruction_set
-from ..doctor import processor
+from ..doctor import processor, unfused
 
 Thunk = Callable[[], Any]
 
@@ -176,7 +176,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "isa": instruction_set() or "no C++ kernels",
+        "isa": instruction_set() or unfused(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "hotkernels": __version__,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..backends import choose, instruction_set
+from ..doctor import unfused
 from ..errors import check_int, count, fail
 from .frames import (
     CHOOSERS,
@@ -96,7 +97,7 @@ def run(keypoints: Keypoints, args: argparse.Namespace) -> tuple[Result, Prepare
         times_ms=times_ms,
         memory_mib=memory_mib,
         hourglass=hourglass,
-        notes=p.notes,
+        notes=[*p.notes, *filter(None, [unfused()])],
         versions={"hotkernels": __version__, "torch": torch.__version__, "numpy": np.__version__},
     )
     return result, p, chosen, exact.score
