@@ -432,7 +432,7 @@ OPS.append(
             Bad("bias", lambda a: {"bias": torch.zeros(2, 2, 3, 6)}),
             Bad("bias", lambda a: {"bias": a["bias"][None]}),
             Bad("key_bias", lambda a: {"key_bias": 1.0}, TypeError),
-            Bad("key_bias", lambda a: {"key_bias": a["key_bias"] > 0}, TypeError),
+            Bad("key_bias", lambda a: {"key_bias": a["key_bias"].long()}, TypeError),
             Bad("key_bias", lambda a: {"key_bias": a["key_bias"].to("meta")}),
             Bad("key_bias", lambda a: {"key_bias": a["key_bias"][:, :4]}),
             Bad("key_bias", lambda a: {"key_bias": a["key_bias"][0]}),

@@ -169,6 +169,26 @@ def test_one_key_bias_for_all_keys_changes_nothing(backend: str, kind: str) -> N
 
 
 @each_kind
+def test_a_mask_is_a_bias_of_zeros_and_infinities(backend: str, kind: str) -> None:
+    """True = attend, as in the mask that SDPA takes."""
+    query, key, value = heads(2)
+    index = index_of(kind, (2,), 2, 17, 9, 5)
+    mask, key_mask = torch.rand(2, 1, 17, 9 if index is None else 5) < 0.8, torch.rand(2, 9) < 0.8
+    as_bias = [torch.where(m, 0.0, -torch.inf) for m in (mask, key_mask)]
+
+    def call(bias: Tensor, key_bias: Tensor) -> tuple[Tensor, ...]:
+        return gradients(
+            lambda q, k, v: gathered_attention(q, k, v, index, bias=bias, key_bias=key_bias, backend=backend),
+            query, key, value,
+        )  # fmt: skip
+
+    assert_equal(call(mask, key_mask), call(*as_bias))
+    if index is None:
+        attended = F.scaled_dot_product_attention(query, key, value, mask & key_mask[:, None, None])
+        assert_close(call(mask, key_mask)[:1], (attended,))
+
+
+@each_kind
 def test_one_key_is_its_value(backend: str, kind: str) -> None:
     query, key, value = heads(2, Nk=1)
     index = None if kind == "dense" else index_of(kind, (2,), 2, 17, 1, 1, absent=0.0)

@@ -72,6 +72,22 @@ def test_attention(options: dict[str, Any], shape: tuple[int, ...]) -> None:
     assert_as_published(ours, eager, lambda m, x: m(x), [torch.randn(shape)])
 
 
+@pytest.mark.parametrize(
+    ("module", "args"),
+    [
+        (Attention, (8, 2)),
+        (CrossAttention, (8, 2)),
+        (TokenPruning, (8, 3)),
+        (TokenRecovery, (8, 5)),
+        (BiLevelRoutingAttention, (8, 2)),
+    ],
+)
+def test_parameters_are_made_where_and_as_what_they_are_asked_for(module: Any, args: tuple[int, ...]) -> None:
+    made = [*module(*args, device="meta", dtype=torch.bfloat16).parameters()]
+    assert {(p.device.type, p.dtype) for p in made} == {("meta", torch.bfloat16)}
+    assert [p.shape for p in made] == [p.shape for p in module(*args).parameters()]
+
+
 def test_the_widest_head() -> None:
     assert Attention(256, num_heads=1)(torch.randn(1, 3, 256)).shape == (1, 3, 256)
 

@@ -31,6 +31,7 @@ class Attention(nn.Module):
         qk_scale: scale of the logits; None, or 0 as published, = (C / H) ** -0.5.
         attn_drop, proj_drop: dropout on the probabilities and on the output, in training, each in [0, 1). With
             attn_drop > 0 training runs on the torch backend, which has dropout; evaluation stays fused.
+        device, dtype: of the parameters, as every PyTorch module takes them.
 
     If `attn_drop` is replaced by anything but a Dropout or an Identity, or has hooks (global ones count), it is called
     on all the probabilities [..., H, N, N], and the attention is not fused.
@@ -57,15 +58,19 @@ class Attention(nn.Module):
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_options("Attention", dim, num_heads, qk_scale, attn_drop, proj_drop)
+        factory: Any = {"device": device, "dtype": dtype}
         self.dim = dim
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **factory)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, along: int = -2) -> Tensor:
@@ -95,7 +100,7 @@ class CrossAttention(nn.Module):
     projected per sample. Where x_2 is x_3, keys and values come from one matrix product.
 
     Args:
-        dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop: as `Attention`.
+        dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, device, dtype: as `Attention`.
         length: accepted, as published, and unused.
 
     As in `Attention`, a replaced or hooked `attn_drop` is called on all the probabilities, here [B, (J,) H, L, M].
@@ -121,17 +126,21 @@ class CrossAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         length: int = 27,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_options("CrossAttention", dim, num_heads, qk_scale, attn_drop, proj_drop)
+        factory: Any = {"device": device, "dtype": dtype}
         self.dim = dim
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.linear_q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.linear_k = nn.Linear(dim, dim, bias=qkv_bias)
-        self.linear_v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.linear_q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
+        self.linear_k = nn.Linear(dim, dim, bias=qkv_bias, **factory)
+        self.linear_v = nn.Linear(dim, dim, bias=qkv_bias, **factory)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tensor:

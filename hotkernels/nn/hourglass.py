@@ -26,6 +26,7 @@ class TokenPruning(nn.Module):
         k: neighbours per density; HoT uses 2.
         center: always keep the centre frame (F - 1) // 2, as MHFormer and the TPC models do.
         seed: orders equal densities, see `hotkernels.dpc_knn`; the published code draws random numbers for that.
+        device, dtype: of the position embedding, as every PyTorch module takes them.
 
     Raises:
         ValueError, TypeError: ``TokenPruning: <arg> must be <expected>, got <actual>``.
@@ -39,7 +40,17 @@ class TokenPruning(nn.Module):
         (torch.Size([2, 81, 17, 64]), torch.Size([2, 81]))
     """
 
-    def __init__(self, dim: int, token_num: int, k: int = 2, center: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        token_num: int,
+        k: int = 2,
+        center: bool = False,
+        seed: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_int("TokenPruning", "dim", dim, 1, None)
         check_int("TokenPruning", "token_num", token_num, 1, None)
@@ -50,7 +61,7 @@ class TokenPruning(nn.Module):
         self.k = k
         self.center = center
         self.seed = seed
-        self.pos_embed_token = nn.Parameter(torch.zeros(1, token_num, dim))
+        self.pos_embed_token = nn.Parameter(torch.zeros(1, token_num, dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Prune.
@@ -101,7 +112,7 @@ class TokenRecovery(nn.Module):
     Args:
         dim: channels C.
         length: L, frames to recover.
-        num_heads, qkv_bias, qk_scale, attn_drop, proj_drop: as `CrossAttention`.
+        num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, device, dtype: as `CrossAttention`.
 
     Raises:
         ValueError, TypeError: ``TokenRecovery: <arg> must be <expected>, got <actual>``.
@@ -123,12 +134,17 @@ class TokenRecovery(nn.Module):
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_options("TokenRecovery", dim, num_heads, qk_scale, attn_drop, proj_drop)
         check_int("TokenRecovery", "length", length, 1, None)
-        self.x_token = nn.Parameter(torch.zeros(1, length, dim))
-        self.cross_attention = CrossAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, length)
+        factory: Any = {"device": device, "dtype": dtype}
+        options = (num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, length)
+        self.x_token = nn.Parameter(torch.zeros(1, length, dim, **factory))
+        self.cross_attention = CrossAttention(dim, *options, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Recover x [B, M, J, C] to [B, L, J, C]."""

@@ -40,6 +40,7 @@ class BiLevelRoutingAttention(nn.Module):
         param_routing, diff_routing, soft_routing: only False: regions are chosen, not weighted.
         side_dwconv: kernel size of the depthwise convolution of the values that is added to the result; 0 = none.
         auto_pad: pad images whose sides n_win does not divide, with zeros at the bottom and at the right.
+        device, dtype: of the parameters, as every PyTorch module takes them.
 
     Raises:
         ValueError, TypeError: ``BiLevelRoutingAttention: <arg> must be <expected>, got <actual>``.
@@ -71,6 +72,9 @@ class BiLevelRoutingAttention(nn.Module):
         soft_routing: bool = False,
         side_dwconv: int = 3,
         auto_pad: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_dim(_NAME, dim, num_heads)
@@ -99,11 +103,15 @@ class BiLevelRoutingAttention(nn.Module):
         self.topk = topk
         self.scale = qk_scale or dim**-0.5
         self.auto_pad = auto_pad
+        factory: Any = {"device": device, "dtype": dtype}
         self.lepe = (
-            nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim) if side_dwconv else torch.zeros_like
+            nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **factory)
+            if side_dwconv
+            else torch.zeros_like
         )
-        self.qkv = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim)})  # published as a module that splits what this makes
-        self.wo = nn.Linear(dim, dim)
+        # Published as a module that splits what its own qkv makes.
+        self.qkv = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim, **factory)})
+        self.wo = nn.Linear(dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend between the regions of x [B, height, width, C]; returns the same shape."""

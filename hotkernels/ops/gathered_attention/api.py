@@ -14,9 +14,10 @@ from ...dtypes import FLOATING, FUSED, INTEGER, accumulator
 from ...errors import check_bool, check_float, check_index, check_tensor, fail
 from ...operators import composite, differentiable_once, fake, implement_in_triton, wants_grad
 from ..invert_index import InvertedIndex
-from .reference import gathered_attention_reference
+from .reference import gathered_attention_reference, mask_bias
 
 _OP = "gathered_attention"
+_BIAS = (*FLOATING, torch.bool)
 MAX_HEAD_DIM = 256
 register(
     _OP,
@@ -260,9 +261,9 @@ def gathered_attention(
         index: int64 or int32 in [-1, Nk), -1 = no key. None: dense. [B, M]: one set for all heads, queries and J of a
             sample. [*batch, Nq, K]: per query. [*batch, H, Nq, K]: per head and query. Keys may repeat, and count each
             time. An InvertedIndex saves the backward pass the inversion.
-        bias: added to the logits of the slots, broadcastable to [*batch, H, Nq, Nk or M or K].
+        bias: added to the logits of the slots, broadcastable to [*batch, H, Nq, Nk or M or K]; or bool, True = attend.
         key_bias: [*batch, Nk], each dim whole or 1, added to the logits of a key wherever it appears; -inf masks it:
-            then nothing in it or its value matters, not even NaN, as where no index names it.
+            then nothing in it or its value matters, not even NaN, as where no index names it. Or bool, True = attend.
         scale: of the logits; None = 1 / sqrt(D).
         dropout_p: dropout on the probabilities, always applied if > 0 (on the torch backend).
         return_lse: return (out, lse).
@@ -325,10 +326,10 @@ def gathered_attention(
         if start is not None and slots is not None:
             _check_inverse(index, start, slots, Nk)
     if bias is not None:
-        bias = _checked_bias(bias, (*batch, H, Nq, num_slots), query.device).to(accumulator(query.dtype))
+        bias = _to_logits(_checked_bias(bias, (*batch, H, Nq, num_slots), query.device), query)
     if key_bias is not None:
-        key_bias = checked_per_key(_OP, "key_bias", key_bias, "[*batch, Nk]", FLOATING, (*batch, Nk), query.device)
-        key_bias = key_bias.to(accumulator(query.dtype))
+        key_bias = checked_per_key(_OP, "key_bias", key_bias, "[*batch, Nk]", _BIAS, (*batch, Nk), query.device)
+        key_bias = _to_logits(key_bias, query)
     check_bool(_OP, "return_lse", return_lse)
     chosen = choose_attention(_OP, query, dropout_p, backend)
     if index is not None:
@@ -408,7 +409,7 @@ def _checked_index(index: Tensor, batch: tuple[int, ...], H: int, Nq: int, devic
 
 
 def _checked_bias(bias: Tensor, full: tuple[int, ...], device: torch.device) -> Tensor:
-    check_tensor(_OP, "bias", bias, "[*batch, H, Nq, slots]", FLOATING, device=device)
+    check_tensor(_OP, "bias", bias, "[*batch, H, Nq, slots]", _BIAS, device=device)
     if bias.dim() > len(full) or not broadcastable(bias.shape, full[len(full) - bias.dim() :]):
         fail(_OP, "bias", f"broadcastable to [*batch, H, Nq, slots] = {list(full)}", list(bias.shape))
     return bias if bias.dim() == len(full) else bias[(None,) * (len(full) - bias.dim())]
@@ -428,6 +429,11 @@ def checked_per_key(
     if value.dim() != len(full) or not broadcastable(value.shape, full):
         fail(op, arg, f"{layout} = {list(full)}", list(value.shape))
     return value if value.shape[-1] == full[-1] else value.expand(*value.shape[:-1], full[-1])
+
+
+def _to_logits(bias: Tensor, query: Tensor) -> Tensor:
+    """A bias, or a mask, in the type of the logits."""
+    return mask_bias(bias, query) if bias.dtype == torch.bool else bias.to(accumulator(query.dtype))
 
 
 def _check_inverse(index: Tensor, start: Tensor, slots: Tensor, num_tokens: int) -> None:

@@ -76,3 +76,9 @@ def gathered_attention_reference(
     if return_lse:
         lse = torch.where(empty[..., 0], -torch.inf, lse)
     return out.to(query.dtype).movedim(-2, 1).contiguous().movedim(1, -2), lse  # stored token by token
+
+
+def mask_bias(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask, True = attend, as what is added to the logits of `like`: 0 or -inf."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.zeros(mask.shape, dtype=dtype, device=like.device).masked_fill(~mask, -torch.inf)

@@ -17,7 +17,8 @@ from ..gathered_attention.api import (
     common_batch,
     distinct,
 )
-from .reference import mask_bias, recovery_attention_reference
+from ..gathered_attention.reference import mask_bias
+from .reference import recovery_attention_reference
 
 _OP = "recovery_attention"
 register(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gathered_attention.reference import gathered_attention_reference
+from ..gathered_attention.reference import gathered_attention_reference, mask_bias
 
 
 def recovery_attention_reference(
@@ -27,9 +27,3 @@ def recovery_attention_reference(
         dropout_p=dropout_p,
         return_lse=False,
     )[0]
-
-
-def mask_bias(key_mask: Tensor, key: Tensor) -> Tensor:
-    """Turn a mask [*batch, M], True = attend, into a bias on the logits, 0 or -inf, of the type they have."""
-    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-    return torch.zeros(key_mask.shape, dtype=dtype, device=key.device).masked_fill(~key_mask, -torch.inf)
