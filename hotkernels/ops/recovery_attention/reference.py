@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..gathered_attention.reference import gathered_attention_reference, mask_bias
