@@ -33,7 +33,8 @@ def main() -> int:
     markdown += "- medians of interleaved rounds; ratios over 1: ours is faster; extra MiB: in the order of the times\n"
     print(markdown, end="")
     results = []
-    for text, result in harness.report(selected, args.seconds or (0.1 if args.quick else 2.0)):
+    seconds = args.seconds if args.seconds is not None else 0.1 if args.quick else 2.0
+    for text, result in harness.report(selected, seconds):
         print(text, flush=True)
         markdown += text + "\n"
         results.append(result)

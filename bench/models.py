@@ -106,13 +106,13 @@ def build_vit(channels: int, heads: int) -> dict[str, nn.Module]:
     return {"sdpa": blocks, "swapped": swapped}
 
 
-def measure(models: dict[str, nn.Module], x: Tensor, rounds: int, label: str = "") -> dict[str, Any]:
+def measure(models: dict[str, nn.Module], x: Tensor, args: argparse.Namespace, label: str = "") -> dict[str, Any]:
     """Print a row per pass, and return them for a file; ratios are to the first model."""
     thunks = {name: passes(model, x) for name, model in models.items()}
     rows: dict[str, Any] = {}
     for which in ("forward", "training step"):
         calls = {name: thunk[which] for name, thunk in thunks.items()}
-        times = interleaved(calls, 1.0, least=rounds)
+        times = interleaved(calls, args.seconds, least=args.rounds)
         extra = [peak_memory(call) for call in calls.values()]
         first, *others = medians = [times[name].median for name in calls]
         memory = " / ".join("?" if b is None else f"{mebibytes(b):.0f}" for b in extra)
@@ -137,7 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=2, help="sequences of HoT-MixSTE (%(default)s)")
     parser.add_argument("--channels", type=int, default=OPTIONS["channels"], help="its width (%(default)s)")
     parser.add_argument("--depth", type=int, default=OPTIONS["depth"], help="its pairs of blocks (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="calls of each (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="calls of each, at least (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each, at least (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where to write all figures (default: nowhere)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -162,7 +163,7 @@ def _hot_mixste(args: argparse.Namespace, saved: dict[str, Any]) -> str | None:
     wrong = check(models, x, options["token_num"])
     if not wrong:
         print_title([*models])
-        saved["rows"] = measure(models, x, args.rounds)
+        saved["rows"] = measure(models, x, args)
     return wrong
 
 
@@ -178,7 +179,7 @@ def _vit(args: argparse.Namespace, saved: dict[str, Any]) -> str | None:
         if not saved["rows"]:
             print_title([*models])
         label = f"{images}x{tokens}x{channels}"
-        saved["rows"][label] = measure(models, x, args.rounds, f"{label} ")
+        saved["rows"][label] = measure(models, x, args, f"{label} ")
     return None
 
 

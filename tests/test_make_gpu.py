@@ -112,6 +112,7 @@ def test_every_stage_but_the_build_on_a_cpu(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
     monkeypatch.setenv("COMMIT", "abc1234")
+    monkeypatch.setattr(harness, "OPS", ["gather_tokens"])
     out = tmp_path / "out"
     stages = "doctor,tests,memcheck,warm,bench"
     argv = f"--device cpu --quick --stages {stages} --rows gather_tokens --out {out} --results {tmp_path / 'results'}"
@@ -524,15 +525,18 @@ def test_a_contender_that_cannot_take_part_says_why() -> None:
 
 
 TUNE = """
+import functools
 import json
 import os
 from bench import gpu_tune
 from bench.gpu_rows import Bench
-from bench.harness import import_rows
+from bench.harness import Row
+from hotkernels.bench.workloads import gathered_attention_workload
 def two(name, choice):
     return [choice, choice._replace(M=16)]  # of 17 queries
 gpu_tune.neighbours = two
-row = next(row for row in import_rows() if row.gpu and row.op == "gathered_attention" and str(row) == "tiny-fwd+bwd")
+workload = functools.partial(gathered_attention_workload, (1, 17, 64), 17, heads=1)
+row = Row("gathered_attention", "tiny", True, workload, gpu=True)
 print(json.dumps(gpu_tune.tune(row, Bench("cpu", 0.001))))
 ran, usable = [], gpu_tune.usable
 gpu_tune.usable = lambda variants, *more: (ran.append(list(variants)), usable(variants, *more))[1]

@@ -282,13 +282,15 @@ def test_compiles_without_graph_breaks(make: Callable[..., nn.Module]) -> None:
 @each_model
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 def test_autocast(name: str, grad: bool) -> None:
-    _, model, x = pair(name)
+    """As far from float32 as the published model; MotionBERT's takes no index, and is in none of these far off."""
+    eager, model, x = pair(name)
     index = torch.stack([torch.randperm(27)[:9].sort().values for _ in range(2)])
     exact = model(x, index)
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
-        out = model(x, index)
-    exact, out = (t[0] if isinstance(t, tuple) else t for t in (exact, out))
-    torch.testing.assert_close(out.float(), exact, rtol=0.1, atol=0.1)
+        out, theirs = model(x, index), eager(x, index=index) if "mixste" in name else None
+    exact, out, theirs = (t[0] if isinstance(t, tuple) else t for t in (exact, out, theirs))
+    allowed = 0.08 * exact.norm() if theirs is None else 1.5 * (theirs.float() - exact).norm()
+    assert (out.float() - exact).norm() < allowed
 
 
 def test_autocast_training() -> None:

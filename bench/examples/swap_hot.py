@@ -32,7 +32,7 @@ def main() -> None:
         print(f"\nlargest difference of a coordinate, on the same kept frames: {gap:.1e}")
         print("a forward pass:")
         saved(lambda: published(poses), lambda: model(poses), args.rounds)
-    print("a training step:")
+    print("forward and backward:")
     saved(lambda: published(poses).sum().backward(), lambda: model(poses).sum().backward(), args.rounds)
 
 

@@ -145,7 +145,7 @@ def main() -> None:
         print(f"\nlargest difference of an output: {(answers[0] - answers[1]).abs().max():.1e}")
         print("a forward pass:")
         saved(lambda: published(image), lambda: model(image), args.rounds)
-    print("a training step:")
+    print("forward and backward:")
     saved(lambda: published(image).sum().backward(), lambda: model(image).sum().backward(), args.rounds)
 
 
