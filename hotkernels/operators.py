@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _TRITON = torch.library.Library("hotkernels", "IMPL")
 _COMPOSITE = torch.library.Library("hotkernels", "FRAGMENT")
 _DIFFERENTIABLE_ONCE = (
-    "hotkernels: a fused operator is differentiable once, by a backward pass; plain PyTorch is in every way: "
+    "hotkernels: a fused operator has first derivatives, by a backward pass alone; for all others use plain PyTorch: "
     "backend='torch' for a call, HOTKERNELS_BACKEND=torch in the environment for a model"
 )
 
