@@ -19,8 +19,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _TRITON = torch.library.Library("hotkernels", "IMPL")
 _COMPOSITE = torch.library.Library("hotkernels", "FRAGMENT")
 _DIFFERENTIABLE_ONCE = (
-    "hotkernels: a fused operator has first derivatives, by a backward pass alone; for all others use plain PyTorch: "
-    "backend='torch' for a call, HOTKERNELS_BACKEND=torch in the environment for a model"
+    "hotkernels: a fused operator is differentiable once, by a backward pass; for all other derivatives use plain "
+    "PyTorch: backend='torch' for a call, HOTKERNELS_BACKEND=torch in the environment for a model"
 )
 
 

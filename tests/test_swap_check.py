@@ -169,7 +169,7 @@ def test_tied_tokens_are_no_difference() -> None:
         chosen, others = report.choices
         assert chosen == 2 * 81
         assert (others > 0) == (difference > 1e-3)
-        rest = "; the rest are near ties" if others else ""
+        rest = "; its rounding or noise decided the rest" if others else ""
         assert str(report).endswith(f"\n  {162 - others} of 162 kept tokens are the model's own choice{rest}")
         differences.append(difference)
     assert max(differences) > 1e-3
@@ -205,6 +205,6 @@ def test_tokens_that_ties_put_into_other_clusters_are_counted() -> None:
         others.append(elsewhere)
         assert report.choices is None
         assert report.clusters == (2 * 243, elsewhere)
-        rest = "; the rest are near ties" if elsewhere else ""
+        rest = "; its rounding or noise decided the rest" if elsewhere else ""
         assert str(report).endswith(f"\n  {486 - elsewhere} of 486 tokens are in the model's own cluster{rest}")
     assert max(others) > 0

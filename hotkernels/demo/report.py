@@ -103,8 +103,8 @@ def _chosen(r: Result) -> list[str]:
     ours, eager = r.choices["hotkernels"], r.choices["eager"]
     return [
         *lines,
-        f"  eager keeps {r.identical:.1%} of the frames that hotkernels keeps (same noise); where they differ,",
-        f"  densities are closer than float32 tells apart; against eager: score {_change(ours.score, eager.score)}, "
+        f"  eager keeps {r.identical:.1%} of the frames that hotkernels keeps (same noise); where they",
+        f"  differ, float32 rounding decided its choice; against eager: score {_change(ours.score, eager.score)}, "
         f"coverage {_change(ours.coverage, eager.coverage)}",
         "  score: of the kept frames by the float64 definition, geometric mean; best: share of the frames that this",
         "  definition keeps; coverage: mean distance from a frame's token to the nearest kept one, less is better",

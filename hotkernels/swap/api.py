@@ -79,7 +79,7 @@ class SwapReport:
         return "\n".join(lines)
 
 
-_REST = "; the rest are near ties"
+_REST = "; its rounding or noise decided the rest"
 _AS_FAR = 4  # outputs may move this many times as far as the model's own when its inputs are rounded differently
 
 
