@@ -106,6 +106,19 @@ def test_what_is_set_after_the_swap_counts_in_compiled_code(name: str) -> None:
     torch.testing.assert_close(torch.compile(ours, backend="aot_eager", fullgraph=True)(x), plain(x))
 
 
+def test_a_second_swap_says_which_modules_run_their_own_forward_since_they_were_changed() -> None:
+    model = nn.Sequential(*[AttentionEager(32) for _ in range(3)])
+    hotkernels.swap(model)
+    model[1].scale = model[1].scale * 0.5
+    model[2].scale = float(model[2].scale)  # an equal number
+    model.append(AttentionEager(32))
+    left = dict(hotkernels.swap(model).left)
+    own = "swapped already, but runs its own forward since scale changed (unswap, then swap again)"
+    assert left == {"0": "swapped already", "1": own, "2": "swapped already"}
+    hotkernels.unswap(model)
+    assert len(hotkernels.swap(model).replaced) == 4
+
+
 def test_a_forward_of_the_class_set_after_the_swap(monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs, and a swap after it sees it; without it, the module is fused as before."""
     module, x = Switched(), torch.randn(2, 5, 32)

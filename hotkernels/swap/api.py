@@ -19,7 +19,7 @@ from . import probe
 from .classes import Calls, Renames, hidden_names, is_swapped, look_up, subclass
 from .functions import CLUSTERINGS, differences, find_calls, find_held
 from .twins import Twin, find_twin
-from .watch import SEEN, seen
+from .watch import SEEN, changed, seen
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,12 @@ def _refuse(model: nn.Module, report: SwapReport) -> NoReturn:
     if _any_swapped(model):
         fail("swap", "model", "one that is not swapped yet", f"{name}, which is (unswap undoes it)")
     found = "; ".join(sorted({reason for _, reason in report.left}))
-    fail("swap", "model", "one with a module that swap knows", name + (f" ({found})" if found else ""))
+    fail(
+        "swap",
+        "model",
+        "one with a module that swap knows",
+        name + (f" ({found})" if found else ""),
+    )
 
 
 def _any_swapped(model: nn.Module) -> bool:
@@ -325,7 +330,9 @@ def _plan(model: nn.Module) -> tuple[list[_Change], SwapReport]:
     for module, names in paths.items():
         path, cls = ", ".join(names), type(module)
         if is_swapped(module):
-            report.left.append((path, "swapped already"))
+            since = ", ".join(changed(module))
+            own = f", but runs its own forward since {since} changed (unswap, then swap again)" if since else ""
+            report.left.append((path, f"swapped already{own}"))
             continue
         twin = find_twin(module, verdicts)
         if isinstance(twin, str):

@@ -37,6 +37,16 @@ def in_probe(module: Any) -> bool:
     return IN_PROBE in module.__dict__
 
 
+def _differs(now: Any, before: Any) -> bool:
+    return now is not before and not (isinstance(now, _NUMBERS) and type(now) is type(before) and now == before)
+
+
+def changed(module: Any) -> list[str]:
+    """The attributes of a swapped module that were set since, so that it runs its own forward."""
+    held = vars(module)
+    return sorted(name for name, before in held.get(SEEN, {}).items() if _differs(held.get(name, ...), before))
+
+
 def as_seen(module: Any, weights: Iterable[str]) -> bool:
     """Whether a swapped module has the attributes and the class's forward of the swap, and no own weights but these.
 
@@ -52,8 +62,7 @@ def as_seen(module: Any, weights: Iterable[str]) -> bool:
         for name in then:
             getattr(module, name, None)
     for name, before in then.items():
-        now = held.get(name, ...)
-        if now is not before and not (isinstance(now, _NUMBERS) and type(now) is type(before) and now == before):
+        if _differs(held.get(name, ...), before):
             return False
     own = module._parameters or module._buffers
     if own and any(
