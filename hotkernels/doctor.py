@@ -74,7 +74,7 @@ def failed() -> list[str]:
 
 
 def _devices() -> list[str]:
-    return ["cpu"] + ["cuda"] * (torch.cuda.device_count() > 0)
+    return ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 def _servers(op: str, device: str) -> list[tuple[str | None, str, str]]:
@@ -114,6 +114,8 @@ def problems() -> list[str]:
     found = [f"{name} was built but did not load: {LIBRARIES[name]}" for name in failed()]
     if "not built in the source tree" in (LIBRARIES["_C_cpu"] or ""):
         found.append(f"{LIBRARIES['_C_cpu']}: build it there (pip install -e .) or start Python in another folder")
+    if torch.cuda.device_count() and not torch.cuda.is_available():
+        found.append("there is a GPU on which CUDA does not start: its driver may be older than this torch needs")
     if why := _unserved():
         found.append(f"HOTKERNELS_BACKEND={os.environ.get('HOTKERNELS_BACKEND')} serves no call here: {why}")
     try:
@@ -133,7 +135,7 @@ def report() -> str:
     """The whole page."""
     versions = {"hotkernels": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     versions |= {package: _version(package) for package in ("triton", "numpy")}
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()) if torch.cuda.is_available()]
     environment = [f"  {name}={os.environ[name]}" for name in _ENVIRONMENT if os.environ.get(name)]
     lines = ["versions", *(f"  {name:<12}{version}" for name, version in versions.items())]
     lines += [

@@ -164,7 +164,8 @@ def check_ascending(op: str, arg: str, index: Tensor, size: int) -> None:
 def checked() -> Iterator[None]:
     """Look at index values on the GPU too, at the price of waiting for it; an index out of range is then an error.
 
-    Outside this context, a slot whose index is out of range counts as absent on a GPU and is never read.
+    Outside this context, a slot whose index is out of range counts as absent on a GPU and is never read; so it does
+    everywhere in what torch.compile makes of the torch backend. A thread started inside has no part in it.
 
     Example::
 

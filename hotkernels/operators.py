@@ -1,4 +1,4 @@
-"""Registers kernels as PyTorch operators that work with autograd, torch.compile, torch.export and torch.func."""
+"""Registers kernels as PyTorch operators for autograd, torch.compile, torch.export and torch.func.vmap."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def composite(schema: str) -> Callable[[F], F]:
-    """Make a function of raw operators and autograd.Functions an operator, too, under torch.export and torch.func.
+    """Make a function of raw operators and autograd.Functions an operator, too, for export, jit.trace and torch.func.
 
     Exporting an autograd.Function keeps only the raw operators inside it, and vmap hides requires_grad from it; both
     would silently drop gradients. As one operator it stays a single node, which trains and which `run_decompositions`
@@ -81,7 +81,7 @@ def composite(schema: str) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def whole(*args: Any) -> Any:
-            apart = torch.compiler.is_exporting() or is_transformed()
+            apart = torch.compiler.is_exporting() or is_transformed() or torch.jit.is_tracing()
             return call(operator if apart else function, *args)
 
         return cast(F, whole)
@@ -102,7 +102,7 @@ class _Refusing(torch.autograd.Function):
 
 
 def differentiable_once(backward: F) -> F:
-    """An autograd.Function's backward whose results refuse to be differentiated.
+    """An autograd.Function's backward, called with the saved tensors, too, whose results refuse to be differentiated.
 
     PyTorch's once_differentiable cuts them off from the saved tensors: a second derivative asked for these, by
     autograd.grad or by a Hessian, is zero there in silence.
@@ -110,13 +110,12 @@ def differentiable_once(backward: F) -> F:
 
     @functools.wraps(backward)
     def guarded(ctx: Any, *grads: Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint hands them out no second time
         if not torch.is_grad_enabled():  # unless create_graph: entering no_grad takes 5 us
-            return call(backward, ctx, *grads)
+            return call(backward, ctx, saved, *grads)
         with torch.no_grad():
-            results = call(backward, ctx, *grads)
-        if torch.compiler.is_compiling():
-            return results
-        return _Refusing.apply(len(results), *results, *ctx.saved_tensors, *grads)
+            results = call(backward, ctx, saved, *grads)
+        return _Refusing.apply(len(results), *results, *saved, *grads)
 
     return cast(F, guarded)
 

@@ -215,6 +215,15 @@ def test_doctor_accepts_a_backend_that_serves_some_calls(monkeypatch: pytest.Mon
     assert "cpp: float32, float16, bfloat16; none (dpc_knn: HOTKERNELS_BACKEND must be one that" in doctor.report()
 
 
+def test_doctor_has_a_page_where_cuda_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a driver older than torch needs: NVML counts the GPU, and nothing else works."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    page = doctor.report()
+    assert "  gpu         none\n" in page
+    assert "\nPROBLEM: there is a GPU on which CUDA does not start" in page
+
+
 def test_whoever_reads_a_time_learns_that_nothing_is_fused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -486,6 +486,16 @@ def test_hooks_of_inner_layers_run(when: str) -> None:
     assert seen in ([module.qkv, module.proj], [module.proj, module.qkv])
 
 
+def test_a_hook_of_linear_q_where_joints_attend_by_themselves() -> None:
+    """Then a query of [1, L, C] is served, too, though what stands in linear_q's place gets it without the batch."""
+    module, seen = CrossAttention(16, num_heads=2), []
+    query, kept = torch.randn(1, 3, 16), torch.randn(2, 5, 4, 16)
+    expected = module(query, kept, kept)
+    module.linear_q.register_forward_hook(lambda layer, args, out: seen.append(args[0].shape))
+    assert torch.equal(module(query, kept, kept), expected)
+    assert seen == [(3, 16)]
+
+
 @pytest.mark.parametrize("change", ["AlphaDropout", "hook", "forward"])
 @pytest.mark.parametrize(
     ("ours", "eager", "args", "shapes"),

@@ -193,7 +193,8 @@ def cross_attention(module: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tenso
         if x_1.shape[0] not in (1, x_2.shape[0]):
             fail("CrossAttention", "x_1", f"[B, L, C] with x_2's B = {x_2.shape[0]}", list(x_1.shape))
         expanded = x_1.shape[0] == 1 or (x_1.shape[0] > 0 and x_1.stride(0) == 0 and not _is_watched(x_1))
-        if expanded and is_plain(module.linear_q, nn.Linear):  # what was put in its place gets x_1 as it is
+        # What was put in linear_q's place gets x_1 as it is, unless that has no place for joints.
+        if expanded and (x_2.dim() == 4 or is_plain(module.linear_q, nn.Linear)):
             x_1 = x_1[0]
     if x_1.dim() not in (2, x_2.dim()):
         full = "[B, L, C]" if x_2.dim() == 3 else "[B, L, J, C]"

@@ -331,8 +331,8 @@ def _plan(model: nn.Module) -> tuple[list[_Change], SwapReport]:
         path, cls = ", ".join(names), type(module)
         if is_swapped(module):
             since = ", ".join(changed(module))
-            own = f", but runs its own forward since {since} changed (unswap, then swap again)" if since else ""
-            report.left.append((path, f"swapped already{own}"))
+            more = f", but runs its own forward since {since} changed (unswap, then swap again)" if since else ""
+            report.left.append((path, f"swapped already{more}"))
             continue
         twin = find_twin(module, verdicts)
         if isinstance(twin, str):

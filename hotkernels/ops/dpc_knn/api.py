@@ -130,6 +130,7 @@ def dpc_knn(
     check_int(_OP, "num_clusters", num_clusters, 1, N, "N = ")
     check_int(_OP, "k", k, 1, N, "N = ", _K)
     check_seed(_OP, seed)
+    seed = seed if isinstance(seed, (int, torch.SymInt)) else int(seed)  # NumPy's are of few bits
     check_bool(_OP, "assign", assign)
     check_bool(_OP, "ordered", ordered)
     if mask is not None:

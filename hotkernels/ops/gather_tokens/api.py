@@ -38,9 +38,9 @@ class GatherTokens(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_out: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         """Sum, per token, the gradients of all places that took it, in a fixed order."""
-        (index,) = ctx.saved_tensors
+        (index,) = saved
         grad_x = grad_pos = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.hotkernels.gather_tokens_bwd(grad_out, index, ctx.num_tokens)
@@ -68,7 +68,8 @@ def gather_tokens(x: Tensor, index: Tensor, pos: Tensor | None = None, *, backen
 
     Returns:
         [B, M, ..., C] of x's dtype, contiguous. Differentiable once in x and pos; the gradient of a repeated token is
-        the sum over its places, in ascending order: the same bits every time.
+        the sum over its places, in ascending order: the same bits every time (on the torch backend on CPUs only under
+        ``torch.use_deterministic_algorithms``).
 
     Raises:
         ValueError, TypeError: ``gather_tokens: <arg> must be <expected>, got <actual>``.

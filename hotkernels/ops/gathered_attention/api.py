@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...backends import TRITON_DEVICE, Kernel, choose_attention, register
 from ...dtypes import FLOATING, FUSED, INTEGER, accumulator
-from ...errors import check_bool, check_float, check_index, check_tensor, fail
+from ...errors import check_bool, check_float, check_index, check_tensor, fail, matches
 from ...operators import composite, differentiable_once, fake, implement_in_triton, wants_grad
 from ..invert_index import InvertedIndex
 from .reference import gathered_attention_reference, mask_bias
@@ -63,9 +63,11 @@ class GatheredAttention(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], grad_out: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Recompute the probabilities from lse; no [Nq, Nk] tensor is kept."""
-        query, key, value, out, lse, index, start, slots, bias, key_bias = ctx.saved_tensors
+        query, key, value, out, lse, index, start, slots, bias, key_bias = saved
         need_bias, need_key_bias = ctx.needs_input_grad[6:8]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
@@ -107,7 +109,9 @@ def _sum_over_samples(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
     """Gradients [1, (J,) H, N, D] of tokens for all samples, from those [B, (J,) H, M, D] of the sets [B or 1, M]."""
     rows = grad.movedim(-2, 1)  # as they are stored
     named = index.expand(rows.shape[:2]).reshape(1, -1).contiguous()  # a slot for all samples is expanded, too
-    return torch.ops.hotkernels.gather_tokens_bwd(rows.flatten(0, 1)[None], named, num_tokens).movedim(1, -2)
+    return torch.ops.hotkernels.gather_tokens_bwd(rows.reshape(1, -1, *rows.shape[2:]), named, num_tokens).movedim(
+        1, -2
+    )
 
 
 class PackedAttention(torch.autograd.Function):
@@ -123,9 +127,9 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_out: Tensor) -> tuple[Tensor, None]:
         """Write the three gradients where the projection's backward reads them."""
-        qkv, out, lse = ctx.saved_tensors
+        qkv, out, lse = saved
         return torch.ops.hotkernels.gathered_attention_packed_bwd(grad_out, *unpack(qkv), out, lse, ctx.scale), None
 
 
@@ -323,7 +327,7 @@ def gathered_attention(
     if index is not None:
         index = _checked_index(index, batch, H, Nq, query.device)
         num_slots = index.shape[-1]
-        if start is not None and slots is not None:
+        if start is not None or slots is not None:
             _check_inverse(index, start, slots, Nk)
     if bias is not None:
         bias = _to_logits(_checked_bias(bias, (*batch, H, Nq, num_slots), query.device), query)
@@ -436,7 +440,7 @@ def _to_logits(bias: Tensor, query: Tensor) -> Tensor:
     return mask_bias(bias, query) if bias.dtype == torch.bool else bias.to(accumulator(query.dtype))
 
 
-def _check_inverse(index: Tensor, start: Tensor, slots: Tensor, num_tokens: int) -> None:
+def _check_inverse(index: Tensor, start: Any, slots: Any, num_tokens: int) -> None:
     """Check that start and slots are of this many tokens and of the dims of this index: backward looks at all they say.
 
     An index is [B, M], or per query; its inverse has one row, or one per batch entry (and head).
@@ -444,11 +448,10 @@ def _check_inverse(index: Tensor, start: Tensor, slots: Tensor, num_tokens: int)
     for arg, t in (("start", start), ("slots", slots)):
         check_tensor(_OP, f"index.{arg}", t, "as invert_index returns it", (torch.int64,), device=index.device)
     dims = 1 if index.dim() == 2 else 2
-    entries = math.prod(index.shape[-dims:])
-    if start.size(-1) != num_tokens + 1 or slots.size(-1) != entries or start.dim() != index.dim() - dims + 1:
-        lead = list(index.shape[:-dims])
-        shapes = f"{[*lead, num_tokens + 1]} and {[*lead, entries]}"
-        expected = f"inverted with num_tokens = {num_tokens}, dims = {dims}: {shapes}"
+    lead = index.shape[:-dims]
+    shapes = [*lead, num_tokens + 1], [*lead, math.prod(index.shape[-dims:])]
+    if not (matches(start.shape, shapes[0]) and matches(slots.shape, shapes[1])):
+        expected = f"inverted with num_tokens = {num_tokens}, dims = {dims}: {shapes[0]} and {shapes[1]}"
         fail(_OP, "index", expected, f"{list(start.shape)} and {list(slots.shape)}")
 
 

@@ -39,10 +39,11 @@ class MergeTokens(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], grad_out: Tensor
+    ) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         """Give each token its cluster's gradient, scaled."""
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        saved = ctx.saved_tensors
         grad_x, grad_weight = torch.ops.hotkernels.merge_tokens_bwd(grad_out.contiguous(), *saved, need_weight)
         return grad_x if need_x else None, None, None, grad_weight if need_weight else None, None
 
@@ -78,7 +79,8 @@ def merge_tokens(
     Raises:
         ValueError, TypeError: ``merge_tokens: <arg> must be <expected>, got <actual>``.
 
-    Numerics: sums in float32 (float64 for float64), tokens in ascending order: the same bits every time.
+    Numerics: sums in float32 (float64 for float64), tokens in ascending order: the same bits every time (on the
+    torch backend on CPUs only under ``torch.use_deterministic_algorithms``: PyTorch's threads add as they come).
 
     Cost: reads x once, writes the result once; no atomics, no [B, N, M] matrix. On a GPU a counting sort in the same
     launch, and in memory (16 bytes per token, some launches more) above N = 8192.

@@ -16,7 +16,7 @@ def merge_tokens_reference(
     B, N, C = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     w = torch.ones(B, N, dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
-    # One cluster more takes the tokens of none. index_put sums in a fixed order on every device; index_add does not.
+    # One cluster more takes the tokens of none. On a GPU index_put sums in a fixed order, index_add does not.
     there = (assignment >= 0) & (assignment < num_clusters)
     w = torch.where(there, w, 0.0)  # then gradients, too, see nothing of these
     places = (torch.arange(B, device=x.device)[:, None], torch.where(there, assignment, num_clusters))

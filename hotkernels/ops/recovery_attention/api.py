@@ -44,9 +44,9 @@ class RecoveryAttention(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Recompute the probabilities from lse; a query without batch gets the sum over it, in a fixed order."""
-        query, key, value, out, lse, key_bias = ctx.saved_tensors
+        query, key, value, out, lse, key_bias = saved
         grad_query, grad_key, grad_value = torch.ops.hotkernels.recovery_attention_bwd(
             grad_out, query, key, value, out, lse, key_bias, ctx.scale
         )
