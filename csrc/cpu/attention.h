@@ -50,11 +50,12 @@ inline void fill(T* p, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) p[i] = value;
 }
 
-// Prefetches a row of D elements, for writing if `writing`. Always inlined, as are its callers: GCC takes a function
+// Prefetches a row of D elements, for writing if `writing`, into the second level: a Zen 4 has too few buffers for misses
+// of the first, and took 1.6 times as long at 17 tokens. Always inlined, as are its callers: GCC takes a function
 // that only prefetches for one without effects and drops its calls.
 template <bool writing, class S>
 [[gnu::always_inline]] inline void prefetch_row(const S* row, int64_t D) {
-  for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d, writing, 3);
+  for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d, writing, 2);
 }
 
 // The key_bias of a sequence's keys, or null.
@@ -101,13 +102,14 @@ struct Core {
   O* query_columns;                            // [blocks or 1, D, Q] queries, transposed
   T *logits, *out_rows;                        // [min(S, kKeys), Q], [Q, Dp]
   T *top, *sum;                                // [Q] running maximum and sum; backward, sum of exp(logit - lse)
+  T* row;                                      // [Dp]
   // Backward.
   O *query_rows, *grad_rows, *grad_columns;    // [Q, Dp] across, [Q, Dp] across, [D, Q]
   T *grad_logits, *grad_query, *delta, *lse;   // [min(S, kKeys), Q], [Q, Dp], [Q], [Q]
   T *grad_key_rows, *grad_value_rows;          // [S, Dp]
   // Keys across [S, Dp]; probabilities and gradients of logits as operands, [min(S, kKeys), Q]. Where operands are
   // numbers, these are key_rows, logits and grad_logits.
-  O *keys_across, *weights_along, *grads_along, *grads_across;
+  O *keys_across = nullptr, *weights_along, *grads_along, *grads_across;
 
   // What is packed now.
   const S *packed_query = nullptr, *packed_key = nullptr, *packed_value = nullptr;
@@ -127,7 +129,7 @@ struct Core {
     present = a.take<int64_t>(p.S), place = a.take<int64_t>(p.S);
     query_columns = a.take<O>((shared_query ? blocks : 1) * operands(p.D) * Q);
     logits = a.take<T>(tile), out_rows = a.take<T>(Q * Dp);
-    top = a.take<T>(Q), sum = a.take<T>(Q);
+    top = a.take<T>(Q), sum = a.take<T>(Q), row = a.take<T>(Dp);
     if (backward) {
       query_rows = a.take<O>(operands(Q) * Dp), grad_rows = a.take<O>(operands(Q) * Dp);
       grad_columns = a.take<O>(operands(p.D) * Q);
@@ -230,11 +232,43 @@ struct Core {
     return query_columns + block * operands(p.D) * Q;
   }
 
+  // to[n][i] = <rows[n], x[i]> * scale for `number` rows and a block of `count` x, whose columns are packed.
+  void products(const O* rows, int64_t stride, int64_t number, const O* columns, const S* x, int64_t x_stride,
+                int64_t count, T scale, T* to) {
+    const int64_t vectors = (count + lanes - 1) / lanes;
+    if constexpr (!pairs) {
+      if (count % lanes == 1 && count > 1) {  // as of 17 and 81 tokens: no vector of columns for one x
+        multiply<false>(rows, stride, columns, Q, number, vectors - 1, p.D, to, Q, false);
+        pack_row<E>(x + (count - 1) * x_stride, p.D, scale, row);
+        return products_of_row(rows, stride, number, to + count - 1);
+      }
+    }
+    multiply<false>(rows, stride, columns, Q, number, vectors, operands(p.D), to, Q, false);
+  }
+
+  // to[n * Q] = <rows[n], row>.
+  void products_of_row(const T* rows, int64_t stride, int64_t number, T* to) const {
+    for (int64_t n = 0; n < number; n += lanes) {
+      const T* from[lanes];
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < lanes; ++l) from[l] = rows + (n + l < number ? n + l : number - 1) * stride;
+      vec acc[lanes] = {};
+      for (int64_t d = 0; d < Dp; d += lanes) {
+        const vec there = load(row + d);
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < lanes; ++l) acc[l] += there * load(from[l] + d);
+      }
+      const vec sums = sums_across<T>(acc);
+      for (int64_t l = 0; l < lanes && n + l < number; ++l) to[(n + l) * Q] = sums[l];
+    }
+  }
+
   // logits[key][query] of keys [k0, k1) and one block of queries, biases included.
   void compute_logits(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, int64_t k0, int64_t k1,
                       const O* columns) {
     const int64_t vectors = (count + lanes - 1) / lanes;
-    multiply<false>(k + k0 * key_stride, key_stride, columns, Q, k1 - k0, vectors, operands(p.D), logits, Q, false);
+    const S* query = at(p.query, b, j, h) + q0 * p.query.stride_n;
+    products(k + k0 * key_stride, key_stride, k1 - k0, columns, query, p.query.stride_n, count, scale_before, logits);
     for (int64_t key = 0; pairs && key < k1 - k0; ++key) {
       T* row = logits + key * Q;
       for (int64_t e = 0; e < vectors; ++e) store(row + e * lanes, load(row + e * lanes) * scale_after);
@@ -397,8 +431,8 @@ struct Core {
       for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
         const int64_t k1 = keys - k0 < kKeys ? keys : k0 + kKeys, n = k1 - k0;
         compute_logits(b, j, h, q0, count, k0, k1, columns);
-        multiply<false>(v + k0 * value_stride, value_stride, grad_columns, Q, n, vectors, operands(p.D), grad_logits,
-                        Q, false);
+        products(v + k0 * value_stride, value_stride, n, grad_columns, grad + q0 * p.grad_out.stride_n,
+                 p.grad_out.stride_n, count, T{1}, grad_logits);
         softmax_gradient(n, vectors, whole);
         if (k0 == 0) prefetch_share(next, block, true);
         multiply<false>(weights_along, operands(Q), grad_rows, Dp, n, Dp / lanes, operands(count),

@@ -12,28 +12,6 @@
 namespace hotkernels::HK_ISA {
 namespace {
 
-template <int S, class V, int... L>
-inline void fold_step(V* v, std::integer_sequence<int, L...>) {
-  constexpr int n = sizeof...(L);
-#pragma GCC unroll 16
-  for (int a = 0; a < n; a += 2 * S) {
-    const V x = v[a], y = v[a + S];
-    v[a] = shuffle<(L & S ? n + L - S : L)...>(x, y) + shuffle<(L & S ? n + L : L + S)...>(x, y);
-  }
-}
-
-// Lane l of the result is the sum over the lanes of v[l].
-template <class T>
-inline typename Simd<T>::vec sums_across(typename Simd<T>::vec (&v)[Simd<T>::lanes]) {
-  constexpr int n = Simd<T>::lanes;
-  constexpr auto lanes = std::make_integer_sequence<int, n>();
-  fold_step<1>(v, lanes);
-  if constexpr (n > 2) fold_step<2>(v, lanes);
-  if constexpr (n > 4) fold_step<4>(v, lanes);
-  if constexpr (n > 8) fold_step<8>(v, lanes);
-  return v[0];
-}
-
 template <class E>
 struct PerQuery {
   using T = typename E::Compute;
