@@ -76,6 +76,29 @@ def test_dropout_on_the_probabilities(name: str) -> None:
     assert not torch.equal(first(plain(*args)), first(module.train()(*args)))
 
 
+class WithoutLastDrop(AttentionEager):
+    """As timm's Hiera has it."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        del self.proj_drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(((query @ key.mT * self.scale).softmax(-1) @ value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_a_dropout_at_the_end(compiled: bool) -> None:
+    module, x = WithoutLastDrop(32, 4), torch.randn(3, 5, 32, requires_grad=True)
+    expected = [module(x), *torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])]
+    assert hotkernels.swap(module).replaced == [("", "attention")]
+    call = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
+    torch.testing.assert_close(
+        [call(x), *torch.autograd.grad(call(x).square().sum(), [x, *module.parameters()])], expected
+    )
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", sorted(DROPS.keys() - {"MotionBERT"}))  # which is known by the name of an argument
 def test_arguments_by_the_names_that_the_original_has_for_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

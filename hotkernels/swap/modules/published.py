@@ -48,6 +48,8 @@ def attention_obstacle(module: Any, takes: int, linears: dict[str, int], weights
             return f"{name} has hooks, which would not run"
     for name in known:
         child, kinds = getattr(module, name, None), DROPS if "drop" in name else (nn.Linear,)
+        if name == "proj_drop" and not hasattr(module, name):  # Hiera's, and many an own ViT's
+            continue
         if not isinstance(child, kinds) or (name == "attn_drop" and type(child) not in kinds):
             return f"{name} is {torch.typename(child)}"
     heads, scale = getattr(module, "num_heads", None), getattr(module, "scale", None)
@@ -104,8 +106,9 @@ def arguments(module: nn.Module) -> int:
 
 
 def project(module: Any, attended: Tensor) -> Tensor:
-    """What comes after the attention: proj, and its dropout."""
-    return module.proj_drop(linear(module.proj, attended))
+    """What comes after the attention: proj, and its dropout if it has one."""
+    out, drop = linear(module.proj, attended), child_of(module, "proj_drop")
+    return out if drop is None else drop(out)
 
 
 def served(module: Any, uses: Iterable[str], tokens: tuple[Any, ...], *more: Any, dims: int | None = 3) -> bool:
