@@ -6,26 +6,32 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import KINDS, attend, index_of
+from attention_cases import KINDS, attend, index_of, queries
 from cases import upcast
 from test_gathered_attention import assert_close, assert_equal, each_kind, gradients, heads
 from torch import Tensor
 
 from hotkernels import gathered_attention
 
+# For the short kernels and the long ones.
+few_and_more_queries = pytest.mark.parametrize(
+    ("kind", "Nq"), [(kind, Nq) for kind in KINDS for Nq in sorted({5, queries(kind, 35)})]
+)
+
 
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_with_nothing_to_attend_to(backend: str, kind: str, dtype: torch.dtype) -> None:
     """Of absent slots, of masked keys and of both: 0, lse -inf, no gradient; other rows do not notice."""
-    args = [t.to(dtype) for t in (*heads(3, Nq=63, Nk=40), torch.randn(3, 40))]
-    index = index_of(kind, (3,), 2, 63, 40, 20, absent=0.0)
+    Nq = queries(kind, 63)
+    args = [t.to(dtype) for t in (*heads(3, Nq=Nq, Nk=40), torch.randn(3, 40))]
+    index = index_of(kind, (3,), 2, Nq, 40, 20, absent=0.0)
     args[3][0] = -torch.inf
     if kind == "set":
         index[1] = -1
     elif index is not None:
         index[1, ..., ::2, :] = -1
-    empty = torch.zeros(3, 63, dtype=torch.bool)
+    empty = torch.zeros(3, Nq, dtype=torch.bool)
     empty[0] = True
     if kind != "dense":
         empty[1, :: 1 if kind == "set" else 2] = True
@@ -51,8 +57,9 @@ def test_rows_with_nothing_to_attend_to(backend: str, kind: str, dtype: torch.dt
 @each_kind
 def test_what_is_not_a_number_stays_where_it_is(backend: str, kind: str) -> None:
     """A query that is NaN spoils its own row; a key or value outside the index, or under -1, nothing at all."""
-    query, key, value = heads(2, Nq=63, Nk=40)
-    index = index_of(kind, (2,), 2, 63, 38, 20)
+    Nq = queries(kind, 63)
+    query, key, value = heads(2, Nq=Nq, Nk=40)
+    index = index_of(kind, (2,), 2, Nq, 38, 20)
     if index is not None:
         index = torch.where(index < 0, -1, index + 1)  # never the first key nor the last
     clean, *clean_grads = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
@@ -62,11 +69,12 @@ def test_what_is_not_a_number_stays_where_it_is(backend: str, kind: str) -> None
             k[:, :, [0, 39]], v[:, :, [0, 39]] = poison, poison
             out, *grads = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, k, v)
             assert_equal((out, *grads), (clean, *clean_grads))
+    row = Nq * 4 // 5
     spoilt = query.clone()
-    spoilt[1, 0, 50, 3] = torch.nan
+    spoilt[1, 0, row, 3] = torch.nan
     out = gathered_attention(spoilt, key, value, index, backend=backend)
-    assert out[1, 0, 50].isnan().all()
-    out[1, 0, 50] = clean[1, 0, 50]
+    assert out[1, 0, row].isnan().all()
+    out[1, 0, row] = clean[1, 0, row]
     assert_equal((out,), (clean,))
 
 
@@ -129,8 +137,7 @@ def test_nothing_in_a_masked_key_or_its_value_or_bias_matters(backend: str, kind
         assert_equal(spoilt, clean)
 
 
-@each_kind
-@pytest.mark.parametrize("Nq", [5, 35])
+@few_and_more_queries
 @pytest.mark.parametrize("H", [2, 1])
 def test_a_query_that_is_nan_and_attends_to_nothing(backend: str, kind: str, Nq: int, H: int) -> None:
     """It gives 0 and an lse of -inf, and comes into no gradient: as a padded sample does, whose tokens may be NaN."""
@@ -162,8 +169,7 @@ def test_a_query_that_is_nan_and_attends_to_nothing(backend: str, kind: str, Nq:
         assert_equal(gradients(without_lse, spoilt, *args), gradients(without_lse, query, *args))
 
 
-@each_kind
-@pytest.mark.parametrize("Nq", [5, 35])
+@few_and_more_queries
 def test_a_query_that_is_nan_comes_into_no_gradient_of_a_masked_key(backend: str, kind: str, Nq: int) -> None:
     query, key, value = heads(2, Nq=Nq, Nk=40)
     index, key_bias = index_of(kind, (2,), 2, Nq, 40, 20, 0.0), torch.randn(2, 40)
@@ -229,10 +235,14 @@ def test_a_mask_of_keys_of_all_samples(backend: str, Nq: int) -> None:
 
 @each_kind
 def test_large_logits(backend: str, kind: str) -> None:
-    """Far beyond what exp can take."""
-    query, key, value = heads(2, Nq=63, Nk=300)
+    """Far beyond what exp can take. Keys tie in pairs: where one took all, gradients of queries would be 0."""
+    Nq = queries(kind, 63)
+    query, key, value = heads(2, Nq=Nq, Nk=300)
     query = query * 300
-    index = index_of(kind, (2,), 2, 63, 300, 40)
+    query[..., 0], key[:, :, 150:, 1:] = 0.0, key[:, :, :150, 1:]  # pairs differ in channel 0
+    index = index_of(kind, (2,), 2, Nq, 150, 20)
+    if index is not None:
+        index = torch.cat([index, torch.where(index < 0, -1, index + 150)], -1)
     ours = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
     exact = gradients(lambda *a: attend(*a, index)[0], *upcast([query, key, value]))
     for a, c in zip(ours, exact, strict=True):  # logits near 1000 are known to 6e-5, and so is what follows from them

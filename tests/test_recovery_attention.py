@@ -26,7 +26,8 @@ def test_a_shared_query_gives_the_bits_that_each_sample_with_it_gives(backend: s
 
 def test_the_gradient_of_a_shared_query_is_the_sum_over_the_batch(backend: str) -> None:
     """With more sequences than the kernels sum in one go, and one or two batch dims."""
-    for batch in ((1,), (40,), (3, 17)):
+    # A program of Triton's kernels takes one sequence of all of these; test_gathered_attention_backward.py has others.
+    for batch in ((1,), (3, 5)) if EMULATED == "triton" else ((1,), (40,), (3, 17)):
         query, key, value = heads(*batch, Nq=63, Nk=9)
         query = query.flatten(0, -4)[0]
         ours = gradients(lambda *a: recovery_attention(*a, backend=backend), query, key, value)
