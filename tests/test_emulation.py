@@ -56,6 +56,7 @@ def test_gpu_backend_without_a_gpu(emulated: dict[str, Process], name: str) -> N
     assert status == 0, said[-8000:]
     ran = re.search(rf"kernel tests run per backend: {name.partition(' ')[0]} (\d+)", said)
     assert ran, f"no kernel test ran: {name}"
+    assert int(ran[1]) >= EMULATE[name][-1], f"{ran[0]}: fewer than it has"
     print(ran[0])
 
 

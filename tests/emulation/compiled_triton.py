@@ -53,13 +53,13 @@ def run(module: str, kernel: str, parameters: bytes, blocks: int, threads: int, 
 
 @functools.cache
 def _library(module: str) -> ctypes.CDLL:
-    machine = "".join(path.read_text() for path in sorted(HERE.glob("ptx_*.h")))
-    stem = BUILD / hashlib.sha256((ptx.translate(module) + machine).encode()).hexdigest()[:32]
+    machine, translated = "".join(path.read_text() for path in sorted(HERE.glob("ptx_*.h"))), ptx.translate(module)
+    stem = BUILD / hashlib.sha256((translated + machine).encode()).hexdigest()[:32]
     library = stem.with_suffix(".so")
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         source, made = stem.with_suffix(f".{os.getpid()}.cpp"), stem.with_suffix(f".{os.getpid()}.so")
-        source.write_text(ptx.translate(module))
+        source.write_text(translated)
         compiler = cuda_resources.build_script().find_compiler()
         assert compiler is not None
         flags = [*PTX_FLAGS, "-shared", str(MACHINE), f"-Wl,-rpath,{MACHINE.parent}"]

@@ -15,17 +15,24 @@ import emulation
 from hotkernels import backends
 
 TESTS = Path(__file__).parents[1]
-# How a process is told to emulate a backend, and which of its tests to run. The interpreter is slow, so two share them;
-# and half types are little else than float32 to it: all shapes for float32. What Triton compiles rounds as a GPU does.
+# How a process is told to emulate a backend, which of its tests to run, and how many these are at least (names may
+# change under an expression). The interpreter is slow, so two share them, and half types are little else than float32
+# to it: all shapes for float32. What Triton compiles rounds as a GPU does. Of CUDA's PTX, what runs kernels: compiling,
+# exporting and refusing are proved by "cuda".
 CUDA, TRITON = {"HOTKERNELS_EMULATE_CUDA": "1"}, {"TRITON_INTERPRET": "1"}
 EMULATE = {
-    "cuda": (CUDA, "cuda"),
-    "cuda by ptx": ({"HOTKERNELS_EMULATE_CUDA": "ptx"}, "cuda and (conformance or both_forms)"),
-    "triton ops": (TRITON, "triton and not conformance"),
-    "triton conformance": (TRITON, "triton and conformance and not (float16 and not small)"),
+    "cuda": (CUDA, "cuda", 1200),
+    "cuda by ptx": (
+        {"HOTKERNELS_EMULATE_CUDA": "ptx"},
+        "cuda and (both_forms or (conformance and (forward or gradient or strides or gradcheck or out_of_range)))",
+        550,
+    ),
+    "triton ops": (TRITON, "triton and not conformance", 170),
+    "triton conformance": (TRITON, "triton and conformance and not (float16 and not small)", 280),
     "triton by ptx": (
         {"HOTKERNELS_EMULATE_TRITON": "90"},
         "triton and conformance and (bfloat16 or (float32 and (81 or 117)))",
+        160,
     ),
 }
 
@@ -49,7 +56,7 @@ def start(folder: Path) -> dict[str, Process]:
         return {}
     emulation.build()  # once, not by two at a time
     running = {}
-    for name, (environment, expression) in EMULATE.items():
+    for name, (environment, expression, _) in EMULATE.items():
         backend = name.partition(" ")[0]
         if backend == "triton" and importlib.util.find_spec("triton") is None:
             continue
