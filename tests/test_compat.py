@@ -287,17 +287,15 @@ def test_sparsevlm_clusters_and_merges_as_published(dtype: torch.dtype) -> None:
     torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-5, atol=1e-6)
 
 
-def test_chat_univi_clamps_k_and_takes_the_mask_of_the_dict() -> None:
-    x = tokens(2, 16, 8)
-    for cluster_num, given, k in [(4, 5, 2), (1, 5, 1), (2, 5, 1), (3, 5, 1), (5, 5, 5), (8, 9, 3)]:
-        clamped = seeded(0, lambda n=cluster_num, k=given: chat_univi.cluster_dpc_knn({"x": x, "mask": None}, n, k))[0]
-        plain = seeded(0, lambda n=cluster_num, k=k: prunevid.cluster_dpc_knn(x, n, k))[0]
-        assert torch.equal(clamped[0], plain[0])
-    mask = (torch.arange(16) < 9).float().expand(2, -1)
-    by_dict = seeded(0, lambda: chat_univi.cluster_dpc_knn({"x": x, "mask": mask}, 5))[0]
-    given = seeded(0, lambda: chat_univi.cluster_dpc_knn({"x": x}, 5, token_mask=mask))[0]
-    assert torch.equal(by_dict[0], given[0])
-    assert (by_dict[0][:, 9:] == 0).all()
+def test_chat_univi_leaves_k_and_the_mask_of_the_dict_to_its_caller() -> None:
+    x, mask = tokens(2, 16, 8), (torch.arange(16) < 9).float().expand(2, -1)
+    for token_mask in (None, mask):
+        for cluster_num, k in ((4, 5), (1, 5), (8, 3)):
+            ours, plain = (
+                seeded(0, lambda f=f, x=x, n=cluster_num, k=k, m=token_mask: f(x, n, k, m))[0][0]
+                for f, x in ((chat_univi.cluster_dpc_knn, {"x": x, "mask": mask}), (prunevid.cluster_dpc_knn, x))
+            )
+            assert torch.equal(ours, plain)
 
 
 def published_merge(token_dict: dict[str, Any], idx_cluster: Tensor, cluster_num: int, weight: Tensor) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hotkernels.nn import CrossAttention
 from hotkernels.nn.linear import add_linear, linear
 
 pytestmark = pytest.mark.usefixtures("small_layers_as_large_ones")
@@ -87,6 +89,17 @@ def test_linear_leaves_other_weights_to_pytorch() -> None:
     with torch.no_grad():
         torch.testing.assert_close(linear(layer, x, gelu=True), nn.functional.gelu(expected))
         torch.testing.assert_close(add_linear(torch.ones(3, 7), layer, x, torch.empty(3, 7)), 1 + expected)
+
+
+@torch.no_grad()
+def test_cross_attention_leaves_other_weights_to_pytorch() -> None:
+    """Keys and values are one product only of weights that can be one."""
+    module, x, kept = CrossAttention(16, 2), torch.randn(2, 3, 16), torch.randn(2, 5, 16)
+    doubled = copy.deepcopy(module)
+    doubled.linear_k.weight.mul_(2)
+    expected = doubled.attend(x, kept, kept)
+    module.linear_k.weight = nn.Parameter(module.linear_k.weight.detach().as_subclass(Doubled), requires_grad=False)
+    torch.testing.assert_close(module.attend(x, kept, kept).as_subclass(Tensor), expected)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hotkernels import gather_tokens
-from hotkernels.models import HoTMixSTE, HoTMotionBERT, strategies
+from hotkernels.models import HoTMixSTE, HoTMotionBERT, layers, strategies
 from hotkernels.models.eager import HoTMixSTEEager, HoTMotionBERTEager
 from hotkernels.models.layers import Mlp
 
@@ -279,6 +279,39 @@ def test_compiles_without_graph_breaks(make: Callable[..., nn.Module]) -> None:
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+class FrameMixer(nn.Module):
+    """Looks at other frames than its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.roll(1, -3)
+
+
+@pytest.mark.parametrize("place", ["mlp", "norm1", "norm2"])
+@pytest.mark.parametrize("make", [HoTMixSTE, HoTMotionBERT])
+def test_layers_in_place_of_ours_get_whole_inputs_without_autograd(
+    make: Callable[..., nn.Module], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotkernels.models.layers._TILE", 40)
+    model: Any = make(**SMALL).eval()
+    x = torch.randn(2, 27, 17, 2 if make is HoTMixSTE else 3)
+    index = torch.arange(0, 27, 3).expand(2, -1)
+    for block in model.modules():
+        if hasattr(block, place):
+            setattr(block, place, FrameMixer())
+    expected = model(x, index)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, index), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_of_layers_fire_once_a_call_without_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotkernels.models.layers._TILE", 40)
+    model, x, calls = HoTMixSTE(**SMALL).eval(), torch.randn(2, 27, 17, 2), []
+    model.STEblocks[0].attn.qkv.register_forward_hook(lambda layer, args, out: calls.append(out.shape))
+    with torch.no_grad():
+        model(x)
+    assert len(calls) == 1
+
+
 @each_model
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 def test_autocast(name: str, grad: bool) -> None:
@@ -385,7 +418,7 @@ class OwnMlp(Mlp):
 
 
 @pytest.mark.parametrize("drops", [None, "attn.proj_drop", "mlp.drop", "mlp"])
-def test_frames_that_are_left_out_carry_no_gradient(drops: str | None) -> None:
+def test_frames_that_are_left_out_carry_no_gradient(drops: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before pruning, what follows attention runs for the choice, then with gradients for what is kept.
 
     With dropout it runs once, as it would drop something else the second time; so does another MLP, whatever it does.
@@ -398,9 +431,14 @@ def test_frames_that_are_left_out_carry_no_gradient(drops: str | None) -> None:
         blocks[1].get_submodule(drops).p = 0.5
     calls: list[tuple[bool, int]] = []
     whole: list[Any] = []
-    blocks[1].attn.proj.register_forward_pre_hook(
-        lambda _, args: calls.append((torch.is_grad_enabled(), args[0].numel()))
-    )
+    after = layers.after_attention
+
+    def watched(x: Tensor, attended: Tensor, *, attention: nn.Module, **rest: Any) -> Tensor:
+        if attention is blocks[1].attn:
+            calls.append((torch.is_grad_enabled(), x.numel()))
+        return after(x, attended, attention=attention, **rest)
+
+    monkeypatch.setattr(layers, "after_attention", watched)  # a hook would keep it from running twice
     blocks[1].register_forward_hook(lambda *_: whole.append(None))
     x = torch.randn(2, 27, 17, 2)
     kept, every = 2 * 9 * 17 * 64, 2 * 27 * 17 * 64

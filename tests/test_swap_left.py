@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -580,6 +581,30 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "it is scripted",
     ),
 }
+
+
+class OwnGenerator(AttentionEager):
+    """Drops its whole output now and then, by numbers of its own."""
+
+    def __init__(self, generator: Any) -> None:
+        super().__init__(32)
+        self.generator = generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = self.generator
+        drawn = torch.rand((), generator=g).item() if isinstance(g, torch.Generator) else g.random()
+        return super().forward(x) * (drawn >= 0.001 or not self.training)
+
+
+@pytest.mark.parametrize("make", [torch.Generator, random.Random, np.random.default_rng, np.random.RandomState])
+def test_a_forward_that_draws_from_a_generator_of_its_own(make: Any) -> None:
+    """It is left, and the generator is where it was."""
+    generator = make()
+    state = generator.get_state() if isinstance(generator, torch.Generator) else pickle.dumps(generator)
+    with pytest.raises(ValueError, match="its forward stores generator"):
+        hotkernels.swap(OwnGenerator(generator))
+    now = generator.get_state() if isinstance(generator, torch.Generator) else pickle.dumps(generator)
+    assert torch.equal(now, state) if isinstance(now, Tensor) else now == state
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

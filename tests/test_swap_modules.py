@@ -88,6 +88,26 @@ class WithoutLastDrop(AttentionEager):
         return self.proj(((query @ key.mT * self.scale).softmax(-1) @ value).transpose(1, 2).flatten(2))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["PVT", "HoT", "keys and values"])
+def test_a_call_with_fewer_arguments_than_the_twin_takes_is_the_originals(name: str) -> None:
+    make, args = DROPS[name]
+    original = type(make())
+    names = [*inspect.signature(original.forward).parameters][1:]
+    declared = ", ".join([names[0], *(f"{n}=None" for n in names[1:])])
+    scope = {"original": original}
+    exec(
+        f"def forward(self, {declared}):\n"
+        f"    if {names[-1]} is None: return {names[0]} * 2\n"
+        f"    return original.forward(self, {', '.join(names)})",
+        scope,
+    )
+    module = make()
+    module.__class__ = type("WithDefaults", (original,), {"forward": scope["forward"]})
+    assert len(hotkernels.swap(module).replaced) == 1
+    assert torch.equal(module(args[0]), args[0] * 2)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_without_a_dropout_at_the_end(compiled: bool) -> None:
     module, x = WithoutLastDrop(32, 4), torch.randn(3, 5, 32, requires_grad=True)

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import check_int
 from ._published import as_float, cluster, entry, merge_dict
 
 
@@ -15,8 +14,8 @@ def cluster_dpc_knn(
 ) -> tuple[Tensor, int]:
     """Cluster the tokens token_dict["x"] [B, N, C], in float32 whatever their dtype.
 
-    Equivalent to Chat-UniVi's function of that name as its module CTM calls it: k > cluster_num becomes
-    min(3, max(cluster_num // 2, 1)), and the mask is token_dict["mask"] unless given. Masks as in `compat.hot`.
+    Equivalent to Chat-UniVi's function of that name; its module CTM clamps k and passes the dict's mask. Masks as in
+    `compat.hot`.
 
     With k = 1, as for up to three clusters, a token's only neighbour is itself and the noise alone orders the tokens.
     Added to 1 in float32, as published, it has some nine values and leaves ties; here it leaves none, and the choices
@@ -35,13 +34,7 @@ def cluster_dpc_knn(
         >>> chat_univi.merge_tokens(tokens, idx_cluster, cluster_num)["x"].shape
         torch.Size([2, 4, 8])
     """
-    check_int("cluster_dpc_knn", "cluster_num", cluster_num, 1, None)
-    check_int("cluster_dpc_knn", "k", k, 1, None)
-    if k > cluster_num:
-        k = min(3, max(cluster_num // 2, 1))
     x = as_float(entry("cluster_dpc_knn", token_dict, "x"))
-    if token_mask is None:
-        token_mask = token_dict.get("mask")
     return cluster(x, cluster_num, k, token_mask)[1], cluster_num
 
 

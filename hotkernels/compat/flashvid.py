@@ -14,7 +14,8 @@ def dpc_knn(
 ) -> tuple[Tensor, Tensor]:
     """Cluster the tokens features [B, N, C], in float32 whatever their dtype.
 
-    Equivalent to FlashVID's function of that name. Masks as in `compat.hot`.
+    Equivalent to FlashVID's function of that name. Masks as in `compat.hot`: a masked token belongs to cluster 0, in
+    FlashVID's own, which nobody there gives a mask, to the nearest.
 
     Returns:
         (cluster_indices [B, N] int64 in [0, num_clusters), cluster_center_indices [B, num_clusters] int64, best first).

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import check_int
 from ..nn import Attention
+from ..nn.linear import is_strided
 from ..nn.plain import is_plain
 from ..ops.gather_tokens import gather_tokens
 from .layers import Hourglass, Mlp, layer_norm, remaining, transformer_block
@@ -139,7 +140,7 @@ def _fuse(x_st: Tensor, x_ts: Tensor, fuse: Any) -> Tensor:
 
     Unless the layer is more than its weight and bias: then it is called, as published.
     """
-    if not is_plain(fuse, nn.Linear):
+    if not (is_plain(fuse, nn.Linear) and is_strided(fuse.weight)):  # a quantised weight has no rows to take
         share_st, share_ts = fuse(torch.cat([x_st, x_ts], -1)).softmax(-1).split(1, -1)
         return x_st * share_st + x_ts * share_ts
     weight_st, weight_ts = (fuse.weight[0] - fuse.weight[1]).chunk(2)

@@ -11,7 +11,7 @@ from ..dtypes import FLOATING
 from ..errors import check_float, check_int, check_probability, check_tensor, fail
 from ..ops.gathered_attention.api import MAX_HEAD_DIM, packed_attention, unpack
 from ..ops.recovery_attention import recovery_attention
-from .linear import linear, multiply, unrecorded
+from .linear import is_strided, linear, multiply, unrecorded
 from .plain import DROPS, dropout_p, is_plain
 
 _LARGE = 32 << 20  # bytes; glibc's malloc maps larger blocks anew every time, and touching fresh pages is slow
@@ -224,7 +224,8 @@ def _is_watched(x: Tensor) -> bool:
 
 
 def _keys_and_values(module: Any, x_2: Tensor, x_3: Tensor) -> tuple[Tensor, Tensor]:
-    both = is_plain(module.linear_k, nn.Linear) and is_plain(module.linear_v, nn.Linear)
+    # A quantised weight is a Linear's own, and has no torch.cat.
+    both = all(is_plain(each, nn.Linear) and is_strided(each.weight) for each in (module.linear_k, module.linear_v))
     if x_2 is not x_3 or not both or (module.linear_k.bias is None) != (module.linear_v.bias is None):
         return linear(module.linear_k, x_2), linear(module.linear_v, x_3)
     weight = torch.cat([module.linear_k.weight, module.linear_v.weight])

@@ -133,7 +133,7 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     A call that no probe has seen goes to the module's own forward, too: with tokens of other dims than [B, N, C]
     (MotionAGFormer's: [B, T, J, C]), with further arguments, or traced by torch.fx.
 
-    Swap before DDP or `torch.compile`, or after.
+    Swap before DDP or `torch.compile`, or after; before `fully_shard`, which leaves no way back for `unswap`.
 
     Outputs differ by rounding, and where a clustering chooses between tokens whose densities float32, or half precision
     if the published code computes in it, cannot tell apart: ours uses float64, so it may keep other frames than that
@@ -283,7 +283,10 @@ def _apply(model: nn.Module, changes: list[_Change], example_inputs: Any, report
                 fail("swap", "example_inputs", "what the model takes", f"{type(error).__name__}: {error}")
         chosen = [*tape]
         with _stand_ins(changes, lambda theirs, ours: _player(ours, tape, found), fused=True):
-            got = _run(model, args, kwargs)
+            try:
+                got = _run(model, args, kwargs)
+            except Exception as error:  # as where a threshold decides how many tokens there are
+                fail("swap", "model", "one whose swapped outputs are the same", f"{type(error).__name__}: {error}")
         try:
             if not probe.same(expected, got):
                 with _stand_ins(changes, lambda theirs, ours: _player(theirs, chosen, None), fused=False):

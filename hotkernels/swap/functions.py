@@ -56,12 +56,10 @@ def _mask() -> Tensor:
     return (torch.arange(_N) % 5 != 3).expand(_B, -1)
 
 
-def _clusterings(
-    tokens: Callable[..., Any], *center: int, half: bool = False, k_above_m: bool = True
-) -> list[tuple[Any, ...]]:
+def _clusterings(tokens: Callable[..., Any], *center: int, half: bool = False) -> list[tuple[Any, ...]]:
     plain = _M, 3, *center
     calls: list[tuple[Any, ...]] = [(tokens(torch.float32), *plain), (tokens(torch.float32), *plain, _mask())]
-    for N, M, k in (_MORE, _M_ABOVE_N, *((_K_ABOVE_M, _K_ABOVE_N) if k_above_m else ())):
+    for N, M, k in (_MORE, _M_ABOVE_N, _K_ABOVE_M, _K_ABOVE_N):
         calls.append((tokens(torch.float32, N), M, k, *center))
     return [*calls, (tokens(torch.bfloat16), *plain)] if half else calls
 
@@ -80,8 +78,7 @@ FORMS: dict[str, list[Form]] = {
         Form(token_reduction.cluster_dpc_knn, lambda: _clusterings(_tokens), index=1),
         Form(prunevid.cluster_dpc_knn, lambda: _clusterings(_tokens, half=True)),
         Form(ermvp.cluster_dpc_knn, lambda: _clusterings(_tokens)),
-        # Ours clamps k itself; Chat-UniVi's function is only ever called with k <= M.
-        Form(chat_univi.cluster_dpc_knn, lambda: _clusterings(_token_dict, half=True, k_above_m=False)),
+        Form(chat_univi.cluster_dpc_knn, lambda: _clusterings(_token_dict, half=True)),
         Form(tcformer.cluster_dpc_knn, lambda: _clusterings(_token_dict)),
     ],
     "cluster_dpc_knn_center": [Form(hot.cluster_dpc_knn_center, lambda: _clusterings(_tokens, 11), index=0)],

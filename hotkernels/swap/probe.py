@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import pickle
 import random
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -168,10 +169,17 @@ def _random_like(parameter: Tensor) -> Tensor:
     return torch.randn_like(parameter) * fan_in**-0.5 if parameter.is_floating_point() else parameter
 
 
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+
+
 def _copied(value: Any) -> Any:
     """An attribute of a module as its replica may change it."""
     if isinstance(value, Tensor):
         return value.detach().clone()
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    if isinstance(value, _GENERATORS):
+        return copy.deepcopy(value)
     return copy.copy(value) if isinstance(value, (list, dict, set, deque)) else value
 
 
@@ -191,6 +199,10 @@ def _contents(value: Any, depth: int = 3) -> list[Any]:
         return [value._version]
     if isinstance(value, np.ndarray):
         return [value.tobytes()]
+    if isinstance(value, torch.Generator):
+        return [value.get_state().numpy().tobytes()]
+    if isinstance(value, _GENERATORS):
+        return [pickle.dumps(value)]
     inside: list[Any] = []
     if isinstance(value, dict):
         inside = [*value.keys(), *value.values()]

@@ -16,7 +16,6 @@ from ..twins import register_twin
 from .published import (
     AFTER,
     LONG,
-    NOT_GIVEN,
     Published,
     arguments,
     attention_obstacle,
@@ -56,9 +55,9 @@ class _CrossAttention(Published):
         x = random_tokens(module.linear_q, 1, LONG)
         return [(random_tokens(module.linear_q, 1, LONG), x, x)]
 
-    def forward(self: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor, /, *more: Any, **named: Any) -> Any:
-        if not served(self, (*_Q_K_V, *AFTER), (x_1, x_2, x_3), *more, *named.values()):
-            return super().forward(x_1, x_2, x_3, *more, **named)
+    def forward(self: Any, x_1: Tensor, x_2: Tensor, x_3: Tensor, /) -> Any:
+        if not served(self, (*_Q_K_V, *AFTER), (x_1, x_2, x_3)):
+            return super().forward(x_1, x_2, x_3)
         return project(self, cross_attention(self, x_1, x_2, x_3))
 
 
@@ -82,9 +81,7 @@ class _KeyValueAttention(Published):
     def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(random_tokens(module.q, 1, LONG), random_tokens(module.q, 1, LONG))]
 
-    def forward(self: Any, x: Tensor, context: Any = NOT_GIVEN, /) -> Any:
-        if context is NOT_GIVEN:
-            return super().forward(x)
+    def forward(self: Any, x: Tensor, context: Any, /) -> Any:
         if not served(self, (*_Q_KV, *AFTER), (x, context)):
             return super().forward(x, context)
         return _attend(self, x, context, None)

@@ -50,11 +50,11 @@ class _Mlp(Published):
             found = [code for _, method in methods(original) for code in codes(method.__code__)]
             cls._hotkernels_any_dims = not any(_OF_SHAPE & {*code.co_names} for code in found)
 
-    def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
+    def forward(self: Any, x: Tensor, /) -> Any:
         gelu, dims = _is_gelu(self.act), None if self._hotkernels_any_dims else 3
         gains = in_probe(self) or calls_onednn(self.fc1, x, gelu)
-        if not (gains and served(self, _MLP, (x,), *more, *named.values(), dims=dims)):
-            return super().forward(x, *more, **named)
+        if not (gains and served(self, _MLP, (x,), dims=dims)):
+            return super().forward(x)
         hidden = linear(self.fc1, x, gelu)
         return linear(self.fc2, hidden if gelu else self.act(hidden))
 

@@ -21,7 +21,6 @@ from ..watch import as_seen
 LONG = 300
 QKV = {"qkv": 3}  # linear layers -> how many times C they make of C channels
 AFTER = ("proj", "proj_drop")  # what `project` calls
-NOT_GIVEN = object()
 
 
 def attention_obstacle(module: Any, takes: int, linears: dict[str, int], weights: Iterable[str] = ()) -> str | None:
@@ -111,8 +110,8 @@ def project(module: Any, attended: Tensor) -> Tensor:
     return out if drop is None else drop(out)
 
 
-def served(module: Any, uses: Iterable[str], tokens: tuple[Any, ...], *more: Any, dims: int | None = 3) -> bool:
-    """Whether a call is fused: without further arguments, with tokens, and the module does what the probe saw.
+def served(module: Any, uses: Iterable[str], tokens: tuple[Any, ...], dims: int | None = 3) -> bool:
+    """Whether a call is fused: with tokens, and the module does what the probe saw.
 
     `uses` names the layers, and parameters of the module's own, that the twin uses; `dims` is how many the tokens had
     in the probe, None if their number means nothing. In torch.fx, which traces the module's own forward, they are no
@@ -131,7 +130,7 @@ def served(module: Any, uses: Iterable[str], tokens: tuple[Any, ...], *more: Any
     for name, child in module._modules.items():
         if name not in called and child is not None and not is_idle(child):
             return False
-    return not more and all(x.numel() for x in tokens)
+    return all(x.numel() for x in tokens)
 
 
 def reduces(module: Any) -> bool:
@@ -153,8 +152,7 @@ def random_tokens(linear: Any, *shape: int) -> Tensor:
 def described(twin: type[Published], module: Any, name: str, drop: nn.Module | None, *where: str) -> str:
     """What a twin says of a module it serves: for which arguments, and whether that dropout keeps it from training."""
     theirs, ours = (inspect.signature(cls.forward).parameters.values() for cls in (type(module), twin))
-    taken = sum(p.kind is p.POSITIONAL_ONLY for p in ours)
-    where += tuple(f"{p.name} is {p.default}" for p in [*theirs][taken:])
+    where += tuple(f"{p.name} is {p.default}" for p in [*theirs][len(ours) :])
     kind = f"{twin.kind}, where {' and '.join(where)}" if where else twin.kind
     p = getattr(drop, "p", 0)
     return f"{kind}, in evaluation; training has {name} = {p}" if p else kind
@@ -170,10 +168,12 @@ class Published(Twin):
         original = vars(cls).get("_hotkernels_original")
         if original is None:
             return
-        # A caller may pass arguments by the original's names for them, and further ones that are off.
+        # A caller may pass arguments by the original's names for them, and further ones that are off. Any other call,
+        # with fewer or more than the twin takes, is the original's.
         twin = cls.forward
         theirs, ours = ([*inspect.signature(f).parameters.values()][1:] for f in (original.forward, twin))
-        count = sum(p.kind is p.POSITIONAL_ONLY for p in ours)
+        count = len(ours)
+        least = sum(p.default is p.empty for p in ours)
         first = {p.name: p.default for p in theirs[:count] if p.kind is p.POSITIONAL_OR_KEYWORD}
         names = tuple(first)
         off = {p.name: p.default for p in theirs[count:]}
@@ -192,7 +192,9 @@ class Published(Twin):
                 args = args[:count]
             if named and all(name in off and value is off[name] for name, value in named.items()):
                 named = {}
-            return twin(self, *args, **named)
+            if named or not least <= len(args) <= count:
+                return original.forward(self, *args, **named)
+            return twin(self, *args)
 
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]  # callers may ask
         cls.forward = forward

@@ -58,12 +58,12 @@ class _BiLevelRoutingAttention(Published):
     def describe(cls, module: Any) -> str:
         return described(cls, module, "", None)
 
-    def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
+    def forward(self: Any, x: Tensor, /) -> Any:
         gather, act = self._modules.get("kv_gather"), self._modules.get("attn_act")
         plain = getattr(gather, "mul_weight", "") == "none" and not has_hooks(gather) and is_plain(act, nn.Softmax)
         uses = (*_CALLED, "kv_gather", "attn_act")
-        if not plain or not served(self, uses, (x,), *more, *named.values(), dims=4):
-            return super().forward(x, *more, **named)
+        if not plain or not served(self, uses, (x,), dims=4):
+            return super().forward(x)
         if not self.auto_pad and (x.shape[1] % self.n_win or x.shape[2] % self.n_win):
             return super().forward(x)
 

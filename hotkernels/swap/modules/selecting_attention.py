@@ -81,9 +81,9 @@ class _RankingAttention(Published):
     def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(random_tokens(module.qkv, 1, max(LONG, 1 + module.init_n)),)]
 
-    def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
-        if not served(self, (*QKV, *AFTER), (x,), *more, *named.values()):
-            return super().forward(x, *more, **named)
+    def forward(self: Any, x: Tensor, /) -> Any:
+        if not served(self, (*QKV, *AFTER), (x,)):
+            return super().forward(x)
         kept = int(self.keep_rate * self.init_n) if self.keep_rate < 1 else None
         if kept == x.shape[1] - 1:  # as no example has
             return super().forward(x)

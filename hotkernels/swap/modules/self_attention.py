@@ -17,7 +17,6 @@ from ..twins import register_twin
 from .published import (
     AFTER,
     LONG,
-    NOT_GIVEN,
     QKV,
     Published,
     arguments,
@@ -59,11 +58,9 @@ class _PolicyAttention(Published):
         _, _, policy, *_ = inspect.signature(type(module).forward).parameters
         return described(cls, module, "attn_drop", module.attn_drop, f"{policy} is None")
 
-    def forward(self: Any, x: Tensor, policy: Any = NOT_GIVEN, /, *more: Any, **named: Any) -> Any:
-        if policy is NOT_GIVEN:
-            return super().forward(x, **named)
-        if policy is not None or not served(self, (*QKV, *AFTER), (x,), *more, *named.values()):
-            return super().forward(x, policy, *more, **named)
+    def forward(self: Any, x: Tensor, policy: Any, /) -> Any:
+        if policy is not None or not served(self, (*QKV, *AFTER), (x,)):
+            return super().forward(x, policy)
         out = project(self, self_attention(self, x))
         return (out, *self._hotkernels_also) if self._hotkernels_also else out
 
@@ -96,9 +93,9 @@ class _ProportionalAttention(Published):
         x = random_tokens(module.qkv, 1, LONG)
         return [(x, 0.5 + torch.rand_like(x[..., :1]))]
 
-    def forward(self: Any, x: Tensor, size: Any = None, /, *more: Any, **named: Any) -> Any:
-        if not served(self, (*QKV, *AFTER), (x,), *more, *named.values()):
-            return super().forward(x, size, *more, **named)
+    def forward(self: Any, x: Tensor, size: Any = None, /) -> Any:
+        if not served(self, (*QKV, *AFTER), (x,)):
+            return super().forward(x, size)
         qkv = linear(self.qkv, x)
         _, key, _ = unpack(qkv.unflatten(-1, (3, self.num_heads, -1)))
         attended = attend_packed(qkv, self.num_heads, self.scale, None if size is None else size.log()[..., 0])
@@ -116,9 +113,9 @@ class _Attention(Published):
     def fits(cls, module: Any) -> bool | str:
         return has_layers(module, "qkv") and (attention_obstacle(module, 1, QKV) or True)
 
-    def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
-        if not served(self, (*QKV, *AFTER), (x,), *more, *named.values()):
-            return super().forward(x, *more, **named)
+    def forward(self: Any, x: Tensor, /) -> Any:
+        if not served(self, (*QKV, *AFTER), (x,)):
+            return super().forward(x)
         return project(self, self_attention(self, x))
 
 
@@ -143,10 +140,10 @@ class _HaltingAttention(Published):
         x = random_tokens(module.qkv, 1, LONG)
         return [(x, (x[..., 0] > 1).to(x.dtype))]
 
-    def forward(self: Any, x: Tensor, mask: Any = None, /, *more: Any, **named: Any) -> Any:
+    def forward(self: Any, x: Tensor, mask: Any = None, /) -> Any:
         known = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
-        if not known or not served(self, (*QKV, *AFTER), (x,), *more, *named.values()):
-            return super().forward(x, mask, *more, **named)
+        if not known or not served(self, (*QKV, *AFTER), (x,)):
+            return super().forward(x, mask)
         bias = None if mask is None else mask * self.masked_softmax_bias
         return project(self, attend_packed(linear(self.qkv, x), self.num_heads, self.scale, bias))
 
@@ -165,10 +162,10 @@ class _QvBiasAttention(Published):
         )
         return biased and (attention_obstacle(module, 1, QKV, _QV_BIASES) or True)
 
-    def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
+    def forward(self: Any, x: Tensor, /) -> Any:
         plain = self.q_bias is not None and self.v_bias is not None
-        if not plain or not served(self, (*QKV, *_QV_BIASES, *AFTER), (x,), *more, *named.values()):
-            return super().forward(x, *more, **named)
+        if not plain or not served(self, (*QKV, *_QV_BIASES, *AFTER), (x,)):
+            return super().forward(x)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         return project(self, attend_packed(multiply(x, self.qkv.weight, bias), self.num_heads, self.scale))
 
@@ -204,12 +201,12 @@ class _ToQkvAttention(Published):
     def describe(cls, module: Any) -> str:
         return described(cls, module, "dropout", getattr(module, "dropout", None))
 
-    def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
+    def forward(self: Any, x: Tensor, /) -> Any:
         layers = self._modules
         attend = layers.get("attend")
         plain = attend is None or (is_plain(attend, nn.Softmax) and attend.dim in (-1, 3))
-        if not plain or not served(self, ("to_qkv", "to_out", "norm", "attend"), (x,), *more, *named.values()):
-            return super().forward(x, *more, **named)
+        if not plain or not served(self, ("to_qkv", "to_out", "norm", "attend"), (x,)):
+            return super().forward(x)
         qkv = linear(self.to_qkv, layers["norm"](x) if layers.get("norm") is not None else x)
         attended = attend_packed(qkv, self.heads, self.scale)
         out = self.to_out(attended)
@@ -238,9 +235,9 @@ class _FramesAttention(Published):
     def long_examples(cls, module: Any) -> list[tuple[Any, ...]]:
         return [(random_tokens(module.qkv, 1, *((2, LONG) if module.mode == "spatial" else (LONG, 2))),)]
 
-    def forward(self: Any, x: Tensor, /, *more: Any, **named: Any) -> Any:
-        if self.mode not in _ALONG or not served(self, (*QKV, *AFTER), (x,), *more, *named.values(), dims=4):
-            return super().forward(x, *more, **named)
+    def forward(self: Any, x: Tensor, /) -> Any:
+        if self.mode not in _ALONG or not served(self, (*QKV, *AFTER), (x,), dims=4):
+            return super().forward(x)
         return project(self, self_attention(self, x, _ALONG[self.mode]))
 
 
@@ -269,9 +266,9 @@ class _SequenceAttention(Published):
         x = random_tokens(module.qkv, 2, LONG)
         return [(x, 2) if module.mode == "spatial" else (x.transpose(0, 1).contiguous(), LONG)]
 
-    def forward(self: Any, x: Tensor, seqlen: int = 1, /, *more: Any, **named: Any) -> Any:
-        if self.mode not in _ALONG or not served(self, (*QKV, *AFTER), (x,), *more, *named.values()):
-            return super().forward(x, seqlen, *more, **named)
+    def forward(self: Any, x: Tensor, seqlen: int = 1, /) -> Any:
+        if self.mode not in _ALONG or not served(self, (*QKV, *AFTER), (x,)):
+            return super().forward(x, seqlen)
         if self.mode == "spatial":
             return project(self, self_attention(self, x))
         return project(self, self_attention(self, x.unflatten(0, (-1, seqlen)), along=-3).flatten(0, 1))
