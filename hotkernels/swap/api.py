@@ -125,9 +125,10 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
 
     If you change a swapped module later (set an attribute, add a parameter or a buffer, replace or hook a layer that
     the fused forward does not call, give the class another forward), it falls back to its own forward. A projection of
-    an attention that you replace, adapt or hook is called as it is, and the rest stays fused. Not noticed are changes
-    inside an object that an attribute holds or a layer that is used, attributes set on the class, and new definitions
-    of a clustering function or of a method that calls one. With a twin of your own, all this is up to its forward.
+    an attention that you replace, adapt or hook is called as it is, and the rest stays fused: so add adapters (LoRA)
+    after the swap, since before it they are another form. Not noticed are changes inside an object that an attribute
+    holds or a layer that is used, attributes set on the class, and new definitions of a clustering function or of a
+    method that calls one. With a twin of your own, all this is up to its forward.
     HoT's cross-attention gives an expanded x_1 its gradient as `hotkernels.nn.CrossAttention` does.
 
     A call that no probe has seen goes to the module's own forward, too: with tokens of other dims than [B, N, C]
