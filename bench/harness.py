@@ -173,7 +173,7 @@ def header() -> dict[str, Any]:
 
 def check_out(parser: argparse.ArgumentParser, folder: Path, about: dict[str, Any]) -> None:
     """Refuse to publish figures of plain PyTorch as ours, or of code that no commit has."""
-    why = unfused() or ("the tree has changes without a commit" if about["commit"].endswith("-dirty") else None)
+    why = unfused() or ("the tree has changes without a commit" if about.get("commit", "").endswith("-dirty") else None)
     if why and folder.resolve() == Path(__file__).parent / "results":
         parser.error(f"--out must be elsewhere than bench/results, where figures are published ({why})")
 

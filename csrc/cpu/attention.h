@@ -50,9 +50,9 @@ inline void fill(T* p, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) p[i] = value;
 }
 
-// Prefetches a row of D elements, for writing if `writing`, into the second level: a Zen 4 has too few buffers for misses
-// of the first, and took 1.6 times as long at 17 tokens. Always inlined, as are its callers: GCC takes a function
-// that only prefetches for one without effects and drops its calls.
+// Prefetches a row of D elements, for writing if `writing`, into the second level: a Zen 4 has too few buffers for
+// misses of the first, and took 1.6 times as long at 17 tokens. Always inlined, as are its callers: GCC takes a
+// function that only prefetches for one without effects and drops its calls.
 template <bool writing, class S>
 [[gnu::always_inline]] inline void prefetch_row(const S* row, int64_t D) {
   for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d, writing, 2);
