@@ -53,7 +53,8 @@ def test_compiled_autograd_refuses_a_second_derivative(call: Any) -> None:
 
 
 def test_a_jacobian_may_be_vectorised() -> None:
-    attention, x = BiLevelRoutingAttention(8, 2, n_win=2, topk=2), torch.randn(2, 4, 4, 8)
+    """Of keys of all samples, too: those of regions of 8 tokens or more."""
+    attention, x = BiLevelRoutingAttention(8, 2, n_win=2, topk=2), torch.randn(2, 8, 8, 8)
 
     def jacobian(vectorize: bool) -> Any:
         return torch.autograd.functional.jacobian(lambda x: attention(x)[0, 0, 0], x, vectorize=vectorize)

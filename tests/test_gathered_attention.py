@@ -470,6 +470,8 @@ def test_an_inverse_of_something_else_is_refused(backend: str) -> None:
             with pytest.raises(ValueError, match=refused):
                 gathered_attention(*args, wrong, backend=backend).sum().backward()
     for name in ("start", "slots"):
+        with pytest.raises(ValueError, match=r"^gathered_attention: index must be inverted with .+, got .+"):
+            gathered_attention(*args, right._replace(**{name: getattr(right, name)[:1]}), backend=backend)
         for change in (torch.Tensor.int, torch.Tensor.numpy, lambda t: t.to("meta"), lambda t: None):
             wrong = right._replace(**{name: change(getattr(right, name))})
             with pytest.raises((ValueError, TypeError), match=f"^gathered_attention: index.{name} must be .+, got .+"):
