@@ -263,6 +263,26 @@ struct Core {
     }
   }
 
+  // to[c][r] += from[r][c] for r < rows, c < columns, in blocks of registers: between logits and a matrix of queries.
+  static void add_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to,
+                             int64_t to_stride) {
+    using Sum = SumOf<E>;
+    each_vector<Sum>(rows, [&](int64_t r, auto count) {
+      for (int64_t c = 0; c < columns; c += lanes) {
+        vec block[lanes];
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < lanes; ++l) {
+          block[l] = r + l < rows ? load_up_to<Sum>(from + (r + l) * from_stride + c, columns - c) : vec{};
+        }
+        transpose<T>(block);
+        for (int64_t l = 0; l < lanes && c + l < columns; ++l) {
+          T* out = to + (c + l) * to_stride + r;
+          store_as<Sum>(out, load_as<Sum>(out, count) + block[l], count);
+        }
+      }
+    });
+  }
+
   // logits[key][query] of keys [k0, k1) and one block of queries, biases included.
   void compute_logits(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, int64_t k0, int64_t k1,
                       const O* columns) {
@@ -276,9 +296,13 @@ struct Core {
     if (p.bias) {
       const T* bias = static_cast<const T*>(p.bias) + b * p.bias_stride_b + j * p.bias_stride_j + h * p.bias_stride_h +
                       q0 * p.bias_stride_q;
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t key = k0; key < k1; ++key) {
-          logits[(key - k0) * Q + i] += bias[i * p.bias_stride_q + slot(key) * p.bias_stride_s];
+      if (keys == p.S && p.bias_stride_s == 1) {
+        add_transposed(bias + k0, p.bias_stride_q, count, k1 - k0, logits, Q);
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t key = k0; key < k1; ++key) {
+            logits[(key - k0) * Q + i] += bias[i * p.bias_stride_q + slot(key) * p.bias_stride_s];
+          }
         }
       }
     }
@@ -519,6 +543,7 @@ struct Core {
 
   // to[query][slot] += grad_logits; `to` starts as zeros.
   void add_bias_gradients(T* to, int64_t count, int64_t k0, int64_t k1) const {
+    if (keys == p.S) return add_transposed(grad_logits, Q, k1 - k0, count, to + k0, p.S);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t key = k0; key < k1; ++key) to[i * p.S + slot(key)] += grad_logits[(key - k0) * Q + i];
     }
