@@ -572,27 +572,26 @@ struct Core {
   }
 
   // Gradients of the packed keys to their slots, or to their tokens: one in several slots gets their sum, in order.
-  void write_grad_rows(const HeadsView& to, const T* rows, T factor, int64_t b, int64_t j, int64_t h) {
+  void write_grad_rows(const HeadsView& to, T* rows, T factor, int64_t b, int64_t j, int64_t h) {
     S* out = at(to, b, j, h);
     const int64_t* start = p.start ? p.start + b * p.start_stride_b : nullptr;
     const int64_t* slots = p.slots + b * p.slots_stride_b;
     if (start) {
       for (int64_t key = 0; key < keys; ++key) place[slot(key)] = key;
     }
+    fill(out_rows, Dp, T{0});
     for (int64_t n = 0, key = 0; n < key_grads; ++n) {
       const bool absent = by_slot ? key == keys || slot(key) != n : masked<T>(p, b, j, n);
-      if (!start && !absent) {
-        write_row(out + n * to.stride_n, rows + key++ * Dp, factor);
-        continue;
-      }
-      fill(out_rows, Dp, T{0});
-      if (!absent) {
-        for (int64_t e = start[n]; e < start[n + 1]; ++e) {
-          const T* row = rows + place[slots[e]] * Dp;
-          for (int64_t d = 0; d < Dp; d += lanes) store(out_rows + d, load(out_rows + d) + load(row + d));
+      T* row = out_rows;  // zeros
+      if (!absent && !start) row = rows + key++ * Dp;
+      if (!absent && start && start[n] < start[n + 1]) {
+        row = rows + place[slots[start[n]]] * Dp;
+        for (int64_t e = start[n] + 1; e < start[n + 1]; ++e) {
+          const T* other = rows + place[slots[e]] * Dp;
+          for (int64_t d = 0; d < Dp; d += lanes) store(row + d, load(row + d) + load(other + d));
         }
       }
-      write_row(out + n * to.stride_n, out_rows, factor);
+      write_row(out + n * to.stride_n, row, factor);
     }
   }
 };
