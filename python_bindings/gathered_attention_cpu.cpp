@@ -7,7 +7,8 @@ namespace hotkernels {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kParts = 16;  // runs of sequences that sum a batch-free gradient: enough for as many threads
+// Runs of sequences that sum a batch-free gradient, times heads: enough for 16 threads, as each run costs a sum.
+constexpr int64_t kSummingItems = 64;
 
 bool contiguous_last(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; }
 
@@ -202,9 +203,12 @@ Tensor sum_parts(const Tensor& parts, const std::vector<int64_t>& shape) {
   const int64_t count = parts.size(0), size = sum.numel();
   const auto add = [&](auto* to, const auto* from) {
     parallel(size, 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) to[i] = from[i];
-      for (int64_t part = 1; part < count; ++part) {
-        for (int64_t i = begin; i < end; ++i) to[i] += from[part * size + i];
+      for (int64_t first = begin; first < end; first += 1024) {  // what fits the nearest cache
+        const int64_t last = std::min(end, first + 1024);
+        for (int64_t i = first; i < last; ++i) to[i] = 0;
+        for (int64_t part = 0; part < count; ++part) {
+          for (int64_t i = first; i < last; ++i) to[i] += from[part * size + i];
+        }
       }
     });
   };
@@ -277,14 +281,15 @@ AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_
     grads.key = problem.token_major(problem.key, rows), p.grad_key = problem.view(grads.key);
     grads.value = problem.token_major(problem.value, rows), p.grad_value = problem.view(grads.value);
   }
-  if (shared_query || sum_bias) p.parts = std::min(kParts, std::max<int64_t>(p.B * p.J, 1));
-  Tensor query_parts = zeros({shared_query ? p.parts : 0, p.H, p.Nq, p.D});
-  Tensor bias_parts = zeros({sum_bias ? p.parts : 0, p.H, p.Nq, p.S});
+  const auto numbers = [&](const std::vector<int64_t>& shape) { return allocate(like, shape, compute); };
+  if (shared_query || sum_bias) p.parts = std::min((kSummingItems - 1) / std::max<int64_t>(p.H, 1) + 1, p.B * p.J);
+  Tensor query_parts = numbers({shared_query ? p.parts : 0, p.H, p.Nq, p.D});
+  Tensor bias_parts = numbers({sum_bias ? p.parts : 0, p.H, p.Nq, p.S});
   if (shared_query) p.grad_query_parts = query_parts.mutable_data_ptr();
   if (sum_bias) {
     p.grad_bias_parts = bias_parts.mutable_data_ptr();
   } else if (need_bias) {
-    grads.bias = zeros(problem.per_head({p.Nq, p.S}));
+    grads.bias = numbers(problem.per_head({p.Nq, p.S}));
     p.grad_bias = grads.bias.mutable_data_ptr();
   }
   if (need_key_bias) {

@@ -263,9 +263,10 @@ struct Core {
     }
   }
 
-  // to[c][r] += from[r][c] for r < rows, c < columns, in blocks of registers: between logits and a matrix of queries.
-  static void add_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to,
-                             int64_t to_stride) {
+  // to[c][r] (+)= from[r][c] for r < rows, c < columns, in blocks of registers: between logits and a matrix of queries.
+  // Not inlined: GCC makes 30 KB of code of it in each caller.
+  [[gnu::noinline]] static void move_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t columns,
+                                                T* to, int64_t to_stride, bool add) {
     using Sum = SumOf<E>;
     each_vector<Sum>(rows, [&](int64_t r, auto count) {
       for (int64_t c = 0; c < columns; c += lanes) {
@@ -277,7 +278,7 @@ struct Core {
         transpose<T>(block);
         for (int64_t l = 0; l < lanes && c + l < columns; ++l) {
           T* out = to + (c + l) * to_stride + r;
-          store_as<Sum>(out, load_as<Sum>(out, count) + block[l], count);
+          store_as<Sum>(out, add ? load_as<Sum>(out, count) + block[l] : block[l], count);
         }
       }
     });
@@ -297,7 +298,7 @@ struct Core {
       const T* bias = static_cast<const T*>(p.bias) + b * p.bias_stride_b + j * p.bias_stride_j + h * p.bias_stride_h +
                       q0 * p.bias_stride_q;
       if (keys == p.S && p.bias_stride_s == 1) {
-        add_transposed(bias + k0, p.bias_stride_q, count, k1 - k0, logits, Q);
+        move_transposed(bias + k0, p.bias_stride_q, count, k1 - k0, logits, Q, true);
       } else {
         for (int64_t i = 0; i < count; ++i) {
           for (int64_t key = k0; key < k1; ++key) {
@@ -429,13 +430,17 @@ struct Core {
     }
   }
 
-  // Gradients of one head of one sequence. query_sum, bias_sum: where these are added up over sequences, or null.
-  void backward(const Item& item, const Item& next, T* query_sum, T* bias_sum) {
+  // Gradients of one head of one sequence. query_sum, bias_sum: where these are added up over sequences, the `first` of
+  // which finds nothing there; or null.
+  void backward(const Item& item, const Item& next, T* query_sum, T* bias_sum, bool first) {
     const auto [b, j, h] = item;
     take_keys(b, j, h);
     const int64_t row0 = ((b * p.J + j) * p.H + h) * p.Nq;
     const S *grad = at(p.grad_out, b, j, h), *query = at(p.query, b, j, h), *out = at(p.out, b, j, h);
     const bool whole = keys <= kKeys;  // all keys in one block
+    T* grad_bias = bias_sum;
+    if (p.grad_bias) grad_bias = static_cast<T*>(p.grad_bias) + row0 * p.S;  // which has no sum: first is true
+    if (grad_bias && first && keys < p.S) fill(grad_bias, p.Nq * p.S, T{0});
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t q0 = block * Q, count = p.Nq - q0 < Q ? p.Nq - q0 : Q, vectors = (count + lanes - 1) / lanes;
       const O* columns = take_queries(b, j, h, block);
@@ -465,18 +470,17 @@ struct Core {
                         grad_key_rows + k0 * Dp, Dp, block > 0);
         if (k0 == 0) {
           if (!query_sum) prefetch_written(p.grad_query, item, q0, q0 + count);
-          const int64_t first = key_grads * block / blocks, last = key_grads * (block + 1) / blocks;
-          prefetch_written(p.grad_key, item, first, last);
-          prefetch_written(p.grad_value, item, first, last);
+          const int64_t begin = key_grads * block / blocks, end = key_grads * (block + 1) / blocks;
+          prefetch_written(p.grad_key, item, begin, end);
+          prefetch_written(p.grad_value, item, begin, end);
         }
         const O* across = k_across + k0 / deep * across_stride;
         multiply<true>(grads_across, Q, across, across_stride, count, Dp / lanes, operands(n), grad_query, Dp, k0 > 0);
-        if (bias_sum) add_bias_gradients(bias_sum + q0 * p.S, count, k0, k1);
-        if (p.grad_bias) add_bias_gradients(static_cast<T*>(p.grad_bias) + (row0 + q0) * p.S, count, k0, k1);
+        if (grad_bias) add_bias_gradients(grad_bias + q0 * p.S, count, k0, k1, first);
         if (p.grad_key_bias) key_bias_gradients(b, j, h, count, k0, k1);
       }
       if (keys == 0) fill(grad_query, Q * Dp, T{0});
-      write_grad_query(b, j, h, q0, count, query_sum);
+      write_grad_query(b, j, h, q0, count, query_sum, first);
     }
     if (p.grad_key.data) write_grad_rows(p.grad_key, grad_key_rows, scale_after, b, j, h);
     if (p.grad_value.data) write_grad_rows(p.grad_value, grad_value_rows, T{1}, b, j, h);
@@ -541,9 +545,9 @@ struct Core {
     if (d < p.D) store_some_as<E>(out + d, load(from + d) * factor, p.D - d);
   }
 
-  // to[query][slot] += grad_logits; `to` starts as zeros.
-  void add_bias_gradients(T* to, int64_t count, int64_t k0, int64_t k1) const {
-    if (keys == p.S) return add_transposed(grad_logits, Q, k1 - k0, count, to + k0, p.S);
+  // to[query][slot] += grad_logits, or = if it is the first; of slots without a key, zeros are there.
+  void add_bias_gradients(T* to, int64_t count, int64_t k0, int64_t k1, bool first) const {
+    if (keys == p.S) return move_transposed(grad_logits, Q, k1 - k0, count, to + k0, p.S, !first);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t key = k0; key < k1; ++key) to[i * p.S + slot(key)] += grad_logits[(key - k0) * Q + i];
     }
@@ -558,13 +562,14 @@ struct Core {
     }
   }
 
-  void write_grad_query(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, T* query_sum) {
+  void write_grad_query(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, T* query_sum,
+                        bool first) {
     const T scale = static_cast<T>(p.scale);
     for (int64_t i = 0; i < count; ++i) {
       const T* from = grad_query + i * Dp;
       if (query_sum) {
         T* to = query_sum + (q0 + i) * p.D;
-        for (int64_t d = 0; d < p.D; ++d) to[d] += from[d] * scale;
+        for (int64_t d = 0; d < p.D; ++d) to[d] = (first ? T{0} : to[d]) + from[d] * scale;
       } else if (p.grad_query.data) {
         write_row(at(p.grad_query, b, j, h) + (q0 + i) * p.grad_query.stride_n, from, scale);
       }
@@ -617,14 +622,15 @@ void backward_items(const Attention& p, int64_t begin, int64_t end, void* scratc
   for (int64_t t = begin; t < end; ++t) {
     if (p.parts == 0) {
       const int64_t next = t + 1 < end ? t + 1 : t;
-      core.backward(item(t / p.H, t % p.H), item(next / p.H, next % p.H), nullptr, nullptr);
+      core.backward(item(t / p.H, t % p.H), item(next / p.H, next % p.H), nullptr, nullptr, true);
       continue;
     }
     const int64_t part = t / p.H, h = t % p.H, stop = (part + 1) * sequences / p.parts;
     T* query_sum = p.grad_query_parts ? static_cast<T*>(p.grad_query_parts) + t * p.Nq * p.D : nullptr;
     T* bias_sum = p.grad_bias_parts ? static_cast<T*>(p.grad_bias_parts) + t * p.Nq * p.S : nullptr;
-    for (int64_t s = part * sequences / p.parts; s < stop; ++s) {
-      core.backward(item(s, h), item(s + 1 < stop ? s + 1 : s, h), query_sum, bias_sum);
+    const int64_t start = part * sequences / p.parts;
+    for (int64_t s = start; s < stop; ++s) {
+      core.backward(item(s, h), item(s + 1 < stop ? s + 1 : s, h), query_sum, bias_sum, s == start);
     }
   }
 }

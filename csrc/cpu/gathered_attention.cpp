@@ -172,6 +172,7 @@ struct PerQuery {
       T* const pairs = static_cast<T*>(p.pairs) + (((b * p.J + j) * p.Nq + i) * p.S * p.H + h) * 2;
       T* const grad_bias = p.grad_bias ? static_cast<T*>(p.grad_bias) + at_row * p.S : nullptr;
       const T log_sum = static_cast<const T*>(p.lse)[at_row];
+      if (grad_bias && keys < p.S) fill(grad_bias, p.S, T{0});
       compute_logits(b, j, h, i);
       if (log_sum == static_cast<T>(-INFINITY)) fill(logits, keys, T{0}); else exponentials(log_sum);
       pack_row<E>(at(p.grad_out, b, j, h, i), p.D, T{1}, row2);

@@ -30,13 +30,13 @@ struct Attention {
   HeadsView grad_out, grad_key, grad_value;
   HeadsView grad_query;
   const void* grad_lse;     // [B, J, H, Nq] compute, contiguous; or null
-  void* grad_bias;          // [B, J, H, Nq, S] compute, contiguous, zeroed; or null
+  void* grad_bias;          // [B, J, H, Nq, S] compute, contiguous; or null
   void* grad_key_bias;      // [B, J, H, Nk] compute, contiguous, still to be summed over H; or null
   // The gradient of a query or bias without batch dims is summed over the batch, in an order that does not depend on
-  // threads: the B * J sequences are cut into `parts` runs, each with sums of its own. 0 = nothing to sum.
+  // threads: the B * J sequences are cut into `parts` runs, none empty, each with sums of its own. 0 = nothing to sum.
   int64_t parts;
-  void* grad_query_parts;   // [parts, H, Nq, D] compute, zeroed, instead of grad_query; or null
-  void* grad_bias_parts;    // [parts, H, Nq, S] compute, zeroed, instead of grad_bias; or null
+  void* grad_query_parts;   // [parts, H, Nq, D] compute, instead of grad_query; or null
+  void* grad_bias_parts;    // [parts, H, Nq, S] compute, instead of grad_bias; or null
   // With an index: its inverse (invert_index.h) over the entries of each set or (b, j, h), [.., Nk + 1] and
   // [.., Nq * S or S], with the strides below. Null with a set: grad_key and grad_value are those of its S slots,
   // unspecified for absent ones.
