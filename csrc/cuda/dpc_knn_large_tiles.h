@@ -147,10 +147,12 @@ __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side co
     if (next < tiles) {
       unsigned char* to = panels + stage * 2 * kPanelBytes;
       const int tile = tile_at(next);
-      if constexpr (kGatherRows) {
-        copy_found(to, row_from, next_chunk);
-      } else {
-        copy(to, s.value + row_block * stride, next_chunk);
+      if (next_chunk + next * s.chunks < kStages || kStages % s.chunks != 0) {  // else they lie there already
+        if constexpr (kGatherRows) {
+          copy_found(to, row_from, next_chunk);
+        } else {
+          copy(to, s.value + row_block * stride, next_chunk);
+        }
       }
       float* norms = column_norms + next % kStages * kTile;
       if constexpr (kGatherColumns) {
