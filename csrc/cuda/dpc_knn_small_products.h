@@ -96,8 +96,8 @@ struct Single {
 };
 
 // Two blocks of a cluster each centre half of the tokens, for both. No warp asks whether a place is free. Before it
-// puts chunk i, it has waited for chunk i - 2, for which every warp of both blocks arrived, with tokens or without, after
-// it had multiplied chunk i - 4, the last in the same place. Hence four places.
+// puts chunk i, it has waited for chunk i - 2, for which every warp of both blocks arrived, with tokens or without,
+// after it had multiplied chunk i - 4, the last in the same place. Hence four places.
 struct Pair {
   static constexpr int kChunk = 32, kSlots = 4, kTokens = kTile / 2;
   Tokens& s;
@@ -166,14 +166,6 @@ struct TileAt {
     }
   }
 };
-
-// Where part `part`, eight channels, of a token lies in a centred chunk: swizzled, so that one part of eight tokens
-// meets no bank twice. The swizzle is an xor: swizzled_offset(token, part ^ 2) is swizzled_offset(token, part) ^ 32.
-template <int kChunk>
-__device__ inline int swizzled_offset(int token, int part) {
-  constexpr int kParts = kChunk / 8, kTokensPerTurn = 8 / kParts;
-  return (token * kParts + (part ^ (token / kTokensPerTurn % kParts))) * 16;
-}
 
 // acc += the products of 32 tokens with 32 tokens over 16 channels. `columns` points at what this lane reads of the
 // latter; from eight tokens to the next eight are `step` bytes.

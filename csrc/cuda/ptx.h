@@ -128,8 +128,8 @@ __device__ inline T* in_block(T* shared, uint32_t rank) {
 }
 
 // A barrier in shared memory. A phase of it ends when `count` threads have arrived and as many bytes as they said they
-// expect have been stored by store_async; then the next begins. What the threads read and wrote before they arrived, and
-// what was stored, comes before all that a thread does after it has waited.
+// expect have been stored by store_async; then the next begins. What threads read and wrote before they arrived, and
+// what was stored, comes before what a thread does after it has waited.
 __device__ inline void barrier_init(uint64_t* barrier, uint32_t count) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;" ::
