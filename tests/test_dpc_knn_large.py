@@ -61,7 +61,7 @@ def tune(backend: str) -> Iterator[Callable[[int, int, int], None]]:
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize(
     ("B", "N", "C", "k", "M"),
-    [(1, 385, 3, 5, 1), (3, 511, 39, 1, 127), (1, 512, 64, 17, 512), (2, 513, 33, 40, 128), (1, 1000, 64, 5, 250)],
+    [(1, 385, 150, 5, 1), (3, 511, 39, 1, 127), (1, 512, 3, 17, 512), (2, 513, 33, 40, 128), (1, 640, 96, 5, 160)],
 )
 def test_steps(backend: str, data: str, B: int, N: int, C: int, k: int, M: int) -> None:
     x = exact(DATA[data](B, N, C), N)

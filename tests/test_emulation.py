@@ -20,7 +20,7 @@ from hotkernels import backends
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(bool(EMULATED), reason="this process emulates a GPU backend itself")
-KERNELS = range(11)  # of emulation/selftest.cpp
+KERNELS = range(12)  # of emulation/selftest.cpp
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,16 @@ __device__ inline float warp_max_of_nonnegative(float x) {
   return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(x)));
 }
 
+// ---- centred tokens -----------------------------------------------------------------------------------------------
+
+// Where part `part`, eight float16 channels, of a token lies among tokens of kChunk channels: swizzled, so that one
+// part of eight tokens meets no bank of shared memory twice. An xor: (token, part ^ 2) is at (token, part) ^ 32.
+template <int kChunk>
+__device__ inline int swizzled_offset(int token, int part) {
+  constexpr int kParts = kChunk / 8, kTokensPerTurn = 8 / kParts;
+  return (token * kParts + (part ^ (token / kTokensPerTurn % kParts))) * 16;
+}
+
 // ---- densest first ------------------------------------------------------------------------------------------------
 
 constexpr uint64_t kLeastDense = ~uint64_t{0};  // of tokens that are not valid: after all valid ones

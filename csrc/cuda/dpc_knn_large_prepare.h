@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) centre_kernel(const Plan s) {
         rounded = make_uint4(ptx::pack_half(v[0], v[1]), ptx::pack_half(v[2], v[3]), ptx::pack_half(v[4], v[5]),
                              ptx::pack_half(v[6], v[7]));
       }
-      const int offset = swizzled_offset(row + 8 * half, part);
+      const int offset = swizzled_offset<kChunk>(row + 8 * half, part);
       *reinterpret_cast<uint4*>(shared + offset) = rounded;
       *reinterpret_cast<uint4*>(value + offset / 2) = rounded;
     }

@@ -47,18 +47,14 @@ struct Side {
   int count;           // how many there are
 };
 
-// Where part `part` of token `token` lies in its panel: swizzled, so that one part of eight tokens meets no bank twice.
-__device__ inline int swizzled_offset(int token, int part) {
-  return token * kTokenBytes + (part ^ (token / 2 % 4)) * 16;
-}
-
 // The tensor core's left operand: 16 tokens from `tokens` (bytes of a panel, a multiple of 8 tokens), 16 channels.
 __device__ inline void read_rows(uint32_t (&a)[4], const unsigned char* tokens, int step) {
-  ptx::load_matrices(a, tokens + swizzled_offset(lane_id() % 16, 2 * step + lane_id() / 16));
+  ptx::load_matrices(a, tokens + swizzled_offset<kChunk>(lane_id() % 16, 2 * step + lane_id() / 16));
 }
 // The right operand for these tokens and for the eight after them: b[0], b[1] and b[2], b[3].
 __device__ inline void read_columns(uint32_t (&b)[4], const unsigned char* tokens, int step) {
-  ptx::load_matrices(b, tokens + swizzled_offset(lane_id() % 8 + lane_id() / 16 * 8, 2 * step + lane_id() / 8 % 2));
+  const int token = lane_id() % 8 + lane_id() / 16 * 8, part = 2 * step + lane_id() / 8 % 2;
+  ptx::load_matrices(b, tokens + swizzled_offset<kChunk>(token, part));
 }
 
 // d += the products of 32 channels of the block's rows with those of its columns.
@@ -114,7 +110,7 @@ __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side co
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int row = thread / 4 + 32 * i, id = id_of(side, block * kTile + row), part = thread % 4 ^ (row / 2 % 4);
-      from[i] = id < 0 ? nullptr : s.value + id / kTile * stride + swizzled_offset(id % kTile, part) / 2;
+      from[i] = id < 0 ? nullptr : s.value + id / kTile * stride + swizzled_offset<kChunk>(id % kTile, part) / 2;
     }
   };
   const auto copy = [&](unsigned char* to, const uint16_t* block, int chunk) {
@@ -142,15 +138,18 @@ __device__ void for_each_tile(const Tokens& s, Side rows, int row_block, Side co
     row_norms[thread] = s.norm[row_block * kTile + thread];
   }
 
-  int next = 0, next_chunk = 0;  // what is to be loaded next
+  const bool rows_stay = kStages % s.chunks == 0;  // every stage has the same of their chunks each time
+  int next = 0, next_chunk = 0;                    // what is to be loaded next
   const auto load = [&](int stage) {
     if (next < tiles) {
       unsigned char* to = panels + stage * 2 * kPanelBytes;
       const int tile = tile_at(next);
-      if constexpr (kGatherRows) {
-        copy_found(to, row_from, next_chunk);
-      } else {
-        copy(to, s.value + row_block * stride, next_chunk);
+      if (!rows_stay || next * s.chunks + next_chunk < kStages) {
+        if constexpr (kGatherRows) {
+          copy_found(to, row_from, next_chunk);
+        } else {
+          copy(to, s.value + row_block * stride, next_chunk);
+        }
       }
       float* norms = column_norms + next % kStages * kTile;
       if constexpr (kGatherColumns) {

@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(kThreads, 1) dpc_knn_small_kernel(DpcKnn p, in
   const int partial_floats = tiles_of_group(across_of(p)) * kTileFloats;
   const Cluster team{rank, partial + partial_floats, partial, s.posted};
   Pair pair{s, group * Pair::kTokens, static_cast<uint32_t>(rank ^ kSplits)};
-  if (threadIdx.x < Pair::kSlots) ptx::barrier_init(s.arrived + threadIdx.x, kWarps);
+  pair.init();
   if (threadIdx.x < kSteps) ptx::barrier_init(s.posted + threadIdx.x, 1);
   ptx::cluster_arrive();
   int n = number_tokens(s, threadIdx.x < p.N && in_mask(p, b * p.N + threadIdx.x));

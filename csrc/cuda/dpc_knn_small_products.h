@@ -25,8 +25,7 @@ struct alignas(16) Tokens {
   float pivot_part[kWarps], peak[kWarps];  // of each warp's channels: pivot2; how far the pivot's tokens are apart
   float pivot2;  // squared norm of the pivot, of this block's channels
   float floor2;  // squared norm in them below which a token's coordinates may have lost bits to underflow
-  uint64_t arrived[4];      // barriers of Pair
-  uint64_t unread[kWarps];  // where idle warps of the other block store, only to arrive
+  uint64_t arrived[4];  // barriers of Pair
 };
 
 // ---- valid tokens -------------------------------------------------------------------------------------------------
@@ -97,10 +96,8 @@ struct Single {
 };
 
 // Two blocks of a cluster each centre half of the tokens, for both. No warp asks whether a place is free. Before it
-// puts chunk i, it has waited for chunk i - 2. Every warp of both blocks put a share of that one, and did so after it
-// had multiplied chunk i - 4, the last in the same place. Hence four places, and hence warps without tokens store
-// something, too. PTX does not promise that a warp's loads of one chunk come before its asynchronous stores of a later
-// one; in the machine code they do, since the products that need what was loaded are issued first.
+// puts chunk i, it has waited for chunk i - 2, for which every warp of both blocks arrived, with tokens or without,
+// after it had multiplied chunk i - 4, the last in the same place. Hence four places.
 struct Pair {
   static constexpr int kChunk = 32, kSlots = 4, kTokens = kTile / 2;
   Tokens& s;
@@ -116,18 +113,20 @@ struct Pair {
     ptx::store_async(reinterpret_cast<uint2*>(to), four, arrived(chunk), other);
   }
   __device__ void commit(int chunk, int across) const {
-    const int warp = warp_id();
     __syncwarp();
     if (lane_id() != 0) return;
-    if (warp >= across) ptx::store_async(s.unread + warp, uint64_t{0}, arrived(chunk), other);
-    if (warp == 0) {
-      ptx::barrier_arrive(arrived(chunk), across * kTokens * kChunk * 2 + (kWarps - across) * 8);
+    if (warp_id() == 0) {
+      ptx::barrier_arrive(arrived(chunk), across * kTokens * kChunk * 2);
     } else {
       ptx::barrier_arrive(arrived(chunk));
     }
+    ptx::barrier_arrive_in(other, arrived(chunk));
   }
   __device__ void wait(int chunk) const { ptx::barrier_wait(arrived(chunk), (before + chunk) / kSlots % 2); }
   __device__ void advance(int chunks) { before += chunks; }
+  __device__ void init() const {
+    if (threadIdx.x < kSlots) ptx::barrier_init(s.arrived + threadIdx.x, 2 * kWarps);
+  }
 };
 static_assert(sizeof(Tokens::arrived) == Pair::kSlots * sizeof(uint64_t));
 
@@ -167,14 +166,6 @@ struct TileAt {
     }
   }
 };
-
-// Where part `part`, eight channels, of a token lies in a centred chunk: swizzled, so that one part of eight tokens
-// meets no bank twice. The swizzle is an xor: swizzled_offset(token, part ^ 2) is swizzled_offset(token, part) ^ 32.
-template <int kChunk>
-__device__ inline int swizzled_offset(int token, int part) {
-  constexpr int kParts = kChunk / 8, kTokensPerTurn = 8 / kParts;
-  return (token * kParts + (part ^ (token / kTokensPerTurn % kParts))) * 16;
-}
 
 // acc += the products of 32 tokens with 32 tokens over 16 channels. `columns` points at what this lane reads of the
 // latter; from eight tokens to the next eight are `step` bytes.

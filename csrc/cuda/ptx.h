@@ -128,8 +128,8 @@ __device__ inline T* in_block(T* shared, uint32_t rank) {
 }
 
 // A barrier in shared memory. A phase of it ends when `count` threads have arrived and as many bytes as they said they
-// expect have been stored by store_async; then the next begins. A thread that waited sees what the threads of its block
-// wrote before they arrived, and what was stored.
+// expect have been stored by store_async; then the next begins. What threads read and wrote before they arrived, and
+// what was stored, comes before what a thread does after it has waited.
 __device__ inline void barrier_init(uint64_t* barrier, uint32_t count) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;" ::
@@ -150,6 +150,16 @@ __device__ inline void barrier_arrive(uint64_t* barrier, int expected_bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(expected_bytes)
                : "memory");
+#else
+  __trap();
+#endif
+}
+// Arrives at the barrier that block `rank` of the cluster holds where this block holds `barrier`.
+__device__ inline void barrier_arrive_in(uint32_t rank, uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t at;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(barrier)), "r"(rank));
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(at) : "memory");
 #else
   __trap();
 #endif

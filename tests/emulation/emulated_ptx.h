@@ -87,6 +87,7 @@ inline void barrier_init(uint64_t* barrier, uint32_t count) { hk_emulation::barr
 inline void barrier_arrive(uint64_t* barrier, int expected_bytes = 0) {
   hk_emulation::barrier_arrive(as_barrier(barrier), expected_bytes);
 }
+inline void barrier_arrive_in(uint32_t rank, uint64_t* barrier) { barrier_arrive(in_block(barrier, rank)); }
 inline void barrier_wait(uint64_t* barrier, int parity) { hk_emulation::barrier_wait(as_barrier(barrier), parity); }
 template <class T>
 void store_async(T* shared, T value, uint64_t* barrier, uint32_t rank) {

@@ -75,6 +75,7 @@ bool changing = true;
 std::vector<Block> cluster;
 std::deque<Store> stores;
 int64_t shared_size;
+bool arrived;  // a thread just did, at a barrier: those before it go on first
 const char* failure;
 
 void suspend(State state) {
@@ -137,9 +138,9 @@ unsigned in_order(unsigned i, unsigned n, unsigned reversed) { return order & re
 bool run_warp(unsigned block, unsigned first) {
   const unsigned lanes = std::min(32u, threads_per_block - first);
   bool ran = false;
-  for (bool moved = true; moved && !failure;) {
+  for (bool moved = true; moved && !failure && !arrived;) {
     moved = false;
-    for (unsigned i = 0; i < lanes && !failure; ++i) {
+    for (unsigned i = 0; i < lanes && !failure && !arrived; ++i) {
       Fiber& fiber = fiber_of(block, first + in_order(i, lanes, lanes_reversed));
       if (fiber.state == State::at_barrier && fiber.barrier->phase != fiber.parity) fiber.state = State::runs;
       if (fiber.state != State::runs) continue;
@@ -150,12 +151,12 @@ bool run_warp(unsigned block, unsigned first) {
   return ran;
 }
 
-// Runs parts 0 to n - 1, always the first that can run, until none can: the last waits for all that others can do.
-// Whether any ran.
+// Runs parts 0 to n - 1, always the first that can run, until none can or a thread arrived at a barrier: the last waits
+// for all that others can do. Whether any ran.
 template <class Run>
 bool run_first_that_can(unsigned n, unsigned reversed, Run run) {
   bool ran = false;
-  for (unsigned i = 0; i < n && !failure;) {
+  for (unsigned i = 0; i < n && !failure && !arrived;) {
     const bool moved = run(in_order(i, n, reversed));
     ran = ran || moved;
     i = moved && i > 0 ? 0 : i + 1;
@@ -168,6 +169,7 @@ bool run_block(unsigned block) {
   const unsigned warps = (threads_per_block + 31) / 32;
   for (bool ran = false; !failure;) {
     ran |= run_first_that_can(warps, warps_reversed, [&](unsigned w) { return run_warp(block, 32 * w); });
+    if (arrived) return true;
     unsigned at_block = 0, beyond = 0;
     for (unsigned t = 0; t < threads_per_block; ++t) {
       const State state = fiber_of(block, t).state;
@@ -184,7 +186,10 @@ bool run_block(unsigned block) {
 
 void run_cluster() {
   while (!failure) {
-    run_first_that_can(blocks_in_cluster, blocks_reversed, run_block);
+    do {
+      arrived = false;
+      run_first_that_can(blocks_in_cluster, blocks_reversed, run_block);
+    } while (arrived);
     unsigned done = 0, waiting = 0;
     const unsigned all = blocks_in_cluster * threads_per_block;
     for (unsigned f = 0; f < all; ++f) {
@@ -275,6 +280,9 @@ void barrier_arrive(Barrier* barrier, int expected_bytes) {
   if (barrier->missing == 0) fail("more threads arrive at a barrier than it was told");
   --barrier->missing, barrier->bytes += expected_bytes;
   ends_phase(*barrier);
+  if (order & copies_late) return;
+  arrived = true;
+  suspend(State::runs);
 }
 
 void barrier_wait(const Barrier* barrier, int parity) {

@@ -2,8 +2,9 @@
 //
 // A warp runs as far as it can before the next one moves, a block before the next block, a lane before the next lane,
 // and whoever comes first goes on as soon as others let it: the most unequal progress that the model allows, so that a
-// missing barrier changes the answer. `order` reverses who comes first. Shared memory starts as garbage, is followed
-// by a guard that must stay whole, and is out of other blocks' reach once its block has ended.
+// missing barrier changes the answer. Who arrives at a barrier in shared memory lets all others go first, unless copies
+// are late. `order` reverses who comes first. Shared memory starts as garbage, is followed by a guard that must stay
+// whole, and is out of other blocks' reach once its block has ended.
 #pragma once
 #include <cstdint>
 #include <functional>

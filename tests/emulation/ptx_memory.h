@@ -108,6 +108,12 @@ inline void fence_proxy_async_shared_cta() {}
 inline hk_emulation::Barrier* barrier(Bits address) {
   return reinterpret_cast<hk_emulation::Barrier*>(shared(address, 8));
 }
+inline hk_emulation::Barrier* barrier_in_cluster(Bits address) {
+  const Bits rank = address >> kRankShift;
+  if (rank == 0) fail("an arrival in another block takes an address of the cluster's");
+  return reinterpret_cast<hk_emulation::Barrier*>(
+      hk_emulation::shared_memory_of(barrier(address & kOffsetMask), static_cast<unsigned>(rank - 1)));
+}
 template <class T>
 void mbarrier_init_shared_cta(Bits address, Bits count) {
   hk_emulation::barrier_init(barrier(address), static_cast<unsigned>(count));
@@ -119,6 +125,10 @@ void mbarrier_arrive_release_cta_shared_cta(Bits address) {
 template <class T>
 void mbarrier_arrive_expect_tx_release_cta_shared_cta(Bits address, Bits bytes) {
   hk_emulation::barrier_arrive(barrier(address), static_cast<int>(bytes));
+}
+template <class T>
+void mbarrier_arrive_release_cluster_shared_cluster(Bits address) {
+  hk_emulation::barrier_arrive(barrier_in_cluster(address), 0);
 }
 template <class T>
 Bits mbarrier_try_wait_parity_acquire_cluster_shared_cta(Bits address, Bits parity) {

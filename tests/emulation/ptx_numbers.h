@@ -140,6 +140,11 @@ Bits div(Bits x, Bits y) {
     return T::bits(a / b);
   }
 }
+template <class T>
+Bits rem(Bits x, Bits y) {
+  if (T::number(y) == 0) fail("an integer is divided by zero");
+  return T::bits(T::number(x) % T::number(y));
+}
 #define PTX_SAME(name, other)                    \
   template <class T, class... X>                 \
   Bits name(X... x) {                            \

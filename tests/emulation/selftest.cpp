@@ -96,6 +96,24 @@ __global__ void handed_sum(const float* x, float* out, bool bug) {
   ptx::cluster_sync();
 }
 
+// Block 1 of a cluster of two sums what block 0 has written, once that said so. bug: does not wait for it.
+__global__ void told_sum(const float* x, float* out, bool bug) {
+  auto* shared = reinterpret_cast<float*>(ptx::shared_memory());
+  auto* barrier = reinterpret_cast<uint64_t*>(shared + kThreads);
+  if (threadIdx.x == 0) ptx::barrier_init(barrier, kThreads);
+  ptx::cluster_sync();
+  if (ptx::cluster_rank() == 0) {
+    shared[threadIdx.x] = x[threadIdx.x];
+    ptx::barrier_arrive_in(1, barrier);
+  } else {
+    if (!bug) ptx::barrier_wait(barrier, 0);
+    float sum = 0;
+    for (int t = 0; t < kThreads; ++t) sum += ptx::in_block(shared, 0)[t];
+    out[threadIdx.x] = sum;
+  }
+  ptx::cluster_sync();
+}
+
 // Brings the values in asynchronously. bug: does not wait for the second half.
 __global__ void copied_sum(const float* x, float* out, bool bug) {
   auto* shared = reinterpret_cast<float*>(ptx::shared_memory());
@@ -169,8 +187,9 @@ __global__ void wide_sum(const float* x, float* out, bool bug) {
 // The largest error of kernel `which` over its 96 threads; -1 if the launch failed, -2 if there is no such kernel.
 extern "C" __attribute__((visibility("default"))) double hk_emulation_selftest(int which, bool bug) {
   using Kernel = void (*)(const float*, float*, bool);
-  constexpr Kernel kernels[] = {block_sum,  used_again, warp_sum,  cluster_sum,     sum_of_other, handed_sum,
-                                copied_sum, outside,    divergent, tensor_core_sum, wide_sum};
+  constexpr Kernel kernels[] = {cluster_sum, sum_of_other, handed_sum, told_sum,  // in clusters, these four
+                                block_sum,   used_again,   warp_sum,   copied_sum,
+                                outside,     divergent,    wide_sum,   tensor_core_sum};
   if (which >= static_cast<int>(std::size(kernels))) return -2;
   std::vector<float> x(kThreads), out(kThreads, NAN);
   float sum = 0;
@@ -179,9 +198,9 @@ extern "C" __attribute__((visibility("default"))) double hk_emulation_selftest(i
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config{};
-  const bool pair = kernels[which] == cluster_sum || kernels[which] == sum_of_other || kernels[which] == handed_sum;
+  const bool pair = which < 4;
   config.gridDim = dim3(pair ? 2 : 1), config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kThreads * sizeof(float) + (kernels[which] == handed_sum) * sizeof(uint64_t);
+  config.dynamicSmemBytes = kThreads * sizeof(float) + pair * sizeof(uint64_t);
   config.attrs = &cluster, config.numAttrs = pair;
   const float* given = x.data();
   if (cudaLaunchKernelEx(&config, kernels[which], given, out.data(), bug) != cudaSuccess) return -1;
