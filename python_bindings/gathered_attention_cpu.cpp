@@ -7,8 +7,9 @@ namespace hotkernels {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
-// Runs of sequences that sum a batch-free gradient, times heads: enough for 16 threads, as each run costs a sum.
-constexpr int64_t kSummingItems = 64;
+// Runs of sequences that sum a batch-free gradient, at most, and runs times heads: enough for as many threads, at the
+// cost of a sum each.
+constexpr int64_t kMostParts = 16, kSummingItems = 64;
 
 bool contiguous_last(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; }
 
@@ -282,7 +283,8 @@ AttentionGrads attention_backward(const AttentionArgs& args, const Tensor& grad_
     grads.value = problem.token_major(problem.value, rows), p.grad_value = problem.view(grads.value);
   }
   const auto numbers = [&](const std::vector<int64_t>& shape) { return allocate(like, shape, compute); };
-  if (shared_query || sum_bias) p.parts = std::min((kSummingItems - 1) / std::max<int64_t>(p.H, 1) + 1, p.B * p.J);
+  const int64_t runs = std::min(kMostParts, (kSummingItems - 1) / std::max<int64_t>(p.H, 1) + 1);
+  if (shared_query || sum_bias) p.parts = std::min(runs, p.B * p.J);
   Tensor query_parts = numbers({shared_query ? p.parts : 0, p.H, p.Nq, p.D});
   Tensor bias_parts = numbers({sum_bias ? p.parts : 0, p.H, p.Nq, p.S});
   if (shared_query) p.grad_query_parts = query_parts.mutable_data_ptr();

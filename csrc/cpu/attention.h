@@ -562,8 +562,7 @@ struct Core {
     }
   }
 
-  void write_grad_query(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, T* query_sum,
-                        bool first) {
+  void write_grad_query(int64_t b, int64_t j, int64_t h, int64_t q0, int64_t count, T* query_sum, bool first) {
     const T scale = static_cast<T>(p.scale);
     for (int64_t i = 0; i < count; ++i) {
       const T* from = grad_query + i * Dp;
