@@ -76,6 +76,11 @@ def upcast(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)
 
 
+def wanted_by(op: OpCase, args: Args) -> tuple[str, ...]:
+    """The arguments of this call that have gradients."""
+    return tuple(name for name in op.differentiable if name in args)
+
+
 def layouts(t: Tensor) -> dict[str, Tensor]:
     """The values of t behind other strides. Whatever lies between them is poison."""
     poison: Any = torch.nan if t.is_floating_point() else True if t.dtype == torch.bool else 1 << 30

@@ -13,7 +13,8 @@ import attention_cases  # noqa: F401  # registers its ops
 import numpy as np
 import pytest
 import torch
-from cases import OPS, Args, Bad, BadRaw, OpCase, layouts, tensors, upcast
+from cases import OPS, Args, Bad, BadRaw, OpCase, layouts, tensors, upcast, wanted_by
+from comparing import assert_same
 from conftest import BACKENDS, EMULATED, FUSED_BACKENDS, GPU_BACKENDS, PAIRS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -81,15 +82,6 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def assert_same(ours: Any, other: Any, exactly: bool = True) -> None:
-    """The same bits in every tensor, or the same within rounding."""
-    ours, other = tensors(ours), tensors(other)
-    assert len(ours) == len(other)
-    zero = {"rtol": 0, "atol": 0} if exactly else {}
-    for a, b in zip(ours, other, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True, **zero)
-
-
 def largest(values: Any) -> float:
     return max((t.abs().max().item() for t in tensors(values) if t.numel()), default=0.0)
 
@@ -122,10 +114,6 @@ def gradients(function: Any, args: Args, wanted: tuple[str, ...], grad_out: Any 
         out, [args[name] for name in wanted], [torch.ones_like(o) for o in out] if grad_out is None else grad_out
     )
     return tuple(grads)
-
-
-def wanted_by(op: OpCase, args: Args) -> tuple[str, ...]:
-    return tuple(name for name in op.differentiable if name in args)
 
 
 def random_like(out: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import cloud, layouts, motion
-from conftest import CAPTURED, GPU_BACKENDS
+from conftest import CAPTURED, GPU_BACKENDS, only_cpp
 from dpc_knn_steps import assert_same, check_dpc_knn, rounds_tokens
 from torch import Tensor
 
@@ -627,7 +627,7 @@ print((kilobytes("VmHWM") - before) / 1024)
 """
 
 
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@only_cpp
 @pytest.mark.parametrize(
     ("threads", "N", "C", "M", "k", "limit"),
     [

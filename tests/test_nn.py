@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from as_published import OPTIONS, assert_as_published, assert_as_published_under_autocast, hourglass, pair
+from comparing import answers
 from torch import Tensor, nn
 
 import hotkernels
@@ -22,47 +24,7 @@ from hotkernels.baselines import (
 )
 from hotkernels.nn import Attention, BiLevelRoutingAttention, CrossAttention, TokenPruning, TokenRecovery
 
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"qkv_bias": True},
-    {"qkv_bias": True, "qk_scale": 0.4},
-    {"num_heads": 2, "qk_scale": 0},
-]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
-
-
-def pair(ours: type[nn.Module], eager: type[nn.Module], *args: int, **options: Any) -> tuple[nn.Module, nn.Module]:
-    """Our module and the published one with the same parameters, none of them zero."""
-    a, b = ours(*args, **options), eager(*args, **options)
-    for parameter in b.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    a.load_state_dict(b.state_dict(), strict=True)
-    b.load_state_dict(a.state_dict(), strict=True)
-    assert [(n, p.shape) for n, p in a.named_parameters()] == [(n, p.shape) for n, p in b.named_parameters()]
-    return a, b
-
-
-def answers(module: nn.Module, call: Any, inputs: list[Tensor]) -> list[Tensor]:
-    """The output, and the gradients of the inputs and of every parameter."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    out = call(module, *inputs)
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(out)
-    return [out.detach(), *torch.autograd.grad(out, [*inputs, *module.parameters()], grad_out)]
-
-
-def assert_as_published(
-    ours: nn.Module, eager: nn.Module, call: Any, inputs: list[Tensor], published: Any = None
-) -> None:
-    """Error against float64: at most 2x the published module's (forward), 3x (gradients), beside some roundings."""
-    published = published or call
-    mine, low = answers(ours, call, inputs), answers(eager, published, inputs)
-    exact = answers(copy.deepcopy(eager).double(), published, [x.double() for x in inputs])
-    for i, (a, b, c) in enumerate(zip(mine, low, exact, strict=True)):
-        assert a.shape == c.shape
-        assert a.dtype == b.dtype
-        error, allowed = (a.double() - c).abs().max(), (b.double() - c).abs().max()
-        floor = 8 * torch.finfo(torch.float32).eps * max(c.abs().max(), 1.0)
-        assert error <= (2 if i == 0 else 3) * allowed + floor, (i, error, allowed)
 
 
 @each_option
@@ -257,26 +219,6 @@ def test_autocast(ours: Any, eager: Any, args: tuple[int, ...], shape: tuple[int
     assert_as_published_under_autocast(ours, eager, args, shape, dtype, "cpu")
 
 
-def assert_as_published_under_autocast(
-    ours: Any, eager: Any, args: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, device: str
-) -> None:
-    """The dtype of the published module, and values as near to the truth; gradients arrive in float32."""
-    a, b = pair(ours, eager, *args, qkv_bias=True)
-    x = torch.randn(shape)
-
-    def call(m: nn.Module, x: Tensor) -> Tensor:
-        with torch.autocast(device, dtype, enabled=x.dtype == torch.float32):
-            return m(x)
-
-    mine, low = answers(a, call, [x]), answers(b, call, [x])
-    exact = answers(copy.deepcopy(b).double(), call, [x.double()])
-    largest = max(truth.norm() for truth in exact[1:])  # a gradient that is 0, linear_k.bias's, is all rounding noise
-    for i, (one, other, truth) in enumerate(zip(mine, low, exact, strict=True)):
-        assert one.dtype == other.dtype
-        floor = 1e-6 * truth.norm() + (torch.finfo(dtype).eps / 8 * largest if i > 0 else 0)
-        assert (one - truth).norm() <= 2 * (other - truth).norm() + floor
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_modules_in_half(dtype: torch.dtype) -> None:
     for ours, eager, args, shape in (
@@ -386,27 +328,6 @@ def test_the_choice_is_the_same_every_time() -> None:
 # ---- the whole hourglass ---------------------------------------------------------------------------------------------
 
 
-class Hourglass(nn.Module):
-    """Prune, attend over the kept frames of each joint, recover."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.prune = TokenPruning(16, 9, center=True)
-        self.attend = Attention(16, num_heads=2, qkv_bias=True)
-        self.recover = TokenRecovery(16, 27, num_heads=2, qkv_bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, _ = self.prune(x)
-        return self.recover(x + self.attend(x, along=-3))
-
-
-def hourglass() -> Hourglass:
-    module = Hourglass()
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return module
-
-
 def test_copies() -> None:
     module, x = hourglass(), torch.randn(2, 27, 5, 16)
     out = module(x)
@@ -421,20 +342,14 @@ def test_compiles_without_graph_breaks() -> None:
     module, x = hourglass(), torch.randn(2, 27, 5, 16)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for ours, plain in zip(
-        answers(module, lambda m, x: compiled(x), [x]), answers(module, lambda m, x: m(x), [x]), strict=True
-    ):
-        torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(*(answers(call, x, parameters=module.parameters()) for call in (compiled, module)))
 
 
 def test_exports() -> None:
     """What is exported trains, too; its parameters are the module's."""
     module, x = hourglass().eval(), torch.randn(2, 27, 5, 16)
     program = torch.export.export(module, (x,)).module()
-    for theirs, ours in zip(
-        answers(module, lambda m, x: program(x), [x]), answers(module, lambda m, x: m(x), [x]), strict=True
-    ):
-        torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(*(answers(call, x, parameters=module.parameters()) for call in (program, module)))
 
 
 def test_pruning_compiles_and_exports_for_any_number_of_samples_and_frames() -> None:
@@ -517,7 +432,7 @@ def test_what_stands_in_the_place_of_attn_drop(ours: Any, eager: Any, args: Any,
         else:
             attention.attn_drop.forward = torch.sqrt
         torch.manual_seed(1)
-        results.append(answers(module.train(), lambda m, *x: m(*x), inputs))
+        results.append(answers(module.train(), *inputs, parameters=module.parameters()))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
