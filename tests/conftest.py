@@ -25,7 +25,7 @@ from emulation.processes import Process, start
 from hotkernels import backends
 from hotkernels.nn import linear
 
-pytest.register_assert_rewrite("as_published", "attention_cases", "cases", "comparing", "dpc_knn_steps")
+pytest.register_assert_rewrite("as_published", "attention_cases", "cases", "comparing", "dpc_knn_steps", "swapping")
 
 GPU_BACKENDS = ("cuda", "triton")
 EMULATED = ""

@@ -12,6 +12,9 @@ from published import ViT, hot_mixste, hot_motionbert
 from published_tcformer import TCFormer
 from torch import Tensor, nn
 
+import hotkernels
+from hotkernels.baselines import AttentionEager
+
 # Five neighbours where published models take two: then no densities tie, which rounding would order differently.
 MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "HoT-MixSTE": (lambda: hot_mixste(k=5), (2, 27, 5, 2)),
@@ -52,3 +55,15 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def swapped_modules(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if type(module).__name__.startswith("Fused")}
+
+
+def assert_left(odd: nn.Module, reason: str) -> None:
+    """Beside a module that is replaced, and alone, which is an error."""
+    cls = type(odd)
+    report = hotkernels.swap(nn.ModuleDict({"odd": odd, "plain": AttentionEager(32)}))
+    assert report.left == [("odd", reason)]
+    assert report.replaced == [("plain", "attention")]
+    assert type(odd) is cls
+    with pytest.raises(ValueError, match=r"swap: model must be one with a module that swap knows, got .+") as error:
+        hotkernels.swap(odd)
+    assert reason in str(error.value)
