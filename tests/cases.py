@@ -450,6 +450,17 @@ def motion(B: int, N: int, C: int) -> Tensor:
     return torch.nn.functional.layer_norm(torch.randn(B, N, C).cumsum(1), (C,))
 
 
+def hard_sample(N: int, C: int) -> Args:
+    """Copies, NaN, a mask, noise and `keep`, as far as N tokens have room for them."""
+    x, mask = motion(3, N, C), torch.rand(3, N) < 0.9
+    x[0, N // 2 :] = x[0, : N - N // 2].clone()
+    x[1, N // 3] = torch.nan
+    mask[2] = True
+    M = (N + 2) // 3
+    keep = [N - 1, -1, 0, N - 1][:M]
+    return {"x": x, "num_clusters": M, "k": min(5, N), "mask": mask, "noise": torch.rand(3, N) * 1e-6, "keep": keep}
+
+
 def _peaks(
     B: int, N: int, C: int, M: int, k: int = 5, data: Callable[..., Tensor] = cloud, **extra: Callable[[], Any]
 ) -> Make:
