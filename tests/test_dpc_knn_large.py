@@ -61,7 +61,7 @@ def tune(backend: str) -> Iterator[Callable[[int, int, int], None]]:
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize(
     ("B", "N", "C", "k", "M"),
-    [(1, 385, 3, 5, 1), (3, 511, 39, 1, 127), (1, 512, 64, 17, 512), (2, 513, 33, 40, 128), (1, 1000, 64, 5, 250)],
+    [(1, 385, 3, 5, 1), (3, 511, 39, 1, 127), (1, 512, 64, 17, 512), (1, 513, 33, 40, 128), (1, 1000, 64, 5, 250)],
 )
 def test_steps(backend: str, data: str, B: int, N: int, C: int, k: int, M: int) -> None:
     x = exact(DATA[data](B, N, C), N)
@@ -85,7 +85,7 @@ def test_more_kept_tokens_than_a_block_has_threads(backend: str) -> None:
 @pytest.mark.parametrize(
     ("data", "B", "N", "C", "k", "M"),
     [(data, *shape) for data in DATA for shape in ((1, 640, 39, 5, 160), (1, 400, 8, 3, 400))]
-    + [(data, 2, 513, 8, 18, 20) for data in ("cloud", "two places", "ever denser")],  # which take seconds each
+    + [(data, 1, 513, 8, 18, 20) for data in ("cloud", "two places", "ever denser")],  # which take seconds each
 )
 def test_every_way_gives_the_same_bits(
     backend: str,
