@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
 import torch
 from cases import OPS, Args, Bad, BadRaw, Make, OpCase, layouts, random_slots
 from torch import Tensor
@@ -64,6 +65,12 @@ def index_of(kind: str, batch: tuple[int, ...], H: int, Nq: int, Nk: int, S: int
 
 
 KINDS = ("dense", "set", "query", "head")
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def heads(*batch: int, H: int = 2, Nq: int = 17, Nk: int = 9, D: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (torch.randn(*batch, H, N, D) for N in (Nq, Nk, Nk))
+    return query, key, value
 
 
 def _attention(

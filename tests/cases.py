@@ -76,6 +76,11 @@ def upcast(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)
 
 
+def wanted_by(op: OpCase, args: Args) -> tuple[str, ...]:
+    """The arguments of this call that have gradients."""
+    return tuple(name for name in op.differentiable if name in args)
+
+
 def layouts(t: Tensor) -> dict[str, Tensor]:
     """The values of t behind other strides. Whatever lies between them is poison."""
     poison: Any = torch.nan if t.is_floating_point() else True if t.dtype == torch.bool else 1 << 30
@@ -443,6 +448,17 @@ def cloud(B: int, N: int, C: int) -> Tensor:
 def motion(B: int, N: int, C: int) -> Tensor:
     """A smooth random walk: the tokens of one body over time, where neighbours in time are neighbours in space."""
     return torch.nn.functional.layer_norm(torch.randn(B, N, C).cumsum(1), (C,))
+
+
+def hard_sample(N: int, C: int) -> Args:
+    """Copies, NaN, a mask, noise and `keep`, as far as N tokens have room for them."""
+    x, mask = motion(3, N, C), torch.rand(3, N) < 0.9
+    x[0, N // 2 :] = x[0, : N - N // 2].clone()
+    x[1, N // 3] = torch.nan
+    mask[2] = True
+    M = (N + 2) // 3
+    keep = [N - 1, -1, 0, N - 1][:M]
+    return {"x": x, "num_clusters": M, "k": min(5, N), "mask": mask, "noise": torch.rand(3, N) * 1e-6, "keep": keep}
 
 
 def _peaks(

@@ -25,7 +25,7 @@ from emulation.processes import Process, start
 from hotkernels import backends
 from hotkernels.nn import linear
 
-pytest.register_assert_rewrite("attention_cases", "cases", "dpc_knn_steps")
+pytest.register_assert_rewrite("as_published", "attention_cases", "cases", "comparing", "dpc_knn_steps", "swapping")
 
 GPU_BACKENDS = ("cuda", "triton")
 EMULATED = ""
@@ -51,6 +51,8 @@ elif torch.cuda.is_available():
     BACKENDS += GPU_BACKENDS
 # What stands in for our kernels where one instruction set is enough: for tests of what plain PyTorch does not promise.
 FUSED_BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(b.partition("-")[0] for b in BACKENDS if b != "torch"))
+only_cpp = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+on_every_cpp = pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpp-")], indirect=True)
 CAPTURED = Path(__file__).resolve().parents[2] / "shared/data/cmu_01_01_17joints.npz"  # a walk; not in the repository
 # cuBLAS is deterministic, and allowed where tests ask for determinism, with a workspace of this size.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -33,6 +33,11 @@ def assert_same(a: DensityPeaks, b: DensityPeaks, but: tuple[str, ...] = ()) -> 
         assert name in but or (left is None and right is None) or torch.equal(left, right), name
 
 
+def sample(peaks: DensityPeaks, b: int) -> DensityPeaks:
+    """The clustering of one sample of the batch."""
+    return DensityPeaks(*(t if t is None else t[b : b + 1] for t in peaks))
+
+
 def check_dpc_knn(args: dict[str, Any], out: DensityPeaks) -> None:
     """Assert that `out` is what dpc_knn(**args) means; on the CPU: there are many small steps, each looked at."""
     coarse = rounds_tokens(out.density)

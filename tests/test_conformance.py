@@ -13,7 +13,8 @@ import attention_cases  # noqa: F401  # registers its ops
 import numpy as np
 import pytest
 import torch
-from cases import OPS, Args, Bad, BadRaw, OpCase, layouts, tensors, upcast
+from cases import OPS, Args, Bad, BadRaw, OpCase, layouts, tensors, upcast, wanted_by
+from comparing import assert_same
 from conftest import BACKENDS, EMULATED, FUSED_BACKENDS, GPU_BACKENDS, PAIRS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -81,15 +82,6 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def assert_same(ours: Any, other: Any, exactly: bool = True) -> None:
-    """The same bits in every tensor, or the same within rounding."""
-    ours, other = tensors(ours), tensors(other)
-    assert len(ours) == len(other)
-    zero = {"rtol": 0, "atol": 0} if exactly else {}
-    for a, b in zip(ours, other, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True, **zero)
-
-
 def largest(values: Any) -> float:
     return max((t.abs().max().item() for t in tensors(values) if t.numel()), default=0.0)
 
@@ -122,10 +114,6 @@ def gradients(function: Any, args: Args, wanted: tuple[str, ...], grad_out: Any 
         out, [args[name] for name in wanted], [torch.ones_like(o) for o in out] if grad_out is None else grad_out
     )
     return tuple(grads)
-
-
-def wanted_by(op: OpCase, args: Args) -> tuple[str, ...]:
-    return tuple(name for name in op.differentiable if name in args)
 
 
 def random_like(out: Any) -> list[Tensor]:
@@ -410,33 +398,40 @@ def test_sparse_and_nested_tensors_are_refused(op: OpCase, backend: str) -> None
 
 @each_op_on(*FUSED_BACKENDS)
 def test_raw_operators(op: OpCase, backend: str) -> None:
+    # What is traced is the same for all backends, and Triton's interpreter would run it often.
+    only = {"test_utils": ("test_schema", "test_faketensor")} if EMULATED == "triton" else {}
     for name, args in op.raw(op.inputs["small"](torch.float32)):
-        torch.library.opcheck(getattr(torch.ops.hotkernels, name).default, args)
+        torch.library.opcheck(getattr(torch.ops.hotkernels, name).default, args, **only)
 
 
-def _compiled(op: OpCase, backend: str, compiler: str, sizes: list[str], dynamic: bool | None = None) -> None:
+def _compiled(op: OpCase, backend: str, compiler: str, *inputs: Args, dynamic: bool | None = None) -> list[int]:
+    """How many graphs were compiled by the end of each of the calls, the answers of which are compared."""
     torch._dynamo.reset()
-    compiled = torch.compile(op.function, fullgraph=True, backend=compiler, dynamic=dynamic)
-    for case in sizes:
-        args = {**op.inputs[case](torch.float32), "backend": backend}
-        for ours, plain in zip(tensors(compiled(**args)), tensors(op.function(**args)), strict=True):
-            torch.testing.assert_close(ours, plain)
-        wanted = wanted_by(op, args)
-        if wanted:
-            for ours, plain in zip(
-                gradients(compiled, args, wanted), gradients(op.function, args, wanted), strict=True
-            ):
-                torch.testing.assert_close(ours, plain)
+    counted, graphs = CompileCounterWithBackend(compiler), []
+    compiled = torch.compile(op.function, fullgraph=True, backend=counted, dynamic=dynamic)
+    for args in ({**args, "backend": backend} for args in inputs):
+        torch.testing.assert_close(tensors(compiled(**args)), tensors(op.function(**args)))
+        if wanted := wanted_by(op, args):
+            torch.testing.assert_close(*(gradients(call, args, wanted) for call in (compiled, op.function)))
+        graphs.append(counted.frame_count)
+    return graphs
 
 
 @each_op_on("torch", *FUSED_BACKENDS)
 def test_compiles_without_graph_breaks(op: OpCase, backend: str) -> None:
-    _compiled(op, backend, "aot_eager", ["small"])
+    _compiled(op, backend, "aot_eager", op.inputs["small"](torch.float32))
 
 
 @each_op_on(*FUSED_BACKENDS)
 def test_compiles_with_changing_sizes(op: OpCase, backend: str) -> None:
-    _compiled(op, backend, "aot_eager", ["small", "39" if "39" in op.inputs else "117"], dynamic=True)
+    """Those after the second compile nothing: here samples and channels, tokens below."""
+    of_other_forms = [op.inputs[case](torch.float32) for case in ("small", "39" if "39" in op.inputs else "117")]
+    _compiled(op, backend, "aot_eager", *of_other_forms, dynamic=True)
+    # To the compiler a scale is a constant: the default one, of the channels, would be another each time.
+    fixed = {"scale": 0.3} if "scale" in inspect.signature(op.function).parameters else {}
+    sizes = ((7, 8), (11, 16), (13, 24), (17, 40))  # equal to no other size: what is equal is compiled as one
+    graphs = _compiled(op, backend, "aot_eager", *(op.tiny(n, C) | fixed for n, C in sizes), dynamic=True)
+    assert graphs[1:] == [graphs[1]] * 3
 
 
 @pytest.mark.skipif(LIBRARIES["_C_cpu"] is not None, reason=str(LIBRARIES["_C_cpu"]))
@@ -448,6 +443,8 @@ def test_compiles_with_changing_sizes(op: OpCase, backend: str) -> None:
         pytest.param(lambda x, i: x + hotkernels.dpc_knn(x, x.shape[1] // 2, 3).score[..., None], id="dpc_knn"),
         pytest.param(lambda x, i: hotkernels.gathered_attention(*[x[:, None]] * 3, i[:, :7]), id="a set of keys"),
         pytest.param(lambda x, i: hotkernels.gathered_attention(*[x[:, None]] * 3, i[..., None]), id="keys per query"),
+        pytest.param(lambda x, i: hotkernels.recovery_attention(*[x[:, None]] * 3), id="recovery_attention"),
+        pytest.param(lambda x, i: x + hotkernels.invert_index(i, x.shape[1]).start[:, 1:, None], id="invert_index"),
     ],
 )
 def test_new_sizes_soon_compile_nothing_new(call: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -486,7 +483,7 @@ def test_traced_by_make_fx(op: OpCase, backend: str) -> None:
 
 @each_op_on(*FUSED_BACKENDS)
 def test_compiles_with_inductor(op: OpCase, backend: str) -> None:
-    _compiled(op, backend, "inductor", ["small"])
+    _compiled(op, backend, "inductor", op.inputs["small"](torch.float32))
 
 
 @each_op_on("torch", *FUSED_BACKENDS)

@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from typing import Any
 
-import emulation
 import numpy as np
 import pytest
 import torch
 from cases import cloud, layouts, motion
-from conftest import CAPTURED, GPU_BACKENDS
-from dpc_knn_steps import assert_same, check_dpc_knn, rounds_tokens
+from conftest import CAPTURED, GPU_BACKENDS, only_cpp
+from dpc_knn_steps import assert_same, check_dpc_knn, rounds_tokens, sample
 from torch import Tensor
 
-from hotkernels import DensityPeaks, dpc_knn
+from hotkernels import dpc_knn
 from hotkernels.baselines import cluster_dpc_knn_eager
-from hotkernels.ops.dpc_knn.distances import Distances
 
 DENSE = 816  # the C++ kernel holds all distances up to this many valid tokens, if k <= 16, and neighbour lists beyond
 
@@ -29,10 +26,6 @@ def assert_close(delta: Tensor, expected: Tensor) -> None:
     """Equal within the rounding of float32, or of tokens to 11 bits."""
     tolerance = 2e-3 if rounds_tokens(delta) else 1e-4
     torch.testing.assert_close(delta, expected.to(delta), rtol=tolerance, atol=tolerance / 10)
-
-
-def sample(peaks: DensityPeaks, b: int) -> DensityPeaks:
-    return DensityPeaks(*(t[b : b + 1] for t in peaks))
 
 
 def position_hash(seed: int, n: int) -> list[int]:
@@ -272,6 +265,25 @@ def test_tokens_far_from_the_origin(backend: str) -> None:
     check_dpc_knn({"x": x, "num_clusters": 81}, dpc_knn(x, 81, backend=backend))
 
 
+@pytest.mark.parametrize("factor", [1e-15, 1e-3, 1.0, 1e5, 1e12])
+@pytest.mark.parametrize("first", [0.0, 1e-6, 1.0, 1e4])
+def test_channels_of_any_magnitude(backend: str, factor: float, first: float) -> None:
+    x = factor * torch.randn(1, 100, 150)
+    x[..., :16] *= first
+    check_dpc_knn({"x": x, "num_clusters": 33, "k": 2}, dpc_knn(x, 33, 2, backend=backend))
+
+
+@pytest.mark.parametrize("factor", [1e-15, 1.0, 1e12])
+@pytest.mark.parametrize("those", [0.0, 1e-6, 1e4, 2e6])
+@pytest.mark.parametrize("tokens", [[16], [16, 49, 82]], ids=["one", "all"])
+def test_tokens_of_any_magnitude(backend: str, factor: float, those: float, tokens: list[int]) -> None:
+    """Whatever the three tokens, from which the CUDA kernel takes a pivot and a scale, say about the others."""
+    for C in (20, 150):
+        x = factor * torch.randn(1, 100, C)
+        x[:, tokens] *= those
+        check_dpc_knn({"x": x, "num_clusters": 33, "k": 2}, dpc_knn(x, 33, 2, backend=backend))
+
+
 # ---- invalid tokens --------------------------------------------------------------------------------------------------
 
 
@@ -440,159 +452,6 @@ def test_any_strides_give_the_same_bits(backend: str, N: int, C: int, dtype: tor
         assert_same(dpc_knn(view, 21, backend=backend), plain)
 
 
-@pytest.mark.parametrize("rows", [1, 7])
-def test_rows_are_done_in_blocks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of PyTorch's distances; with all rows in one block nothing else is tested."""
-    args = hard_sample(39, 5)
-    whole = dpc_knn(**args, backend="torch")
-    monkeypatch.setattr("hotkernels.ops.dpc_knn.distances._AT_ONCE", rows * 3 * 39)
-    out = dpc_knn(**args, backend="torch")
-    check_dpc_knn(args, out)
-    assert_same(out, whole)
-
-
-@pytest.mark.parametrize("look", [True, False], ids=["products", "differences"])
-@pytest.mark.parametrize("step", [None, 7, 20], ids=["whole", "blocks of 7", "blocks of 20"])
-@pytest.mark.parametrize("kind", ["cloud", "copies", "tight groups", "offset", "outlier", "zero"])
-def test_distances_of_plain_pytorch(kind: str, step: int | None, look: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In both ways that it has: symmetric bit for bit, 0 between equal tokens, as exact as float32."""
-    B, N, C = 2, 39, 6
-    x, valid = torch.randn(B, N, C), torch.rand(B, N) < 0.8
-    if kind == "copies":
-        x[:, N // 2 :] = x[:, : N - N // 2]
-    elif kind == "tight groups":  # 10 apart, 1e-4 wide
-        x = 1e-4 * x + 10 * (torch.rand(B, N, 1) < 0.5)
-    elif kind == "offset":
-        x += 1e5
-    elif kind == "outlier":
-        x[:, 3] = 1e9
-    elif kind == "zero":
-        x.zero_()
-    monkeypatch.setattr("hotkernels.ops.dpc_knn.distances.can_look", lambda x: look)
-    if step is not None:
-        monkeypatch.setattr("hotkernels.ops.dpc_knn.distances._AT_ONCE", step * B * N)
-    distances = Distances(x, valid)
-    assert distances._by_products == look
-    if kind == "offset" and look:  # it takes no bits of the products
-        assert (distances._all.norm[valid] < 1e3).all()
-    d, again = torch.cat([*distances], 1), torch.cat([*distances], 1)
-    assert torch.equal(d, again)
-    assert d.isinf()[valid].eq(~valid[:, None].expand(-1, N, -1)[valid]).all()
-    both = valid[:, None, :] & valid[:, :, None]
-    d = torch.where(both, d, 0.0)
-    assert torch.equal(d, d.mT)
-    exact = (x.double()[:, :, None] - x.double()[:, None]).square().sum(-1)
-    assert torch.equal(d == 0, (exact == 0) | ~both)
-    torch.testing.assert_close(d.double(), torch.where(both, exact, 0.0), rtol=1e-6, atol=0)
-    index = torch.where(valid, torch.arange(N), -1)[:, [5, 0, 17, 30]]
-    expected = torch.where(
-        index[:, None] >= 0, exact.gather(2, index.clamp(min=0)[:, None].expand(-1, N, -1)), torch.inf
-    )
-    to = torch.cat([*distances.to(index)], 1)
-    torch.testing.assert_close(to.double()[valid], expected[valid], rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("step", [39, 7])
-def test_distances_are_symmetric_whatever_products_are(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A matrix product and its transpose are rounded differently, if rarely by as much as float32 can tell."""
-    product = torch.baddbmm
-
-    def rounded(add: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
-        noise = torch.Generator().manual_seed(zlib.crc32(a.numpy().tobytes()))  # the same for the same product
-        return product(add, a, b, **kwargs) * (1 + 1e-3 * torch.rand(add.shape, generator=noise))
-
-    monkeypatch.setattr(torch, "baddbmm", rounded)
-    monkeypatch.setattr("hotkernels.ops.dpc_knn.distances._AT_ONCE", step * 2 * 39)
-    d = torch.cat([*Distances(torch.randn(2, 39, 6), torch.ones(2, 39, dtype=torch.bool))], 1)
-    assert torch.equal(d, d.mT)
-
-
-# ---- CUDA: clusters, and what does without them ----------------------------------------------------------------------
-
-SMALL = 352  # tokens that the CUDA kernel takes in one go, in tiles of 32
-
-
-def hard_sample(N: int, C: int) -> dict[str, Any]:
-    """Copies, NaN, a mask, noise and `keep`, as far as N tokens have room for them."""
-    x, mask = motion(3, N, C), torch.rand(3, N) < 0.9
-    x[0, N // 2 :] = x[0, : N - N // 2].clone()
-    x[1, N // 3] = torch.nan
-    mask[2] = True
-    M = (N + 2) // 3
-    keep = [N - 1, -1, 0, N - 1][:M]
-    return {"x": x, "num_clusters": M, "k": min(5, N), "mask": mask, "noise": torch.rand(3, N) * 1e-6, "keep": keep}
-
-
-on_cuda = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
-
-
-@on_cuda
-@pytest.mark.parametrize("C", [1, 3, 39, 130])
-@pytest.mark.parametrize("N", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 243, 320, 321, 351, SMALL])
-def test_both_forms_at_every_edge(backend: str, gpu: Callable[..., None], N: int, C: int) -> None:
-    """A cluster per sample, and the launches of a chip without clusters."""
-    for args in (hard_sample(N, C), {"x": cloud(1, N, C), "num_clusters": N, "k": N, "ordered": True, "seed": 3}):
-        for capability in (90, 80):
-            gpu(compute_capability=capability)
-            check_dpc_knn(args, dpc_knn(**args, backend=backend))
-
-
-@on_cuda
-@pytest.mark.parametrize("capability", [90, 80])
-@pytest.mark.parametrize(("N", "C"), [(67, 130), (161, 17), (35, 1001), (18, 1536), (40, 4500)])
-def test_any_order_of_threads_gives_the_same_bits(
-    backend: str, gpu: Callable[..., None], N: int, C: int, capability: int
-) -> None:
-    args, outs = hard_sample(N, C), []
-    for order in emulation.ORDERS:
-        gpu(order, capability)
-        outs.append(dpc_knn(**args, backend=backend))
-        assert_same(outs[-1], outs[0])
-    check_dpc_knn(args, outs[0])
-
-
-@on_cuda
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"]
-)
-def test_without_clusters_any_strides_and_dtype(backend: str, gpu: Callable[..., None], dtype: torch.dtype) -> None:
-    gpu(compute_capability=80)
-    x = cloud(2, 64, 132).to(dtype)
-    for view in layouts(x).values():
-        plain = dpc_knn(view.float().contiguous(), 21, backend=backend)
-        assert_same(dpc_knn(view, 21, backend=backend), plain)
-
-
-@on_cuda
-def test_without_clusters_many_samples(backend: str, gpu: Callable[..., None]) -> None:
-    """More than one round of launches takes."""
-    gpu(compute_capability=80)
-    x = cloud(150, 9, 5)
-    whole = dpc_knn(x, 3, backend=backend)
-    for b in (0, 63, 64, 149):
-        assert_same(dpc_knn(x[b : b + 1], 3, backend=backend), sample(whole, b))
-    check_dpc_knn({"x": x, "num_clusters": 3}, whole)
-
-
-@pytest.mark.parametrize("factor", [1e-15, 1e-3, 1.0, 1e5, 1e12])
-@pytest.mark.parametrize("first", [0.0, 1e-6, 1.0, 1e4])
-def test_channels_of_any_magnitude(backend: str, factor: float, first: float) -> None:
-    x = factor * torch.randn(1, 100, 150)
-    x[..., :16] *= first
-    check_dpc_knn({"x": x, "num_clusters": 33, "k": 2}, dpc_knn(x, 33, 2, backend=backend))
-
-
-@pytest.mark.parametrize("factor", [1e-15, 1.0, 1e12])
-@pytest.mark.parametrize("those", [0.0, 1e-6, 1e4, 2e6])
-@pytest.mark.parametrize("tokens", [[16], [16, 49, 82]], ids=["one", "all"])
-def test_tokens_of_any_magnitude(backend: str, factor: float, those: float, tokens: list[int]) -> None:
-    """Whatever the three tokens, from which the CUDA kernel takes a pivot and a scale, say about the others."""
-    for C in (20, 150):
-        x = factor * torch.randn(1, 100, C)
-        x[:, tokens] *= those
-        check_dpc_knn({"x": x, "num_clusters": 33, "k": 2}, dpc_knn(x, 33, 2, backend=backend))
-
-
 # ---- real data, memory -----------------------------------------------------------------------------------------------
 
 
@@ -627,7 +486,7 @@ print((kilobytes("VmHWM") - before) / 1024)
 """
 
 
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@only_cpp
 @pytest.mark.parametrize(
     ("threads", "N", "C", "M", "k", "limit"),
     [

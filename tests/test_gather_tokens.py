@@ -8,13 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import layouts
+from conftest import only_cpp
 
 from hotkernels import checked, gather_tokens
 from hotkernels.autograd import GatherTokens
 from hotkernels.dtypes import HALF
 from hotkernels.ops.gather_tokens.reference import gather_tokens_bwd_reference
-
-only_cpp = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import KINDS, attend, index_of
+from attention_cases import KINDS, attend, each_kind, heads, index_of
 from cases import upcast
-from test_gathered_attention import assert_close, assert_equal, each_kind, gradients, heads, only_cpp
+from comparing import answers, assert_close, assert_same
+from conftest import only_cpp
 from torch import Tensor
 
 from hotkernels import gathered_attention
@@ -22,7 +23,7 @@ from hotkernels.autograd import GatheredAttention
 def test_the_function_to_build_on(backend: str, kind: str) -> None:
     args, index = heads(2), index_of(kind, (2,), 2, 17, 9, 5)
     out, lse = GatheredAttention.apply(*args, index, None, None, None, None, 0.25)
-    assert_equal((out, lse), gathered_attention(*args, index, scale=0.25, return_lse=True, backend=backend))
+    assert_same((out, lse), gathered_attention(*args, index, scale=0.25, return_lse=True, backend=backend))
 
 
 @only_cpp
@@ -30,8 +31,8 @@ def test_the_function_to_build_on(backend: str, kind: str) -> None:
 def test_the_function_to_build_on_takes_keys_of_all_samples(backend: str, kind: str) -> None:
     query, key, value = heads(2)
     args, index = (query, key[:1], value[:1]), index_of(kind, (2,), 2, 17, 9, 5, 0.0)
-    ours = gradients(lambda *args: GatheredAttention.apply(*args, index, None, None, None, None, 0.25), *args)
-    truth = gradients(lambda *args: attend(*args, index, scale=0.25), *upcast(args))
+    ours = answers(lambda *args: GatheredAttention.apply(*args, index, None, None, None, None, 0.25), *args)
+    truth = answers(lambda *args: attend(*args, index, scale=0.25), *upcast(args))
     assert_close(ours, truth, 2e-5)
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import KINDS, attend, index_of, queries
+from attention_cases import KINDS, attend, each_kind, heads, index_of, queries
 from cases import upcast
-from test_gathered_attention import assert_close, assert_equal, each_kind, gradients, heads
+from comparing import answers, assert_close, assert_same
 from torch import Tensor
 
 from hotkernels import gathered_attention
@@ -39,7 +39,7 @@ def test_rows_with_nothing_to_attend_to(backend: str, kind: str, dtype: torch.dt
     def call(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
         return gathered_attention(query, key, value, index, key_bias=key_bias, return_lse=True, backend=backend)
 
-    out, lse, grad_query, *grads = gradients(call, *args)
+    out, lse, grad_query, *grads = answers(call, *args)
     empty = empty[:, None].expand(-1, 2, -1)
     assert not out[empty].any()
     assert (lse[empty] == -torch.inf).all()
@@ -49,8 +49,8 @@ def test_rows_with_nothing_to_attend_to(backend: str, kind: str, dtype: torch.dt
         assert grad.isfinite().all()
     assert out[~empty].any(-1).all()
     assert lse[~empty].isfinite().all()
-    exact = gradients(lambda *a: attend(*a[:3], index, key_bias=a[3])[0], *upcast(args))
-    only_out = gradients(lambda *a: call(*a)[0], *args)
+    exact = answers(lambda *a: attend(*a[:3], index, key_bias=a[3])[0], *upcast(args))
+    only_out = answers(lambda *a: call(*a)[0], *args)
     assert_close(only_out, exact, atol=0.05 if dtype == torch.float16 else 2e-5)
 
 
@@ -62,20 +62,20 @@ def test_what_is_not_a_number_stays_where_it_is(backend: str, kind: str) -> None
     index = index_of(kind, (2,), 2, Nq, 38, 20)
     if index is not None:
         index = torch.where(index < 0, -1, index + 1)  # never the first key nor the last
-    clean, *clean_grads = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
+    clean, *clean_grads = answers(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
     if index is not None:
         for poison in (torch.nan, torch.inf):
             k, v = key.clone(), value.clone()
             k[:, :, [0, 39]], v[:, :, [0, 39]] = poison, poison
-            out, *grads = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, k, v)
-            assert_equal((out, *grads), (clean, *clean_grads))
+            out, *grads = answers(lambda *a: gathered_attention(*a, index, backend=backend), query, k, v)
+            assert_same((out, *grads), (clean, *clean_grads))
     row = Nq * 4 // 5
     spoilt = query.clone()
     spoilt[1, 0, row, 3] = torch.nan
     out = gathered_attention(spoilt, key, value, index, backend=backend)
     assert out[1, 0, row].isnan().all()
     out[1, 0, row] = clean[1, 0, row]
-    assert_equal((out,), (clean,))
+    assert_same((out,), (clean,))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_an_infinite_key_that_no_query_looks_at(backend: str, kind: str, Nq: int
         index[0, ..., 2, :] = 4  # a query that is given nothing else
     for bias in (None, torch.randn(1, 2, Nq, 9 if index is None else 5)):
         (out, _, *grads), (clean, _, *clean_grads) = (
-            gradients(
+            answers(
                 lambda *a: gathered_attention(*a, index, bias=bias, key_bias=b, backend=backend),  # noqa: B023
                 *(query, k, value),
             )
@@ -126,7 +126,7 @@ def test_nothing_in_a_masked_key_or_its_value_or_bias_matters(backend: str, kind
         for t in (spoilt_key_value := [t.clone() for t in key_value]):
             t[:, :, 4] = bad
         clean, spoilt = (
-            gradients(
+            answers(
                 lambda *a: gathered_attention(*a, index, bias=b, key_bias=key_bias, backend=backend),  # noqa: B023
                 query,
                 *tokens,
@@ -134,7 +134,7 @@ def test_nothing_in_a_masked_key_or_its_value_or_bias_matters(backend: str, kind
             for b, tokens in ((bias, key_value), (bias.masked_fill(at_4, bad), spoilt_key_value))
         )
         assert clean[0].isfinite().all()
-        assert_equal(spoilt, clean)
+        assert_same(spoilt, clean)
 
 
 @few_and_more_queries
@@ -166,7 +166,7 @@ def test_a_query_that_is_nan_and_attends_to_nothing(backend: str, kind: str, Nq:
         assert out[1, :, rows].eq(0).all()
         assert lse[1, :, rows].eq(-torch.inf).all()
         args = (key, value, *biases)
-        assert_equal(gradients(without_lse, spoilt, *args), gradients(without_lse, query, *args))
+        assert_same(answers(without_lse, spoilt, *args), answers(without_lse, query, *args))
 
 
 @few_and_more_queries
@@ -178,7 +178,7 @@ def test_a_query_that_is_nan_comes_into_no_gradient_of_a_masked_key(backend: str
     bias = torch.randn(2, 2, Nq, 40 if index is None else 20)
     slots = torch.arange(40).expand(2, 40) if index is None else index
     slots = slots.reshape(2, *[1] * (4 - slots.dim()), *slots.shape[1:]).expand_as(bias)
-    *_, grad_key, grad_value, grad_key_bias, grad_bias = gradients(
+    *_, grad_key, grad_value, grad_key_bias, grad_bias = answers(
         lambda q, k, v, kb, b: gathered_attention(q, k, v, index, bias=b, key_bias=kb, backend=backend),
         *(query, key, value, key_bias, bias),
     )
@@ -218,7 +218,7 @@ def test_samples_that_share_keys_and_mask_different_ones(backend: str, Nq: int, 
     whole = attend(slice(None), slice(None))
     for b in range(4):
         for j in range(2):
-            assert_equal((whole[b, j],), (attend(slice(b, b + 1), slice(j, j + 1))[0, 0],))
+            assert_same((whole[b, j],), (attend(slice(b, b + 1), slice(j, j + 1))[0, 0],))
     assert whole[:, 0].isfinite().all()
 
 
@@ -228,8 +228,8 @@ def test_a_mask_of_keys_of_all_samples(backend: str, Nq: int) -> None:
     args = [torch.randn(B, 2, N, 16) for B, N in ((3, Nq), (1, 40), (1, 40))]
     index, key_bias = torch.randint(-1, 40, (3, 23)), torch.zeros(3, 40)
     key_bias[torch.rand(3, 40) < 0.3] = -torch.inf
-    ours = gradients(lambda *args: gathered_attention(*args, index, key_bias=key_bias, backend=backend), *args)
-    truth = gradients(lambda *args: attend(*args, index, key_bias=key_bias.double())[0], *upcast(args))
+    ours = answers(lambda *args: gathered_attention(*args, index, key_bias=key_bias, backend=backend), *args)
+    truth = answers(lambda *args: attend(*args, index, key_bias=key_bias.double())[0], *upcast(args))
     assert_close(ours, truth, 2e-5)
 
 
@@ -243,8 +243,8 @@ def test_large_logits(backend: str, kind: str) -> None:
     index = index_of(kind, (2,), 2, Nq, 150, 20)
     if index is not None:
         index = torch.cat([index, torch.where(index < 0, -1, index + 150)], -1)
-    ours = gradients(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
-    exact = gradients(lambda *a: attend(*a, index)[0], *upcast([query, key, value]))
+    ours = answers(lambda *a: gathered_attention(*a, index, backend=backend), query, key, value)
+    exact = answers(lambda *a: attend(*a, index)[0], *upcast([query, key, value]))
     for a, c in zip(ours, exact, strict=True):  # logits near 1000 are known to 6e-5, and so is what follows from them
         assert a.isfinite().all()
         assert (a.double() - c).abs().max() <= 3e-3 * c.abs().max()

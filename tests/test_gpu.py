@@ -12,11 +12,11 @@ from typing import Any
 
 import attention_cases  # noqa: F401  # registers its ops
 import pytest
-import test_nn
 import torch
-from cases import OPS, Args, OpCase, tensors
+from as_published import OPTIONS, assert_as_published, assert_as_published_under_autocast, hourglass, pair
+from cases import OPS, Args, OpCase, tensors, wanted_by
+from comparing import assert_same
 from conftest import GPU_BACKENDS
-from test_conformance import assert_same, wanted_by
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -299,24 +299,22 @@ def gpu() -> Any:
 
 
 def test_modules_give_what_the_published_ones_give(gpu: None) -> None:
-    for options in test_nn.OPTIONS:
-        ours, eager = test_nn.pair(Attention, AttentionEager, 64, **options)
+    for options in OPTIONS:
+        ours, eager = pair(Attention, AttentionEager, 64, **options)
         for shape in ((3, 17, 64), (2, 243, 64)):
-            test_nn.assert_as_published(ours, eager, lambda m, x: m(x), [torch.randn(shape)])
-        ours, eager = test_nn.pair(TokenRecovery, TokenRecoveryEager, 64, 243, **options)
-        test_nn.assert_as_published(ours, eager, lambda m, x: m(x), [torch.randn(2, 81, 17, 64)])
+            assert_as_published(ours, eager, lambda m, x: m(x), [torch.randn(shape)])
+        ours, eager = pair(TokenRecovery, TokenRecoveryEager, 64, 243, **options)
+        assert_as_published(ours, eager, lambda m, x: m(x), [torch.randn(2, 81, 17, 64)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_modules_under_autocast(gpu: None, dtype: torch.dtype) -> None:
-    test_nn.assert_as_published_under_autocast(Attention, AttentionEager, (32,), (3, 17, 32), dtype, "cuda")
-    test_nn.assert_as_published_under_autocast(
-        TokenRecovery, TokenRecoveryEager, (32, 27), (2, 9, 5, 32), dtype, "cuda"
-    )
+    assert_as_published_under_autocast(Attention, AttentionEager, (32,), (3, 17, 32), dtype, "cuda")
+    assert_as_published_under_autocast(TokenRecovery, TokenRecoveryEager, (32, 27), (2, 9, 5, 32), dtype, "cuda")
 
 
 def test_the_hourglass_in_a_graph_without_waiting(gpu: None) -> None:
-    module, first, second = test_nn.hourglass(), torch.randn(2, 27, 5, 16), torch.randn(2, 27, 5, 16)
+    module, first, second = hourglass(), torch.randn(2, 27, 5, 16), torch.randn(2, 27, 5, 16)
     x = first.clone().requires_grad_()
     inputs = [x, *module.parameters()]
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import only_cpp
 
 from hotkernels import backends, invert_index
 
@@ -64,7 +65,7 @@ def test_the_raw_operator_is_there_on_any_gpu() -> None:
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="PyTorch tells from 2.13 on")
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@only_cpp
 def test_too_little_memory_is_told(backend: str) -> None:
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         invert_index(torch.zeros(1, 2, dtype=torch.int64), 1 << 46, backend=backend)

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import run_once
 import torch
-from test_bench import SMALL
 
 from hotkernels.backends import explain
 from hotkernels.bench.timing import EventClock, captured
@@ -438,7 +437,7 @@ def test_a_row_of_the_gpu_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(bench, "host_seconds", lambda thunk: 1e-5)
     monkeypatch.setattr(gpu_rows, "peak_memory", lambda thunk, device: thunk)
-    work = WORKLOADS["gather_tokens"](SMALL["gather_tokens"], 10)
+    work = WORKLOADS["gather_tokens"]((2, 40, 3, 8), 10)
     row = harness.Row("gather_tokens", "a", False, lambda device: work, contenders=("eager", "ours"), memory=True)
     result = gpu_rows.measure(row, bench)
     assert result["wrong"] is None
@@ -465,7 +464,7 @@ def test_what_a_call_costs_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_takes_part_in_a_row_of_the_gpu_benchmark() -> None:
-    work = WORKLOADS["gathered_attention"](SMALL["gathered_attention"], 40)
+    work = WORKLOADS["gathered_attention"]((2, 40, 64), 40)
     forward = harness.Row(
         "gathered_attention", "a", False, lambda: work, contenders=("eager", "compile", "sdpa", "ours")
     )

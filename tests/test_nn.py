@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
-import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from as_published import OPTIONS, assert_as_published, assert_as_published_under_autocast, hourglass, pair
+from comparing import answers
 from torch import Tensor, nn
 
 import hotkernels
@@ -22,47 +22,7 @@ from hotkernels.baselines import (
 )
 from hotkernels.nn import Attention, BiLevelRoutingAttention, CrossAttention, TokenPruning, TokenRecovery
 
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"qkv_bias": True},
-    {"qkv_bias": True, "qk_scale": 0.4},
-    {"num_heads": 2, "qk_scale": 0},
-]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
-
-
-def pair(ours: type[nn.Module], eager: type[nn.Module], *args: int, **options: Any) -> tuple[nn.Module, nn.Module]:
-    """Our module and the published one with the same parameters, none of them zero."""
-    a, b = ours(*args, **options), eager(*args, **options)
-    for parameter in b.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    a.load_state_dict(b.state_dict(), strict=True)
-    b.load_state_dict(a.state_dict(), strict=True)
-    assert [(n, p.shape) for n, p in a.named_parameters()] == [(n, p.shape) for n, p in b.named_parameters()]
-    return a, b
-
-
-def answers(module: nn.Module, call: Any, inputs: list[Tensor]) -> list[Tensor]:
-    """The output, and the gradients of the inputs and of every parameter."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    out = call(module, *inputs)
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(out)
-    return [out.detach(), *torch.autograd.grad(out, [*inputs, *module.parameters()], grad_out)]
-
-
-def assert_as_published(
-    ours: nn.Module, eager: nn.Module, call: Any, inputs: list[Tensor], published: Any = None
-) -> None:
-    """Error against float64: at most 2x the published module's (forward), 3x (gradients), beside some roundings."""
-    published = published or call
-    mine, low = answers(ours, call, inputs), answers(eager, published, inputs)
-    exact = answers(copy.deepcopy(eager).double(), published, [x.double() for x in inputs])
-    for i, (a, b, c) in enumerate(zip(mine, low, exact, strict=True)):
-        assert a.shape == c.shape
-        assert a.dtype == b.dtype
-        error, allowed = (a.double() - c).abs().max(), (b.double() - c).abs().max()
-        floor = 8 * torch.finfo(torch.float32).eps * max(c.abs().max(), 1.0)
-        assert error <= (2 if i == 0 else 3) * allowed + floor, (i, error, allowed)
 
 
 @each_option
@@ -217,9 +177,6 @@ def test_token_recovery(options: dict[str, Any], B: int, M: int, J: int, L: int)
     assert ours(x[:0]).shape == (0, L, J, 32)
 
 
-# ---- half types ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
@@ -245,6 +202,9 @@ def test_regions_compile_and_export() -> None:
     assert ours(x[:0]).shape == (0, 9, 12, 32)
 
 
+# ---- half types ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("ours", "eager", "args", "shape"),
@@ -255,26 +215,6 @@ def test_regions_compile_and_export() -> None:
 )
 def test_autocast(ours: Any, eager: Any, args: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_as_published_under_autocast(ours, eager, args, shape, dtype, "cpu")
-
-
-def assert_as_published_under_autocast(
-    ours: Any, eager: Any, args: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, device: str
-) -> None:
-    """The dtype of the published module, and values as near to the truth; gradients arrive in float32."""
-    a, b = pair(ours, eager, *args, qkv_bias=True)
-    x = torch.randn(shape)
-
-    def call(m: nn.Module, x: Tensor) -> Tensor:
-        with torch.autocast(device, dtype, enabled=x.dtype == torch.float32):
-            return m(x)
-
-    mine, low = answers(a, call, [x]), answers(b, call, [x])
-    exact = answers(copy.deepcopy(b).double(), call, [x.double()])
-    largest = max(truth.norm() for truth in exact[1:])  # a gradient that is 0, linear_k.bias's, is all rounding noise
-    for i, (one, other, truth) in enumerate(zip(mine, low, exact, strict=True)):
-        assert one.dtype == other.dtype
-        floor = 1e-6 * truth.norm() + (torch.finfo(dtype).eps / 8 * largest if i > 0 else 0)
-        assert (one - truth).norm() <= 2 * (other - truth).norm() + floor
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -386,27 +326,6 @@ def test_the_choice_is_the_same_every_time() -> None:
 # ---- the whole hourglass ---------------------------------------------------------------------------------------------
 
 
-class Hourglass(nn.Module):
-    """Prune, attend over the kept frames of each joint, recover."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.prune = TokenPruning(16, 9, center=True)
-        self.attend = Attention(16, num_heads=2, qkv_bias=True)
-        self.recover = TokenRecovery(16, 27, num_heads=2, qkv_bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, _ = self.prune(x)
-        return self.recover(x + self.attend(x, along=-3))
-
-
-def hourglass() -> Hourglass:
-    module = Hourglass()
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return module
-
-
 def test_copies() -> None:
     module, x = hourglass(), torch.randn(2, 27, 5, 16)
     out = module(x)
@@ -421,20 +340,14 @@ def test_compiles_without_graph_breaks() -> None:
     module, x = hourglass(), torch.randn(2, 27, 5, 16)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for ours, plain in zip(
-        answers(module, lambda m, x: compiled(x), [x]), answers(module, lambda m, x: m(x), [x]), strict=True
-    ):
-        torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(*(answers(call, x, parameters=module.parameters()) for call in (compiled, module)))
 
 
 def test_exports() -> None:
     """What is exported trains, too; its parameters are the module's."""
     module, x = hourglass().eval(), torch.randn(2, 27, 5, 16)
     program = torch.export.export(module, (x,)).module()
-    for theirs, ours in zip(
-        answers(module, lambda m, x: program(x), [x]), answers(module, lambda m, x: m(x), [x]), strict=True
-    ):
-        torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(*(answers(call, x, parameters=module.parameters()) for call in (program, module)))
 
 
 def test_pruning_compiles_and_exports_for_any_number_of_samples_and_frames() -> None:
@@ -517,7 +430,7 @@ def test_what_stands_in_the_place_of_attn_drop(ours: Any, eager: Any, args: Any,
         else:
             attention.attn_drop.forward = torch.sqrt
         torch.manual_seed(1)
-        results.append(answers(module.train(), lambda m, *x: m(*x), inputs))
+        results.append(answers(module.train(), *inputs, parameters=module.parameters()))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
@@ -536,153 +449,3 @@ def test_what_a_hook_sees_is_not_overwritten() -> None:
     module(torch.randn(2, 5, 3, 16))
     ((out, copy),) = seen
     assert torch.equal(out, copy)
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: Attention(30), r"^Attention: dim must be a multiple of num_heads = 8, got 30$"),
-        (lambda: CrossAttention(30), r"^CrossAttention: dim must be a multiple of num_heads = 8, got 30$"),
-        (lambda: Attention(16, num_heads=0), r"^Attention: num_heads must be at least 1, got 0$"),
-        (lambda: Attention(1024, 2), r"^Attention: num_heads must be at least dim / 256 = 4, got 2$"),
-        (lambda: Attention(0, 2), r"^Attention: dim must be at least 1, got 0$"),
-        (lambda: Attention(-16, 2), r"^Attention: dim must be at least 1, got -16$"),
-        (lambda: Attention(16, 2, qk_scale=math.inf), r"^Attention: qk_scale must be finite, got inf$"),
-        (lambda: Attention(16, 2, attn_drop=1.5), r"^Attention: attn_drop must be in \[0, 1\), got 1.5$"),
-        (lambda: CrossAttention(16, 2, proj_drop=-0.5), r"^CrossAttention: proj_drop must be in \[0, 1\), got -0.5$"),
-        (lambda: TokenRecovery(30, 9), r"^TokenRecovery: dim must be a multiple of num_heads = 8, got 30$"),
-        (lambda: TokenRecovery(16, 0), r"^TokenRecovery: length must be at least 1, got 0$"),
-        (lambda: TokenPruning(0, 4), r"^TokenPruning: dim must be at least 1, got 0$"),
-        (lambda: TokenPruning(16, 0), r"^TokenPruning: token_num must be at least 1, got 0$"),
-        (lambda: TokenPruning(16, 4, k=0), r"^TokenPruning: k must be at least 1, got 0$"),
-        (lambda: TokenPruning(16, 4, seed=2**63), r"^TokenPruning: seed must be in .+, got 9223372036854775808$"),
-        (lambda: TokenPruning(16, 4)(torch.zeros(2, 5, 3, 12)), r"^TokenPruning: x must be .+ 16\], got .+ 12\]$"),
-        (
-            lambda: TokenPruning(16, 4)(torch.zeros(2, 3, 5, 16)),
-            r"^TokenPruning: x must be \[B, F, J, C\] with F >= token_num = 4 and F >= k = 2, got \[2, 3, 5, 16\]$",
-        ),
-        (
-            lambda: TokenPruning(16, 4)(torch.zeros(2, 5, 3, 16), torch.zeros(2, 3, dtype=torch.int64)),
-            r"^TokenPruning: index must be \[B, M\] = \[2, 4\], got \[2, 3\]$",
-        ),
-        (lambda: Attention(16)(torch.zeros(2, 5, 16), along=1), r"^Attention: along must be -2 or -3, got 1$"),
-        (lambda: Attention(16)(torch.zeros(2, 5, 8)), r"^Attention: x must be .+ C = dim = 16, got \[2, 5, 8\]$"),
-        (
-            lambda: CrossAttention(16)(torch.zeros(5, 16), torch.zeros(2, 5, 8), torch.zeros(2, 5, 16)),
-            r"^CrossAttention: x_2 must be \[\.\.\., C\] with C = dim = 16, got \[2, 5, 8\]$",
-        ),
-        (lambda: Attention(16)(torch.zeros(5, 16)), r"^Attention: x must be \[B, \.\.\., N, C\] .+, got \[5, 16\]$"),
-        (lambda: Attention(16)(torch.zeros(2, 5, 16), along=-3), r"^Attention: x must be \[.+, got \[2, 5, 16\]$"),
-        (
-            lambda: Attention(16)(torch.zeros(2, 0, 16)),
-            r"^Attention: x must be of at least one token, got \[2, 0, 16\]$",
-        ),
-        (
-            lambda: Attention(16)(torch.zeros(2, 0, 5, 16), along=-3),
-            r"^Attention: x must be of at least one token, got \[2, 0, 5, 16\]$",
-        ),
-        (
-            lambda: CrossAttention(16)(torch.zeros(0, 16), *torch.zeros(2, 2, 5, 16)),
-            r"^CrossAttention: x_1 must be of at least one token, got \[0, 16\]$",
-        ),
-        (
-            lambda: CrossAttention(16)(torch.zeros(2, 5, 16), *torch.zeros(2, 2, 0, 16)),
-            r"^CrossAttention: x_2 must be of at least one token, got \[2, 0, 16\]$",
-        ),
-        (lambda: Attention(16)(torch.zeros(2, 5, 3, 1, 16), along=-3), r"^Attention: x must be .+ \[2, 5, 3, 1, 16\]$"),
-        (
-            lambda: CrossAttention(16)(torch.zeros(1, 5, 16).expand(2, -1, -1), *torch.zeros(2, 3, 4, 16)),
-            r"^CrossAttention: x_1 must be \[B, L, C\] with x_2's B = 3, got \[2, 5, 16\]$",
-        ),
-        (
-            lambda: CrossAttention(16)(*[torch.zeros(5, 16)] * 3),
-            r"^CrossAttention: x_2 must be \[B, M, C\] or \[B, M, J, C\], got \[5, 16\]$",
-        ),
-        (
-            lambda: CrossAttention(16)(torch.zeros(16), *torch.zeros(2, 3, 4, 16)),
-            r"^CrossAttention: x_1 must be \[L, C\], or \[B, L, C\] as x_2, got \[16\]$",
-        ),
-        (
-            lambda: CrossAttention(16)(torch.zeros(2, 5, 16), *torch.zeros(2, 2, 4, 3, 16)),
-            r"^CrossAttention: x_1 must be \[L, C\], or \[B, L, J, C\] as x_2, got \[2, 5, 16\]$",
-        ),
-        (
-            lambda: CrossAttention(16)(torch.zeros(2, 5, 4, 16), *torch.zeros(2, 2, 4, 3, 16)),
-            r"^CrossAttention: x_1 must be \[B = 2, L, J = 3, C\] as x_2, got \[2, 5, 4, 16\]$",
-        ),
-        (
-            lambda: CrossAttention(16)(*[torch.zeros(2, 5, 16)] * 2, torch.zeros(2, 5, 3, 16)),
-            r"^CrossAttention: x_3 must be \[B, M, C\] or \[B, M, J, C\] as x_2, got \[2, 5, 3, 16\]$",
-        ),
-        (
-            lambda: CrossAttention(16)(*[torch.zeros(2, 5, 16)] * 2, torch.zeros(2, 4, 16)),
-            r"^CrossAttention: x_3 must be \[2, 5, C\] as x_2, got \[2, 4, 16\]$",
-        ),
-        *[
-            (lambda given=given: BiLevelRoutingAttention(32, **given), rf"^BiLevelRoutingAttention: {message}$")
-            for given, message in (
-                ({"num_heads": 5}, "dim must be a multiple of num_heads = 5, got 32"),
-                ({"n_win": 0}, "n_win must be at least 1, got 0"),
-                ({"topk": 50}, r"topk must be in \[1, 49\], got 50"),
-                ({"side_dwconv": 4}, "side_dwconv must be 0 or odd, got 4"),
-                ({"qk_dim": 16}, "qk_dim must be 32, got 16"),
-                ({"kv_downsample_mode": "maxpool"}, "kv_downsample_mode must be 'identity', got 'maxpool'"),
-                ({"param_attention": "qkv"}, "param_attention must be 'qkvo', got 'qkv'"),
-                ({"soft_routing": True}, "soft_routing must be False, got True"),
-            )
-        ],
-        (
-            lambda: BiLevelRoutingAttention(32)(torch.zeros(2, 14, 14, 16)),
-            r"^BiLevelRoutingAttention: x must be \[B, height, width, C = 32\], got \[2, 14, 14, 16\]$",
-        ),
-        (
-            lambda: BiLevelRoutingAttention(32)(torch.zeros(2, 14, 13, 32)),
-            r"^BiLevelRoutingAttention: x must be .+ that n_win = 7 divides \(or with auto_pad\), got \[2, 14, 13, 32",
-        ),
-        (
-            lambda: BiLevelRoutingAttention(32, auto_pad=True)(torch.zeros(2, 14, 0, 32)),
-            r"^BiLevelRoutingAttention: x must be of a height and a width .+, got \[2, 14, 0, 32\]$",
-        ),
-        (lambda: TokenPruning(16, 3)(torch.zeros(2, 5, 16)), r"^TokenPruning: x must be \[.+, got \[2, 5, 16\]$"),
-        (lambda: TokenRecovery(16, 9)(torch.zeros(2, 5, 16)), r"^TokenRecovery: x must be \[.+, got \[2, 5, 16\]$"),
-        (lambda: TokenRecovery(16, 9)(torch.zeros(2, 5, 3, 8)), r"^TokenRecovery: x must be \[.+, got \[2, 5, 3, 8\]$"),
-    ],
-)
-def test_wrong_arguments(call: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: TokenRecovery(16, 9)(None), r"^TokenRecovery: x must be a torch.Tensor \[B, M, J, C\], got NoneType$"),
-        (lambda: TokenPruning(16, 1)(torch.zeros(1, 2, 3, 16), [[0]]), r"^TokenPruning: index must be .+, got list$"),
-        (lambda: TokenPruning(16, 1)(torch.ones(1, 2, 3, 16).long()), r"^TokenPruning: x must be .+, got int64$"),
-        (
-            lambda: Attention(16)(torch.zeros(1, 3, 16).long()),
-            r"^Attention: x must be a tensor of float32, .+, got int64$",
-        ),
-        (lambda: Attention(16)(torch.zeros(1, 3, 16).to_sparse()), r"^Attention: x must be a dense tensor, got .+$"),
-        (
-            lambda: CrossAttention(16)(*torch.zeros(2, 1, 3, 16), torch.zeros(1, 3, 16).int()),
-            r"^CrossAttention: x_3 must be a tensor of float32, .+, got int32$",
-        ),
-        (lambda: TokenPruning(16, 1, center=1), r"^TokenPruning: center must be a bool, got int$"),
-        (lambda: Attention("a"), r"^Attention: dim must be an int, got str$"),
-        (lambda: Attention(16.0, 2), r"^Attention: dim must be an int, got float$"),
-        (lambda: Attention(16, 2, qk_scale="1"), r"^Attention: qk_scale must be a float, got str$"),
-        (lambda: Attention(16, 2)([1, 2]), r"^Attention: x must be a torch.Tensor \[.+, got list$"),
-        (lambda: CrossAttention(16)(*[np.zeros((1, 2, 16))] * 3), r"^CrossAttention: x_1 must be .+, got ndarray$"),
-        (
-            lambda: CrossAttention(16)(*[torch.zeros(1, 2, 16)] * 2, None),
-            r"^CrossAttention: x_3 must be a torch.Tensor \[B, M, C\] or .+ as x_2, got NoneType$",
-        ),
-    ],
-)
-def test_wrong_types(call: Any, message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        call()

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import attend
-from conftest import EMULATED
-from test_gathered_attention import assert_close, assert_equal, gradients, heads, on_every_cpp, only_cpp
+from attention_cases import attend, heads
+from comparing import answers, assert_close, assert_same
+from conftest import EMULATED, on_every_cpp, only_cpp
 
 from hotkernels import gathered_attention, recovery_attention
 from hotkernels.autograd import RecoveryAttention
@@ -18,10 +18,10 @@ from hotkernels.autograd import RecoveryAttention
 def test_a_shared_query_gives_the_bits_that_each_sample_with_it_gives(backend: str) -> None:
     query, key, value = heads(40, Nq=63, Nk=39)
     shared, own = (
-        gradients(lambda *a: recovery_attention(*a, backend=backend), q, key, value)
+        answers(lambda *a: recovery_attention(*a, backend=backend), q, key, value)
         for q in (query[0], query[:1].expand_as(query))
     )
-    assert_equal((own[0], *own[2:]), (shared[0], *shared[2:]))
+    assert_same((own[0], *own[2:]), (shared[0], *shared[2:]))
 
 
 def test_the_gradient_of_a_shared_query_is_the_sum_over_the_batch(backend: str) -> None:
@@ -30,8 +30,8 @@ def test_the_gradient_of_a_shared_query_is_the_sum_over_the_batch(backend: str) 
     for batch in ((1,), (3, 5)) if EMULATED == "triton" else ((1,), (40,), (3, 17)):
         query, key, value = heads(*batch, Nq=63, Nk=9)
         query = query.flatten(0, -4)[0]
-        ours = gradients(lambda *a: recovery_attention(*a, backend=backend), query, key, value)
-        exact = gradients(
+        ours = answers(lambda *a: recovery_attention(*a, backend=backend), query, key, value)
+        exact = answers(
             lambda q, k, v: attend(q.expand(*k.shape[:-2], *q.shape[-2:]), k, v)[0],
             *(t.double() for t in (query, key, value)),
         )
@@ -53,9 +53,9 @@ def test_no_heads(backend: str) -> None:
     query, key, value = heads(2, H=0, Nq=63, Nk=40)
     bias = torch.randn(1, 0, 63, 40)
     for call, first in ((recovery_attention, query[0]), (gathered_attention, query)):
-        grads = gradients(lambda *a: call(*a, backend=backend), first, key, value)  # noqa: B023
+        grads = answers(lambda *a: call(*a, backend=backend), first, key, value)  # noqa: B023
         assert not any(t.numel() for t in grads)
-    *_, grad = gradients(lambda *a: gathered_attention(*a[:3], bias=a[3], backend=backend), query, key, value, bias)
+    *_, grad = answers(lambda *a: gathered_attention(*a[:3], bias=a[3], backend=backend), query, key, value, bias)
     assert grad.shape == bias.shape
 
 
@@ -64,7 +64,7 @@ def test_masked_keys(backend: str) -> None:
     query, key, value = heads(3, Nq=63, Nk=40)
     mask = torch.rand(3, 40) < 0.5
     mask[0] = False
-    out, grad_query, grad_key, grad_value = gradients(
+    out, grad_query, grad_key, grad_value = answers(
         lambda *a: recovery_attention(*a, key_mask=mask, backend=backend), query, key, value
     )
     assert not out[0].any()
@@ -84,8 +84,8 @@ def test_many_sequences(backend: str) -> None:
     if EMULATED == "triton":
         pytest.skip("a program takes milliseconds in Triton's interpreter")
     query, key, value = heads(70_000, H=1, Nq=2, Nk=2, D=8)
-    out, *grads = gradients(lambda *a: recovery_attention(*a, backend=backend), query[0], key, value)
-    exact, *exact_grads = gradients(
+    out, *grads = answers(lambda *a: recovery_attention(*a, backend=backend), query[0], key, value)
+    exact, *exact_grads = answers(
         lambda q, k, v: attend(q.expand(len(k), -1, -1, -1), k, v)[0], *(t.double() for t in (query[0], key, value))
     )
     assert_close((out, *grads[1:]), (exact, *exact_grads[1:]))
@@ -127,9 +127,9 @@ def test_a_query_may_lack_the_batch_and_no_more() -> None:
 def test_a_query_of_batch_1_is_shared(backend: str) -> None:
     """Its gradient is summed by the kernel; nothing of the size of the batch is made for it."""
     query, key, value = heads(5, Nq=21, Nk=9)
-    assert_equal(
-        gradients(lambda q, k, v: recovery_attention(q[None], k, v, backend=backend), query[0], key, value),
-        gradients(lambda *a: recovery_attention(*a, backend=backend), query[0], key, value),
+    assert_same(
+        answers(lambda q, k, v: recovery_attention(q[None], k, v, backend=backend), query[0], key, value),
+        answers(lambda *a: recovery_attention(*a, backend=backend), query[0], key, value),
     )
 
 

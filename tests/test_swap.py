@@ -8,15 +8,15 @@ import io
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import published
 import pytest
 import torch
-from published import VisionAttention, ViT, hot_mixste, hot_motionbert
-from published_tcformer import GridAttention, TCFormer
+from published import VisionAttention, ViT, hot_mixste
+from published_tcformer import GridAttention
+from swapping import answer, each_model, gradients, made, swapped_modules
 from torch import Tensor, nn
 
 import hotkernels
@@ -25,49 +25,6 @@ from hotkernels.compat import hot
 from hotkernels.models import eager
 from hotkernels.models.eager import cluster_dpc_knn
 from hotkernels.nn.linear import _HAS_ONEDNN
-
-# Five neighbours where published models take two: then no densities tie, which rounding would order differently.
-MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
-    "HoT-MixSTE": (lambda: hot_mixste(k=5), (2, 27, 5, 2)),
-    "TPC-MixSTE": (lambda: hot_mixste(center=True, recover=None, k=5), (2, 27, 5, 2)),
-    "HoT-MotionBERT": (lambda: hot_motionbert(k=5), (2, 27, 5, 3)),
-    "HoT-MotionAGFormer": (lambda: published.MotionAGFormer(k=5), (2, 27, 5, 3)),
-    "TPC-MHFormer": (lambda: published.MHFormer(k=5), (2, 27, 4, 2)),
-    "TCFormer": (TCFormer, (2, 3, 32, 32)),
-    "ViT": (ViT, (2, 3, 16, 16)),
-    "BiFormer": (published.BiFormer, (2, 3, 48, 48)),
-}
-
-
-each_model = pytest.mark.parametrize("name", MODELS)
-
-
-def made(name: str) -> tuple[nn.Module, Tensor]:
-    make, shape = MODELS[name]
-    return make(), torch.randn(shape)
-
-
-def answer(model: nn.Module, x: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The model's output from a seed, and the random state that it leaves."""
-    torch.manual_seed(seed)
-    return first(model(x)), torch.get_rng_state()
-
-
-def first(out: Any) -> Tensor:
-    """The output, or the first of several."""
-    return out[0] if isinstance(out, tuple) else out
-
-
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    out, _ = answer(model, x)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-    grads = torch.autograd.grad((out * weight).sum(), list(model.parameters()), allow_unused=True)
-    names = [name for name, _ in model.named_parameters()]
-    return {"": out.detach(), **{n: g for n, g in zip(names, grads, strict=True) if g is not None}}
-
-
-def swapped_modules(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if type(module).__name__.startswith("Fused")}
 
 
 @each_model

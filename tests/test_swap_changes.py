@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from published import LowRank
-from test_swap import answer, gradients, made, swapped_modules
+from swapping import answer, gradients, made, swapped_modules
 from torch import Tensor, nn
 
 import hotkernels

@@ -13,7 +13,7 @@ import published_tcformer
 import pytest
 import torch
 from published import ViT, hot_mixste
-from test_swap import answer, swapped_modules
+from swapping import answer, swapped_modules
 from torch import Tensor, nn
 
 import hotkernels

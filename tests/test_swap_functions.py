@@ -10,7 +10,7 @@ from typing import Any
 import published
 import pytest
 import torch
-from test_swap import answer, swapped_modules
+from swapping import answer, swapped_modules
 from torch import Tensor, nn
 
 import hotkernels

@@ -13,7 +13,7 @@ import pytest
 import torch
 from published import LowRank, TimmMlp, ToQkvAttention, VisionAttention
 from published_tcformer import GridAttention, KeyValueAttention, TCAttention
-from test_swap import first
+from swapping import first
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 

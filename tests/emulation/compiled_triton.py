@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 import emulation
 from emulation import bounds, driver, ptx
-from emulation.libraries import HERE, MACHINE, PTX_FLAGS
+from emulation.libraries import HERE, MACHINE, TRITON_FLAGS
 from hotkernels.launcher import Launch, Variant
 from hotkernels.ops.gathered_attention import launches as forward
 from hotkernels.ops.gathered_attention import launches_backward as backward
@@ -62,7 +62,7 @@ def _library(module: str) -> ctypes.CDLL:
         source.write_text(translated)
         compiler = cuda_resources.build_script().find_compiler()
         assert compiler is not None
-        flags = [*PTX_FLAGS, "-shared", str(MACHINE), f"-Wl,-rpath,{MACHINE.parent}"]
+        flags = [*TRITON_FLAGS, "-shared", str(MACHINE), f"-Wl,-rpath,{MACHINE.parent}"]
         subprocess.run([compiler, str(source), *flags, "-o", str(made)], check=True)
         made.rename(library)  # at once, in whichever process
         source.unlink()

@@ -24,6 +24,7 @@ COMMON = ["-std=c++20", "-fPIC", "-ffp-contract=off", f"-I{HERE}"]
 COMMON += ["-U_FORTIFY_SOURCE"]  # which takes a fiber's longjmp for an attack
 FLAGS = [*COMMON, "-O2", "-g1", "-Wall", "-Wno-unknown-pragmas"]
 PTX_FLAGS = [*COMMON, "-O1", "-w"]
+TRITON_FLAGS = [f"-I{BUILD}", *COMMON, "-O0", "-w"]  # many kernels that run once: g++ finds ptx_machine.h.gch there
 INCLUDE = f"-I{ROOT / 'csrc/include'}"
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 
@@ -81,6 +82,7 @@ def build() -> None:
     objects = steps.compile(SOURCES, ["-x", "c++", *kernels])
     objects += steps.compile(bindings, ["-include", "bindings.h", *glue])
     steps.add("link", MACHINE.name, steps.compile([HERE / "emulation.cpp", HERE / "ptx_machine.cpp"], glue), [])
+    steps.add("cxx", "ptx_machine.h.gch", [HERE / "ptx_machine.h"], ["-x", "c++-header", *TRITON_FLAGS])
     libraries = [f"-L{torch_home / 'lib'}", "-Wl,-Bsymbolic", "-ltorch_cpu", "-lc10"]
     steps.add("link", LIBRARY.name, [*objects, MACHINE.name], libraries)
     steps.add("link", SELFTEST.name, [*steps.compile([HERE / "selftest.cpp"], kernels), MACHINE.name], [])
