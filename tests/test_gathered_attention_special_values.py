@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from attention_cases import KINDS, attend, each_kind, heads, index_of, queries
 from cases import upcast
 from comparing import answers, assert_close, assert_same
 from torch import Tensor
+from torch.nn import functional
 
 from hotkernels import gathered_attention
 
@@ -52,6 +54,18 @@ def test_rows_with_nothing_to_attend_to(backend: str, kind: str, dtype: torch.dt
     exact = answers(lambda *a: attend(*a[:3], index, key_bias=a[3])[0], *upcast(args))
     only_out = answers(lambda *a: call(*a)[0], *args)
     assert_close(only_out, exact, atol=0.05 if dtype == torch.float16 else 2e-5)
+
+
+@pytest.mark.parametrize("Nk", [17, 512, 700])
+def test_values_far_from_0(backend: str, Nk: int) -> None:
+    """Gradients of logits are small differences between large products: as exact as SDPA's."""
+    query, key, value = (torch.randn(1, 2, N, 64) for N in (16, Nk, Nk))
+    args = [query, key, value + 10]
+    truth = answers(lambda *a: attend(*a)[0], *upcast(args))
+    ours = answers(functools.partial(gathered_attention, backend=backend), *args)
+    sdpa = answers(functional.scaled_dot_product_attention, *args)
+    for one, other, exact in zip(ours, sdpa, truth, strict=True):
+        assert (one - exact).norm() <= 2 * (other - exact).norm()
 
 
 @each_kind

@@ -232,6 +232,14 @@ struct Core {
     return query_columns + block * operands(p.D) * Q;
   }
 
+  T inner_product(const S* x, const S* y) const {
+    vec sums{};
+    for (int64_t d = 0; d < p.D; d += lanes) sums += load_up_to<E>(x + d, p.D - d) * load_up_to<E>(y + d, p.D - d);
+    T total = 0;
+    for (int64_t l = 0; l < lanes; ++l) total += sums[l];
+    return total;
+  }
+
   // to[n][i] = <rows[n], x[i]> * scale for `number` rows and a block of `count` x, whose columns are packed.
   void products(const O* rows, int64_t stride, int64_t number, const O* columns, const S* x, int64_t x_stride,
                 int64_t count, T scale, T* to) {
@@ -453,8 +461,7 @@ struct Core {
         Pack::across(grad_row, p.D, T{1}, i, grad_rows, Dp);
         if (p.grad_lse) delta[i] = -static_cast<const T*>(p.grad_lse)[row0 + q0 + i];
         lse[i] = static_cast<const T*>(p.lse)[row0 + q0 + i];
-        const S* out_row = out + (q0 + i) * p.out.stride_n;
-        for (int64_t d = 0; !whole && d < p.D; ++d) delta[i] += E::get(grad_row[d]) * E::get(out_row[d]);
+        if (!whole) delta[i] += inner_product(grad_row, out + (q0 + i) * p.out.stride_n);
       }
       if (!whole) sum_probabilities(b, j, h, q0, count, columns);
       for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
@@ -515,10 +522,15 @@ struct Core {
       const vec log_sum = load(lse + e * lanes);
       const auto empty = log_sum == splat(static_cast<T>(-INFINITY));
       vec shift = load(delta + e * lanes), dot{}, total{};
-      for (int64_t key = 0; key < count_keys; ++key) {
-        const vec weight = empty ? vec{} : vexp(load(s + key * Q) - log_sum);
-        store(s + key * Q, weight);
-        if (whole) dot += weight * load(g + key * Q), total += weight;
+      for (int64_t first = 0; first < count_keys; first += kShortSum) {
+        const int64_t last = count_keys - first < kShortSum ? count_keys : first + kShortSum;
+        vec part_dot{}, part{};
+        for (int64_t key = first; key < last; ++key) {
+          const vec weight = empty ? vec{} : vexp(load(s + key * Q) - log_sum);
+          store(s + key * Q, weight);
+          if (whole) part_dot += weight * load(g + key * Q), part += weight;
+        }
+        dot += part_dot, total += part;
       }
       // Ideally 1: the rounding of lse is no small part of gradients where one key takes all.
       const vec inverse = empty ? vec{} : splat(T{1}) / (whole ? total : load(sum + e * lanes));
