@@ -11,6 +11,8 @@ import torch
 
 from hotkernels.nn import Attention, BiLevelRoutingAttention, CrossAttention, TokenPruning, TokenRecovery
 
+NESTED = torch.nested.nested_tensor([torch.zeros(3, 16), torch.zeros(2, 16)])
+
 
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -40,6 +42,7 @@ from hotkernels.nn import Attention, BiLevelRoutingAttention, CrossAttention, To
             r"^TokenPruning: index must be \[B, M\] = \[2, 4\], got \[2, 3\]$",
         ),
         (lambda: Attention(16)(torch.zeros(2, 5, 16), along=1), r"^Attention: along must be -2 or -3, got 1$"),
+        (lambda: Attention(16)(torch.zeros(2, 5, 16), along=-2.0), r"^Attention: along must be -2 or -3, got -2.0$"),
         (lambda: Attention(16)(torch.zeros(2, 5, 8)), r"^Attention: x must be .+ C = dim = 16, got \[2, 5, 8\]$"),
         (
             lambda: CrossAttention(16)(torch.zeros(5, 16), torch.zeros(2, 5, 8), torch.zeros(2, 5, 16)),
@@ -138,6 +141,12 @@ def test_wrong_arguments(call: Any, message: str) -> None:
             r"^Attention: x must be a tensor of float32, .+, got int64$",
         ),
         (lambda: Attention(16)(torch.zeros(1, 3, 16).to_sparse()), r"^Attention: x must be a dense tensor, got .+$"),
+        (lambda: Attention(16)(NESTED), r"^Attention: x must be a dense tensor, got a nested one$"),
+        (lambda: CrossAttention(16)(*[NESTED] * 3), r"^CrossAttention: x_1 must be a dense tensor, got a nested one$"),
+        (
+            lambda: TokenPruning(16, 1)(torch.zeros(2, 3, 4, 16), NESTED),
+            r"^TokenPruning: index must be a dense tensor, got a nested one$",
+        ),
         (
             lambda: CrossAttention(16)(*torch.zeros(2, 1, 3, 16), torch.zeros(1, 3, 16).int()),
             r"^CrossAttention: x_3 must be a tensor of float32, .+, got int32$",

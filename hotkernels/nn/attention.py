@@ -164,7 +164,7 @@ class CrossAttention(nn.Module):
 
 def self_attention(module: Any, x: Tensor, along: int = -2) -> Tensor:
     """`Attention.attend` for any module that has its qkv, num_heads, scale and attn_drop."""
-    if along not in (-2, -3):
+    if not isinstance(along, int) or along not in (-2, -3):
         fail("Attention", "along", "-2 or -3", along)
     if not isinstance(x, Tensor) or x.dim() < 3 or (along == -3 and x.dim() != 4):
         layout = "[B, ..., N, C] with along = -2, or [B, F, J, C] with along = -3"
@@ -261,9 +261,9 @@ def _pieces(x: Tensor, module: Any) -> tuple[Tensor, ...]:
 def _check_channels(module: str, dim: int, **inputs: Any) -> None:
     for arg, x in inputs.items():
         if isinstance(x, Tensor) and x.dim() > 0:
+            check_tensor(module, arg, x, "[..., C]", FLOATING)
             if x.shape[-1] != dim:
                 fail(module, arg, f"[..., C] with C = dim = {dim}", list(x.shape))
-            check_tensor(module, arg, x, "[..., C]", FLOATING)
 
 
 def check_dim(module: str, dim: int, num_heads: int, name: str = "dim") -> None:

@@ -83,7 +83,7 @@ class TokenPruning(nn.Module):
             # A tensor, so that an export for any number of frames need not prove its value in range.
             keep = torch.full((1,), (x.shape[1] - 1) // 2, device=x.device) if self.center else None
             index = cluster_frames(x, M, self.k, keep=keep, seed=self.seed)
-        elif not isinstance(index, Tensor) or index.shape[-1:] != (M,):
+        elif not isinstance(index, Tensor) or index.is_nested or index.shape[-1:] != (M,):
             check_tensor("TokenPruning", "index", index, "[B, M]", INTEGER, shape=(x.shape[0], M))
         return gather_tokens(x, index, pos), index
 
