@@ -10,6 +10,7 @@ HALF = (torch.float16, torch.bfloat16)
 FUSED = (torch.float32, *HALF)  # which kernels take
 FLOATING = (*FUSED, torch.float64)
 INTEGER = (torch.int64, torch.int32)
+REAL = (*FLOATING, *INTEGER, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -132,8 +132,8 @@ def can_look(values: Tensor) -> bool:
     return not (values.is_meta or isinstance(values, FakeTensor) or _get_dispatch_mode(_PROXY) is not None)
 
 
-def check_index(op: str, arg: str, index: Tensor, size: int, backend: str) -> None:
-    """Check that every index is -1 ("no token here") or in [0, size).
+def check_index(op: str, arg: str, index: Tensor, size: int, backend: str, least: int = -1) -> None:
+    """Check that every index is in [0, size), or -1 ("no token here") unless `least` is 0.
 
     Only if values can be read here (see `checked`) and the backend does not check them itself.
     """
@@ -142,8 +142,8 @@ def check_index(op: str, arg: str, index: Tensor, size: int, backend: str) -> No
     while is_functorch_wrapped_tensor(index):  # by vmap, which hides the samples
         index = get_unwrapped(index)
     low, high = (int(v) for v in torch.aminmax(index))
-    if low < -1 or high >= size:
-        fail(op, arg, f"-1 or in [0, {size})", low if low < -1 else high)
+    if low < least or high >= size:
+        fail(op, arg, f"{'-1 or ' if least else ''}in [0, {size})", low if low < least else high)
 
 
 def check_ascending(op: str, arg: str, index: Tensor, size: int) -> None:

@@ -494,6 +494,16 @@ def merge_all(x: Tensor, **given: Any) -> Any:
         (lambda x: hot.cluster_dpc_knn(x, 3, 17), "^cluster_dpc_knn: k must be"),
         (lambda x: hot.cluster_dpc_knn(x, 3, 2, torch.ones(2, 5)), "cluster_dpc_knn: token_mask must be"),
         (lambda x: hot.cluster_dpc_knn(x, 3, 2, [[1] * 16] * 2), "cluster_dpc_knn: token_mask must be"),
+        (
+            lambda x: hot.cluster_dpc_knn(x, 3, 2, torch.ones(2, 16).cfloat()),
+            "cluster_dpc_knn: token_mask must be a tensor of float32, .+, got complex64",
+        ),
+        (lambda x: prunevid.cluster_dpc_knn(x.cfloat(), 3), "cluster_dpc_knn: x must be .+, got complex64"),
+        (
+            lambda x: merge_all(x, idx_token=torch.full((2, 32), 16)),
+            r"^merge_tokens: idx_token must be in \[0, 16\), got 16$",
+        ),
+        (lambda x: merge_all(x, idx_token=torch.full((2, 32), -1)), r"^merge_tokens: idx_token must be .+, got -1$"),
         (lambda x: tcformer.cluster_dpc_knn({"x": x}, 0), "cluster_dpc_knn: cluster_num must be"),
         (lambda x: tcformer.cluster_dpc_knn(x, 3), "cluster_dpc_knn: token_dict must be a dict with 'x', got Tensor"),
         (lambda x: chat_univi.cluster_dpc_knn({"y": x}, 3), "cluster_dpc_knn: token_dict must be .+, got one with"),

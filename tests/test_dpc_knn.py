@@ -441,10 +441,12 @@ def test_half_types_are_upcast(backend: str, N: int, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize(("N", "C"), [(63, 131), (64, 132), (385, 36)])  # of 132 and 36, four at a time
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_any_strides_give_the_same_bits(backend: str, N: int, C: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", ["cloud", "tight groups"])  # of which one takes distances by differences
+def test_any_strides_give_the_same_bits(backend: str, kind: str, N: int, C: int, dtype: torch.dtype) -> None:
     if backend == "torch":
         pytest.skip("PyTorch's own sums depend on strides")
-    x = cloud(2, N, C).to(dtype)
+    x = cloud(2, N, C)
+    x = (x if kind == "cloud" else 1e-3 * x + 10 * torch.randn(2, 5, C)[:, torch.arange(N) % 5]).to(dtype)
     whole = dpc_knn(x, 21, backend=backend)
     for layout, view in layouts(x).items():
         plain = whole if torch.equal(view, x) else dpc_knn(view.contiguous(), 21, backend=backend)

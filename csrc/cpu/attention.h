@@ -38,7 +38,7 @@ inline vf vexp(vf x) {
   p = p * r + 0.50000001f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return p * (vf)(((vi)shifted + 127) << 23);
+  return p * (vf)(((vu)shifted + 127u) << 23);
 }
 inline Simd<double>::vec vexp(Simd<double>::vec x) {  // float64 serves gradient checks, not speed
   for (int l = 0; l < Simd<double>::lanes; ++l) x[l] = std::exp(x[l]);

@@ -212,7 +212,7 @@ void pack(const DpcKnn& p, int64_t b, Sample& s, int64_t begin, int64_t end, con
   });
 }
 
-// |x_i - x_j|^2 from the differences of two tokens as they were given; the same number for (j, i).
+// |x_i - x_j|^2 from the differences of two tokens as they were given; the same number for (j, i), and for any strides.
 float distance_by_differences(const Sample& s, int64_t i, int64_t j) {
   const DpcKnn& p = *s.call;
   float total = 0;
@@ -220,20 +220,23 @@ float distance_by_differences(const Sample& s, int64_t i, int64_t j) {
     using E = decltype(element);
     const auto* x = static_cast<const typename E::Stored*>(p.x) + s.b * p.x_stride_b;
     const auto *xi = x + s.position[i] * p.x_stride_n, *xj = x + s.position[j] * p.x_stride_n;
-    int64_t c = 0;
-    if (p.x_stride_c == 1) {
-      vf even{}, odd{};
-      for (; c + 2 * W <= p.C; c += 2 * W) {
-        const vf d = load_as<E>(xi + c) - load_as<E>(xj + c), e = load_as<E>(xi + c + W) - load_as<E>(xj + c + W);
-        even += d * d, odd += e * e;
-      }
-      even += odd;
-      for (int l = 0; l < W; ++l) total += even[l];
+    const auto channels = [&](const auto* token, int64_t c) {  // W, or what is left of them and zeros
+      const int64_t left = p.C - c < W ? p.C - c : W;
+      if (p.x_stride_c == 1) return load_up_to<E>(token + c, left);
+      vf some{};
+      for (int64_t l = 0; l < left; ++l) some[l] = E::get(token[(c + l) * p.x_stride_c]);
+      return some;
+    };
+    vf even{}, odd{};
+    for (int64_t c = 0; c < p.C; c += 2 * W) {
+      const vf d = channels(xi, c) - channels(xj, c);
+      even += d * d;
+      if (c + W >= p.C) continue;
+      const vf e = channels(xi, c + W) - channels(xj, c + W);
+      odd += e * e;
     }
-    for (; c < p.C; ++c) {
-      const float d = E::get(xi[c * p.x_stride_c]) - E::get(xj[c * p.x_stride_c]);
-      total += d * d;
-    }
+    even += odd;
+    for (int l = 0; l < W; ++l) total += even[l];
   });
   return total;
 }

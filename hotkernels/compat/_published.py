@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtypes import FLOATING, HALF, INTEGER
-from ..errors import check_int, check_tensor, fail
+from ..dtypes import FLOATING, HALF, INTEGER, REAL
+from ..errors import check_index, check_int, check_tensor, fail
 from ..ops.dpc_knn import dpc_knn
 from ..ops.gather_tokens import gather_tokens
 from ..ops.merge_tokens import merge_tokens
@@ -26,7 +26,7 @@ def entry(op: str, token_dict: Mapping[str, Any], key: str) -> Any:
 
 def as_float(x: Tensor, op: str = "cluster_dpc_knn", name: str = "x") -> Tensor:
     """Tokens to cluster in float32, whatever their dtype."""
-    check_tensor(op, name, x, "[B, N, C]", None)
+    check_tensor(op, name, x, "[B, N, C]", REAL)
     return x.float()
 
 
@@ -65,7 +65,7 @@ def cluster(
     noise = torch.rand(B, N, device=x.device, dtype=dtype) * 1e-6
     mask = None
     if token_mask is not None:
-        check_tensor(op, valid, token_mask, "[B, N]", None, shape=(B, N), device=x.device)
+        check_tensor(op, valid, token_mask, "[B, N]", REAL, shape=(B, N), device=x.device)
         mask = token_mask > 0
 
     if center is None:
@@ -121,6 +121,7 @@ def merge(
     check_tensor("merge_tokens", "idx_token", idx_token, "[B, N_init]", (torch.int64,), shape=(x.shape[0], None))
     full = (*idx_token.shape, 1)
     check_tensor("merge_tokens", "agg_weight", agg_weight, "[B, N_init, 1]", FLOATING, shape=full, device=x.device)
+    check_index("merge_tokens", "idx_token", idx_token, x.shape[1], "torch", least=0)
     idx_token = idx_token.to(x.device)  # Chat-UniVi makes it on the CPU, wherever the tokens are
 
     # Each token's share of its cluster, and the product of shares from an initial grid cell up to its cluster. A token

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from ...backends import LIBRARIES, Kernel, choose, register
-from ...dtypes import FLOATING, HALF, INTEGER
+from ...dtypes import FLOATING, HALF, INTEGER, REAL
 from ...errors import check_index, check_tensor, fail, matches
 from ...operators import composite, differentiable_once, fake, wants_grad
 from .reference import gather_tokens_bwd_reference, gather_tokens_reference
 
 _OP = "gather_tokens"
-_PLAIN = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)  # copied, no arithmetic
 register(
     _OP,
-    torch=Kernel((*FLOATING, *_PLAIN)),
-    cpp=Kernel((*FLOATING, *_PLAIN), device="cpu", library="_C_cpu"),
-    cuda=Kernel((*FLOATING, *_PLAIN), device="cuda", library="_C_cuda"),
+    torch=Kernel(REAL),
+    cpp=Kernel(REAL, device="cpu", library="_C_cpu"),
+    cuda=Kernel(REAL, device="cuda", library="_C_cuda"),
 )
 if LIBRARIES["_C_cpu"] is None and LIBRARIES["_C_cuda"] is not None:
     # As with invert_index: the backward of Triton's attention to keys of all samples sums them, per token, over slots.
