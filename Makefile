@@ -65,7 +65,7 @@ asan: $(READY)
 	  HOTKERNELS_CXXFLAGS="$(ASAN_FLAGS) -fno-omit-frame-pointer -O1" $(PY) setup.py -q build_ext --inplace >build.log \
 	  || (cat build.log; exit 1)
 	cd $(ASAN) && LD_PRELOAD="$(foreach l,libasan libubsan libstdc++,$(call library,$(l)))" PYTHONPATH=$(ASAN) \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(PY) -m pytest --capture=sys --ignore tests/test_build.py -k "not compile and not inductor" $(ARGS)
 
 $(READY): $(SOURCES)
