@@ -36,6 +36,26 @@ def test_the_function_to_build_on_takes_keys_of_all_samples(backend: str, kind: 
     assert_close(ours, truth, 2e-5)
 
 
+@only_cpp
+@pytest.mark.parametrize("kind", ["dense", "set"])
+def test_one_query_for_all_samples_and_a_bias_of_each(backend: str, kind: str) -> None:
+    """The query's gradient is a sum over samples, the bias's is not."""
+    query, key, value = heads(40, H=1, Nq=3)
+    index = index_of(kind, (40,), 1, 3, 9, 5)
+    bias = torch.randn(40, 1, 3, 9 if index is None else 5)
+    inverse = (None, None) if index is None else torch.ops.hotkernels.invert_index(index, 9)
+
+    def bias_gradient(query: Tensor) -> Tensor:
+        args = (query, key, value)
+        out, lse = torch.ops.hotkernels.gathered_attention_fwd(*args, index, bias, None, 0.25)
+        grads = torch.ops.hotkernels.gathered_attention_bwd(
+            value[:, :, :3].contiguous(), None, *args, out, lse, index, *inverse, bias, None, 0.25, True, False
+        )
+        return grads[3]
+
+    assert_same(bias_gradient(query[0]), bias_gradient(query[:1].expand(40, -1, -1, -1).contiguous()))
+
+
 def _shapes(draw: random.Random) -> dict[str, Any]:
     """Arguments of a raw call that fit together, then some of them changed."""
     batch = [draw.choice([0, 1, 2]) for _ in range(draw.choice([1, 1, 2]))]

@@ -446,9 +446,9 @@ struct Core {
     const int64_t row0 = ((b * p.J + j) * p.H + h) * p.Nq;
     const S *grad = at(p.grad_out, b, j, h), *query = at(p.query, b, j, h), *out = at(p.out, b, j, h);
     const bool whole = keys <= kKeys;  // all keys in one block
-    T* grad_bias = bias_sum;
-    if (p.grad_bias) grad_bias = static_cast<T*>(p.grad_bias) + row0 * p.S;  // which has no sum: first is true
-    if (grad_bias && first && keys < p.S) fill(grad_bias, p.Nq * p.S, T{0});
+    T* grad_bias = p.grad_bias ? static_cast<T*>(p.grad_bias) + row0 * p.S : bias_sum;
+    const bool first_bias = first || p.grad_bias;  // only a sum goes on
+    if (grad_bias && first_bias && keys < p.S) fill(grad_bias, p.Nq * p.S, T{0});
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t q0 = block * Q, count = p.Nq - q0 < Q ? p.Nq - q0 : Q, vectors = (count + lanes - 1) / lanes;
       const O* columns = take_queries(b, j, h, block);
@@ -483,7 +483,7 @@ struct Core {
         }
         const O* across = k_across + k0 / deep * across_stride;
         multiply<true>(grads_across, Q, across, across_stride, count, Dp / lanes, operands(n), grad_query, Dp, k0 > 0);
-        if (grad_bias) add_bias_gradients(grad_bias + q0 * p.S, count, k0, k1, first);
+        if (grad_bias) add_bias_gradients(grad_bias + q0 * p.S, count, k0, k1, first_bias);
         if (p.grad_key_bias) key_bias_gradients(b, j, h, count, k0, k1);
       }
       if (keys == 0) fill(grad_query, Q * Dp, T{0});
