@@ -177,3 +177,17 @@ def test_wrong_channels_are_refused_as_by_pytorch(grad: bool) -> None:
     """oneDNN says only that it has no such product."""
     with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"\(10x8 and 16x48\)"):
         linear(nn.Linear(16, 48), torch.zeros(2, 5, 8))
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_linear_keeps_only_what_gradients_need(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they do not need may be written to, as after PyTorch's own product."""
+    monkeypatch.setattr("hotkernels.nn.linear._MKL_IS_FAST", False)
+    layer, x = nn.Linear(5, 7), torch.randn(3, 5, requires_grad=frozen == "weight")
+    layer.weight.requires_grad_(frozen == "x")
+    copied = x * 1
+    out = linear(layer, copied)
+    expected = torch.autograd.grad(layer(x * 1).sum(), layer.weight if frozen == "x" else x)
+    with torch.no_grad():
+        (layer.weight if frozen == "x" else copied).add_(1)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), layer.weight if frozen == "x" else x), expected)
