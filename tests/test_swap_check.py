@@ -81,23 +81,45 @@ def test_choices_of_a_model_that_rounding_moves() -> None:
     assert report.moved is not None
 
 
-class Counted(nn.Module):
-    """Counts its calls in a buffer."""
+def counts_in_place(model: Any, x: Tensor) -> None:
+    model.calls += 1
 
-    def __init__(self) -> None:
+
+def counts_anew(model: Any, x: Tensor) -> None:
+    model.calls = model.calls + 1
+
+
+def caches(model: Any, x: Tensor) -> None:
+    if not hasattr(model, "cache"):
+        model.register_buffer("cache", x.mean())
+
+
+class Stateful(nn.Module):
+    """Does something to its buffers, one of which nobody can write to."""
+
+    def __init__(self, act: Callable[[Any, Tensor], None]) -> None:
         super().__init__()
-        self.attn = AttentionEager(32, 4)
+        self.attn, self.act = AttentionEager(32, 4), act
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("expanded", torch.arange(3.0).expand(4, -1))
+        self.norm = torch.jit.script(nn.BatchNorm1d(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.attn(x)
+        self.act(self, x)
+        return self.norm(self.attn(x)) + self.calls
 
 
-def test_buffers_are_put_back() -> None:
-    model = Counted()
-    hotkernels.swap(model, example_inputs=torch.randn(2, 5, 32))
+@pytest.mark.parametrize("act", [counts_in_place, counts_anew, caches])
+@pytest.mark.parametrize("inference", [False, True])
+def test_buffers_are_put_back(act: Callable[[Any, Tensor], None], inference: bool) -> None:
+    with torch.inference_mode(inference and act is not counts_in_place):
+        model = Stateful(act)
+    buffers = dict(model.named_buffers())
+    report = hotkernels.swap(model, example_inputs=torch.randn(2, 5, 32))
+    assert report.moved is None
     assert model.calls == 0
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+    assert len(buffers) == len(dict(model.named_buffers()))
 
 
 @DTYPES

@@ -473,7 +473,8 @@ def _rounded_differently(args: Any, kwargs: Any) -> Any:
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The model's outputs in evaluation, leaving flags, buffers, inputs and random state as they were."""
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    held: list[tuple[Any, dict[str, Any]]] = [(m._buffers, dict(m._buffers.items())) for m in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers() if _is_writable(buffer)]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
     try:
@@ -483,6 +484,21 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     finally:
         for module, training in flags:
             module.training = training
+        for now, before in held:
+            for name in {*now.keys()} - before.keys():
+                del now[name]
+            for name, buffer in before.items():
+                if name not in now or now[name] is not buffer:
+                    now[name] = buffer
         with torch.no_grad():
-            for buffer, value in buffers:
+            for buffer, value in values:
                 buffer.copy_(value)
+
+
+def _is_writable(buffer: Tensor) -> bool:
+    """Whether a forward can write to a buffer: not to an expanded one, nor to an inference tensor elsewhere."""
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    if buffer.layout is not torch.strided or buffer.is_nested:
+        return True
+    return not any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
