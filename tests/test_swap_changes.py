@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 import random
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import hotkernels
 from hotkernels.baselines import AttentionEager, CrossAttentionEager
+from hotkernels.models.eager import Mlp
 from hotkernels.swap.modules import self_attention
 
 
@@ -241,6 +243,32 @@ def test_unswapped_in_the_block() -> None:
     with hotkernels.swapped(model):
         hotkernels.unswap(model)
     assert type(model) is AttentionEager
+
+
+def test_a_forward_that_was_wrapped_while_swapped(products: list[bool]) -> None:
+    """As libraries do that hook into it: unswapped, the module computes as its own."""
+    model, x = nn.Sequential(AttentionEager(32, 4), Mlp(32, 48)), torch.randn(2, 5, 32)
+    expected = model(x)
+    hotkernels.swap(model)
+    for module in model:
+        module.forward = functools.partial(module.forward)
+    torch.testing.assert_close(model(x), expected)
+    hotkernels.unswap(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_copy_of_what_was_compiled_in_place_before_the_swap() -> None:
+    """It is not compiled, but fused; so is attention of which a layer was."""
+    model, x = nn.Sequential(AttentionEager(32, 4), AttentionEager(32, 4)), torch.randn(2, 5, 32)
+    expected = model(x)
+    torch._dynamo.reset()
+    for module in (model[0], model[1].qkv):
+        module.compile(backend="aot_eager")
+    assert not hotkernels.swap(model).left
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert fused_calls(each, x) == 2
+        torch.testing.assert_close(each(x), expected)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_what_the_class_of_a_swapped_module_makes_computes_as_its_own() -> None:

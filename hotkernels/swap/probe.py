@@ -137,6 +137,7 @@ def random_state() -> tuple[Any, ...]:
 
 
 IN_PROBE = "_hotkernels_in_probe"
+_COMPILED = "_compiled_call_impl"  # what Module.compile() sets: it calls that very module, and is in no copy
 
 
 def replica(module: nn.Module) -> nn.Module:
@@ -149,7 +150,7 @@ def replica(module: nn.Module) -> nn.Module:
     def twin_of(source: nn.Module) -> nn.Module:
         if id(source) not in twins:
             twin = twins[id(source)] = object.__new__(type(source))
-            vars(twin).update({name: _copied(value) for name, value in vars(source).items()})
+            vars(twin).update({name: _copied(value) for name, value in vars(source).items() if name != _COMPILED})
             vars(twin).update({name: OrderedDict() for name in vars(source) if name.endswith("_hooks")})
             vars(twin)[IN_PROBE] = True
             vars(twin).update(
@@ -226,7 +227,7 @@ def stored(module: nn.Module, before: dict[str, list[Any]]) -> str | None:
     return None
 
 
-OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset({*vars(nn.Module()), _COMPILED})
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:

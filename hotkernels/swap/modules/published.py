@@ -180,6 +180,8 @@ class Published(Twin):
         defaults = tuple(off.values())
 
         def forward(self: Any, *args: Any, **named: Any) -> Any:
+            if not isinstance(self, cls):  # unswapped since this was bound to it
+                return original.forward(self, *args, **named)
             missing = names[len(args) :]
             while missing and missing[-1] not in named:
                 missing = missing[:-1]
