@@ -279,6 +279,20 @@ def test_compiles_without_graph_breaks(make: Callable[..., nn.Module]) -> None:
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("select", ["cluster", "cluster_random", "uniform", "motion"])
+@torch.no_grad()
+def test_exports_for_any_number_of_samples(select: str) -> None:
+    model = HoTMixSTE(**SMALL, center=True, select=select).eval()
+    dims = {0: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(model, (torch.randn(2, 27, 17, 2),), dynamic_shapes=(dims,)).module()
+    x = torch.randn(3, 27, 17, 2)
+    results = []
+    for each in (exported, model):
+        torch.manual_seed(0)
+        results.append(each(x))
+    torch.testing.assert_close(*results)
+
+
 class FrameMixer(nn.Module):
     """Looks at other frames than its own."""
 

@@ -195,10 +195,13 @@ def test_attention_between_regions(shape: tuple[int, ...], options: dict[str, An
 
 
 def test_regions_compile_and_export() -> None:
-    ours, x = BiLevelRoutingAttention(32, 2, 3, side_dwconv=0), torch.randn(2, 9, 12, 32)
-    expected = ours(x)
-    torch.testing.assert_close(torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)(x), expected)
-    torch.testing.assert_close(torch.export.export(ours, (x,)).module()(x), expected)
+    """For any number of images."""
+    ours, x = BiLevelRoutingAttention(32, 2, 3, side_dwconv=0), torch.randn(3, 9, 12, 32)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
+    exported = torch.export.export(ours, (x[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    for images in (x[:2], x):
+        torch.testing.assert_close(compiled(images), ours(images))
+        torch.testing.assert_close(exported(images), ours(images))
     assert ours(x[:0]).shape == (0, 9, 12, 32)
 
 

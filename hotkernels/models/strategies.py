@@ -75,7 +75,7 @@ def motion(x: Tensor, token_num: int, scene: Scene) -> Tensor:
 def _best(score: Tensor, token_num: int, keep: Tensor | None) -> Tensor:
     score = score.nan_to_num(-torch.inf, torch.finfo(score.dtype).max)
     if keep is not None:
-        score = score.scatter(1, keep.expand(len(score), 1), torch.inf)
+        score = score.scatter(1, keep.expand(score.shape[0], 1), torch.inf)
     return score.topk(token_num, dim=1).indices.sort(1).values
 
 

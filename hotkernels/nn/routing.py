@@ -167,7 +167,7 @@ def attend_to_regions(
         index = slots.repeat_interleave(R, 1)
         query, key, value = (t.flatten(1, 2) for t in (query, key, value))
     else:  # the samples' regions attend, each to a set of the tokens of all samples
-        first = torch.arange(0, B * P * R, P * R, device=routes.device)[:, None, None] + routes * R
+        first = torch.arange(B, device=routes.device)[:, None, None] * (P * R) + routes * R
         index = (first[..., None] + torch.arange(R, device=routes.device)).flatten(2).flatten(0, 1)
         query, key, value = query.flatten(0, 1), key.flatten(0, 2)[None], value.flatten(0, 2)[None]
     query, key, value = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value))

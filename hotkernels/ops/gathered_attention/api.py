@@ -102,7 +102,7 @@ def _for_each_sample(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
     """key and value in query's batch, where they may be there once for all samples."""
     if key.shape[0] == query.shape[0]:
         return key, value
-    return key.expand(len(query), *key.shape[1:]), value.expand(len(query), *value.shape[1:])
+    return key.expand(query.shape[0], *key.shape[1:]), value.expand(query.shape[0], *value.shape[1:])
 
 
 def _sum_over_samples(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
