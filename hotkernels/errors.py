@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._C import _get_dispatch_mode
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_bdim
 from torch._subclasses import FakeTensor
 
 from .dtypes import names
@@ -139,8 +139,7 @@ def check_index(op: str, arg: str, index: Tensor, size: int, backend: str, least
     """
     if backend == "cpp" or not can_look(index):
         return
-    while is_functorch_wrapped_tensor(index):  # by vmap, which hides the samples
-        index = get_unwrapped(index)
+    index = _of_all_samples(index)
     low, high = (int(v) for v in torch.aminmax(index))
     if low < least or high >= size:
         fail(op, arg, f"{'-1 or ' if least else ''}in [0, {size})", low if low < least else high)
@@ -150,6 +149,7 @@ def check_ascending(op: str, arg: str, index: Tensor, size: int) -> None:
     """Check that each row of index [B, M] ascends strictly in [0, size), if values can be read here."""
     if not can_look(index):
         return
+    index = _of_all_samples(index).flatten(0, -2)
     low, high = (index.new_full((len(index), 1), edge) for edge in (-1, size))
     between = torch.cat([low, index, high], 1)
     wrong = between.diff() <= 0
@@ -158,6 +158,14 @@ def check_ascending(op: str, arg: str, index: Tensor, size: int) -> None:
         before, after = between[row, place : place + 2].tolist()
         actual = after if place == 0 else before if place == index.shape[1] else f"{after} after {before}"
         fail(op, arg, f"ascending in [0, {size})", actual)
+
+
+def _of_all_samples(index: Tensor) -> Tensor:
+    """What vmap hides: its samples in the first dims."""
+    while is_functorch_wrapped_tensor(index):
+        place, index = maybe_get_bdim(index), get_unwrapped(index)
+        index = index if place < 0 else index.movedim(place, 0)
+    return index
 
 
 @contextlib.contextmanager

@@ -293,6 +293,20 @@ def test_exports_for_any_number_of_samples(select: str) -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+def test_vmap(grad: bool) -> None:
+    """Blocks do not run in tiles there; frames that are given are checked, whichever dim holds the samples."""
+    model, x = HoTMixSTE(**SMALL).eval(), torch.randn(3, 2, 27, 17, 2)
+    index = torch.stack([torch.randperm(27)[:9].sort().values for _ in range(6)]).view(3, 2, 9).movedim(0, 2)
+    with torch.set_grad_enabled(grad):
+        for places, given in (((0,), (x,)), ((0, 2), (x, index))):
+            expected = [model(*(t.select(p, i) for t, p in zip(given, places, strict=True))) for i in range(3)]
+            out = torch.func.vmap(model, places)(*given)
+            torch.testing.assert_close(out, torch.stack(expected), rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match=r"^HoTMixSTE: index must be ascending in \[0, 27\), got"):
+            torch.func.vmap(model, (0, 2))(x, index.flip(1))
+
+
 class FrameMixer(nn.Module):
     """Looks at other frames than its own."""
 

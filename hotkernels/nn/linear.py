@@ -35,8 +35,8 @@ _LEAST_ROWS = 192 if _MKL_IS_FAST else 32
 
 
 def unrecorded(x: Tensor) -> bool:
-    """Whether x is on a CPU and no autograd, compile or trace records the call, so that it may be split."""
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether x is on a CPU and no autograd, compile, trace or torch.func records the call, so that it may be split."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
     return x.device.type == "cpu" and not recorded
 
 
