@@ -310,7 +310,7 @@ class EvitAttention(AttentionEager):
         left = x.shape[1] - 1
         if (self.keep_rate < 1 and rate < 1) or tokens is not None:
             left = math.ceil(rate * left) if tokens is None else tokens
-            if left < x.shape[1] - 1:
+            if left != x.shape[1] - 1:
                 assert left >= 1
                 best = scores.topk(left, dim=1)[1]
                 return out, best.unsqueeze(-1).expand(-1, -1, x.shape[2]), best, scores, left

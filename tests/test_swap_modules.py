@@ -193,6 +193,19 @@ def test_tokens_of_other_dims_go_to_the_original(name: str) -> None:
 
 
 @torch.no_grad()
+def test_queries_and_keys_of_different_batches_go_to_the_original() -> None:
+    """Which lets all queries attend to one sample's keys, and refuses the reverse."""
+    module, x, kept = CrossAttentionEager(32, 4), torch.randn(3, 5, 32), torch.randn(3, 7, 32)
+    calls = [(x, kept[:1], kept[:1]), (x, kept, kept[:1])]
+    expected = [module(*args) for args in calls]
+    hotkernels.swap(module)
+    for args, out in zip(calls, expected, strict=True):
+        torch.testing.assert_close(module(*args), out)
+    with pytest.raises(RuntimeError, match="shape"):
+        module(x[:1], kept, kept)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["MixSTE", "ViT", "VideoMAE", "MLP"])
 def test_fx_traces_the_original(name: str, small_layers_as_large_ones: None) -> None:
     model, x = nn.Sequential(DROPS[name][0]() if name in DROPS else TimmMlp(nn.GELU())).eval(), torch.randn(2, 5, 32)
@@ -438,14 +451,22 @@ def test_attention_that_ranks(results: int, keep_rate: float, N: int) -> None:
     torch.testing.assert_close(module(x), expected)
 
 
+class KeepsAllAtMost(published.EvitAttention):
+    def forward(self, x: Tensor, keep_rate: float | None = None, tokens: int | None = None) -> tuple[Any, ...]:
+        return super().forward(x, keep_rate, tokens and min(tokens, x.shape[1] - 1))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("args", [(0.0,), (None, 0), (None, 9)])
 def test_a_selection_of_no_token_or_too_many(args: tuple[Any, ...]) -> None:
-    """Is the original's own error."""
+    """Is the original's own error, or no error of its own."""
     module, x = published.EvitAttention(32, 4), torch.randn(3, 7, 32)
     hotkernels.swap(module)
     with pytest.raises((AssertionError, RuntimeError)):
         module(x, *args)
+    module = KeepsAllAtMost(32, 4)
+    hotkernels.swap(module)
+    assert module(x, None, 9)[-1] == 6
 
 
 @pytest.mark.parametrize("dim_head", [None, 6])

@@ -132,7 +132,8 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     HoT's cross-attention gives an expanded x_1 its gradient as `hotkernels.nn.CrossAttention` does.
 
     A call that no probe has seen goes to the module's own forward, too: with tokens of other dims than [B, N, C]
-    (MotionAGFormer's: [B, T, J, C]), with further arguments, or traced by torch.fx.
+    (MotionAGFormer's: [B, T, J, C]), with queries and keys of different B, with further arguments, or traced by
+    torch.fx.
 
     Swap before DDP or `torch.compile`, or after; before `fully_shard`, which leaves no way back for `unswap`.
 

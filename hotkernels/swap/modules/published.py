@@ -114,8 +114,8 @@ def served(module: Any, uses: Iterable[str], tokens: tuple[Any, ...], dims: int 
     """Whether a call is fused: with tokens, and the module does what the probe saw.
 
     `uses` names the layers, and parameters of the module's own, that the twin uses; `dims` is how many the tokens had
-    in the probe, None if their number means nothing. In torch.fx, which traces the module's own forward, they are no
-    tensors.
+    in the probe, None if their number means nothing. There, all were of as many samples. In torch.fx, which traces the
+    module's own forward, they are no tensors.
 
     So nothing was set since the swap that its own forward may heed. That forward also runs what a twin would not call:
     dropout on the probabilities, which draws random numbers in their layout, and whatever was put in the place of a
@@ -123,6 +123,9 @@ def served(module: Any, uses: Iterable[str], tokens: tuple[Any, ...], dims: int 
     """
     for x in tokens:
         if not isinstance(x, Tensor) or dims not in (None, x.dim()):
+            return False
+    for x in tokens[1:]:
+        if x.shape[0] != tokens[0].shape[0]:
             return False
     if not as_seen(module, uses):
         return False

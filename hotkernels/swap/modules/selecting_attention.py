@@ -54,7 +54,7 @@ class _EvitAttention(Published):
             kept = tokens
         elif self.keep_rate < 1 and rate < 1:
             kept = math.ceil(rate * others)
-        if kept < 1:
+        if not 1 <= kept <= others:
             return super().forward(x, keep_rate, tokens)
         out, found = _attend(self, x, None if kept == others else kept)
         return out, *found, kept
@@ -85,7 +85,7 @@ class _RankingAttention(Published):
         if not served(self, (*QKV, *AFTER), (x,)):
             return super().forward(x)
         kept = int(self.keep_rate * self.init_n) if self.keep_rate < 1 else None
-        if kept == x.shape[1] - 1:  # as no example has
+        if kept is not None and kept >= x.shape[1] - 1:  # as no example has
             return super().forward(x)
         out, found = _attend(self, x, kept)
         return out, *(*found, kept)[: self._hotkernels_returned]
