@@ -201,7 +201,7 @@ class Published(Twin):
                 return original.forward(self, *args, **named)
             return twin(self, *args)
 
-        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]  # callers may ask
+        forward.__wrapped__ = original.forward  # type: ignore[attr-defined]  # callers and torch.fx ask for its arguments
         cls.forward = forward
 
     @classmethod
