@@ -165,6 +165,15 @@ def test_hot_center_with_every_token_wanted_and_from_the_end() -> None:
     assert torch.equal(last[0], seeded(0, lambda: hot.cluster_dpc_knn_center(x, 3, 2, 8))[0][0])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_hot_center_is_traced() -> None:
+    """There, numbers of tokens are tensors."""
+    x, call = tokens(2, 9, 4), lambda x: hot.cluster_dpc_knn_center(x, 3, 2, 4)
+    traced = torch.jit.trace(call, x, check_trace=False)
+    for ours, expected in zip(*(seeded(0, lambda f=f: f(x))[0] for f in (traced, call)), strict=True):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bool, torch.int64])
 def test_masked_tokens_are_in_the_first_cluster(kind: torch.dtype) -> None:
     x = tokens(3, 50, 16)

@@ -205,6 +205,14 @@ def test_regions_compile_and_export() -> None:
     assert ours(x[:0]).shape == (0, 9, 12, 32)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("width", [12, 3])
+@torch.no_grad()
+def test_regions_are_traced(width: int) -> None:
+    ours, x = BiLevelRoutingAttention(32, 2, 3), torch.randn(2, 9, width, 32)
+    torch.testing.assert_close(torch.jit.trace(ours, (torch.randn_like(x),))(x), ours(x))
+
+
 # ---- half types ------------------------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,7 @@ def cluster(
         index, idx_cluster, *_ = dpc_knn(x, cluster_num, k, mask=mask, noise=noise)
     else:
         check_int(op, "center", center, -N, N - 1, "N - 1 = ")
-        center = center % N
+        center = center if center >= 0 else center + N  # not modulo, which torch.jit.trace makes a tensor of
         more = min(cluster_num + 1, N)
         index, *_ = dpc_knn(x, more, k, mask=mask, noise=noise, keep=center, assign=False)
         index = index.masked_fill(index == center, -1)

@@ -150,7 +150,7 @@ def bi_level_routing(
     query, key, value = project(_regions(x, n))
     chosen = routes(query.detach().mean(2), key.detach().mean(2))
     out = attend_to_regions(query, key, value, chosen, module.num_heads, module.scale)
-    out, values = (_image(regions, x.shape) for regions in (out, value))
+    out, values = (_image(regions, x.shape, n) for regions in (out, value))
     out = out + module.lepe(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return linear(module.wo, out)[:, :height, :width].contiguous()
 
@@ -182,8 +182,7 @@ def _regions(image: Tensor, n: int) -> Tensor:
     return image.reshape(B, n, h, n, w, C).transpose(2, 3).reshape(B, n * n, h * w, C)
 
 
-def _image(regions: Tensor, shape: torch.Size) -> Tensor:
+def _image(regions: Tensor, shape: torch.Size, n: int) -> Tensor:
     """What `_regions` cut from an image of this shape, put together again."""
     B, height, width, C = shape
-    n = round(regions.shape[1] ** 0.5)
     return regions.reshape(B, n, n, height // n, width // n, C).transpose(2, 3).reshape(shape)
