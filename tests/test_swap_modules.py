@@ -76,6 +76,21 @@ def test_dropout_on_the_probabilities(name: str) -> None:
     assert not torch.equal(first(plain(*args)), first(module.train()(*args)))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_by_the_mode_of_the_attention(training: bool) -> None:
+    """As timm has it, whichever mode the dropout is in."""
+    module, x = VisionAttention(32, 4), torch.randn(3, 5, 32)
+    module.attn_drop.p = 0.5
+    module.train(training).attn_drop.train(not training)
+    results = []
+    for swaps in (False, True):
+        if swaps:
+            hotkernels.swap(module)
+        torch.manual_seed(3)
+        results.append([module(x), torch.get_rng_state()])
+    torch.testing.assert_close(*results)
+
+
 class WithoutLastDrop(AttentionEager):
     """As timm's Hiera has it."""
 

@@ -131,7 +131,9 @@ def served(module: Any, uses: Iterable[str], tokens: tuple[Any, ...], dims: int 
         return False
     called = (*uses, *_reducing(module, uses))
     for name, child in module._modules.items():
-        if name not in called and child is not None and not is_idle(child):
+        if name in called or child is None:
+            continue
+        if not is_idle(child) or (module.training and getattr(child, "p", 0)):  # timm's drops by its own mode
             return False
     return all(x.numel() for x in tokens)
 
