@@ -154,12 +154,14 @@ __device__ inline void barrier_arrive(uint64_t* barrier, int expected_bytes) {
   __trap();
 #endif
 }
-// Arrives at the barrier that block `rank` of the cluster holds where this block holds `barrier`.
+// Arrives at the barrier that block `rank` of the cluster holds where this block holds `barrier`: nothing that this
+// thread has read, and used, changes by what is stored after waiting there. For more, .cta is no scope; but .cluster
+// compiles to a fence of the whole GPU (MEMBAR.ALL.GPU), and CUTLASS's ClusterBarrier arrives so, too.
 __device__ inline void barrier_arrive_in(uint32_t rank, uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
   uint32_t at;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(barrier)), "r"(rank));
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(at) : "memory");
+  asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];" ::"r"(at) : "memory");
 #else
   __trap();
 #endif

@@ -127,7 +127,7 @@ void mbarrier_arrive_expect_tx_release_cta_shared_cta(Bits address, Bits bytes) 
   hk_emulation::barrier_arrive(barrier(address), static_cast<int>(bytes));
 }
 template <class T>
-void mbarrier_arrive_release_cluster_shared_cluster(Bits address) {
+void mbarrier_arrive_release_cta_shared_cluster(Bits address) {
   hk_emulation::barrier_arrive(barrier_in_cluster(address), 0);
 }
 template <class T>

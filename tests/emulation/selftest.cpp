@@ -96,20 +96,25 @@ __global__ void handed_sum(const float* x, float* out, bool bug) {
   ptx::cluster_sync();
 }
 
-// Block 1 of a cluster of two sums what block 0 has written, once that said so. bug: does not wait for it.
+// Block 1 of a cluster of two stores zeros over what block 0 sums, once all its threads have said that they did. bug:
+// does not wait for that.
 __global__ void told_sum(const float* x, float* out, bool bug) {
   auto* shared = reinterpret_cast<float*>(ptx::shared_memory());
   auto* barrier = reinterpret_cast<uint64_t*>(shared + kThreads);
-  if (threadIdx.x == 0) ptx::barrier_init(barrier, kThreads);
+  const bool sums = ptx::cluster_rank() == 0;
+  if (threadIdx.x == 0) ptx::barrier_init(barrier, sums ? 1 : kThreads);
+  shared[threadIdx.x] = x[threadIdx.x];
   ptx::cluster_sync();
-  if (ptx::cluster_rank() == 0) {
-    shared[threadIdx.x] = x[threadIdx.x];
+  if (sums) {
+    if (threadIdx.x == 0) ptx::barrier_arrive(barrier, kThreads * 4);
+    float sum = 0;
+    for (int t = 0; t < kThreads; ++t) sum += shared[t];
+    out[threadIdx.x] = sum;
     ptx::barrier_arrive_in(1, barrier);
+    ptx::barrier_wait(barrier, 0);  // for the zeros
   } else {
     if (!bug) ptx::barrier_wait(barrier, 0);
-    float sum = 0;
-    for (int t = 0; t < kThreads; ++t) sum += ptx::in_block(shared, 0)[t];
-    out[threadIdx.x] = sum;
+    ptx::store_async(shared + threadIdx.x, 0.0f, barrier, 0);
   }
   ptx::cluster_sync();
 }
