@@ -73,7 +73,7 @@ def check_int(
 ) -> None:
     """Check that `value` is an int, of Python or NumPy, in [low, high].
 
-    The error says what `high` is (`meaning`), and of a `value` that is the `default` that it was not passed.
+    The error says what `high` is (`meaning`); of a `value` that equals `default`, it says so.
     """
     if isinstance(value, bool) or not isinstance(value, INTS):
         fail(op, arg, "an int", type(value).__name__, TypeError)

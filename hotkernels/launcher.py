@@ -28,6 +28,7 @@ from triton.compiler.compiler import max_shared_mem
 from triton.runtime import driver
 
 from .backends import TRITON_DEVICE
+from .errors import fail
 
 INTERPRETED = TRITON_DEVICE == "cpu"
 VECTOR_BYTES = 16  # the widest load of a thread
@@ -155,7 +156,7 @@ def launch(job: Launch, *tensors: Tensor | None) -> None:
     if job.programs == 0:
         return
     if job.programs > MAX_PROGRAMS:
-        raise ValueError(f"{job.kernel.__name__}: at most {MAX_PROGRAMS} programs can be launched, got {job.programs}")
+        fail(job.kernel.__name__, "the number of programs", f"at most {MAX_PROGRAMS}", job.programs)
     if INTERPRETED:
         _interpret(job, tensors)
         return
@@ -183,7 +184,7 @@ def _run(compiled: Any, device: int, job: Launch, tensors: Sequence[Tensor | Non
 
 
 class GPU(NamedTuple):
-    """What the choice of blocks depends on, of a GPU."""
+    """The properties of a GPU that the choice of blocks depends on."""
 
     shared_bytes: float  # the most that a block can have
     warp_groups: bool  # whether 128 threads multiply matrices together, as on Hopper alone
@@ -191,7 +192,7 @@ class GPU(NamedTuple):
 
 @functools.cache
 def gpu(device: int) -> GPU:
-    """A device's, or -1's: of the tensors of Triton's interpreter, which has no limits."""
+    """Those of a device; -1 stands for Triton's interpreter, which has no limits."""
     if device < 0:
         return GPU(math.inf, warp_groups=True)
     hopper = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9

@@ -75,7 +75,7 @@ struct Problem {
                op, "bias", "broadcastable to [*batch, H, Nq = " << p.Nq << ", slots = " << p.S << "]",
                shape_of(*a.bias));
       p.bias = a.bias->const_data_ptr();
-      p.bias_stride_b = stride_of(*a.bias, 0), p.bias_stride_j = batch_dims == 2 ? stride_of(*a.bias, 1) : 0;
+      p.bias_stride_b = stride_of(*a.bias, 0), p.bias_stride_j = stride_j(*a.bias);
       p.bias_stride_h = stride_of(*a.bias, n - 3), p.bias_stride_q = stride_of(*a.bias, n - 2);
       p.bias_stride_s = stride_of(*a.bias, n - 1);
     }
@@ -87,7 +87,7 @@ struct Problem {
                op, "key_bias", "[*batch, Nk = " << p.Nk << "]", shape_of(*a.key_bias));
       p.key_bias = a.key_bias->const_data_ptr();
       p.key_bias_stride_b = stride_of(*a.key_bias, 0);
-      p.key_bias_stride_j = batch_dims == 2 ? stride_of(*a.key_bias, 1) : 0;
+      p.key_bias_stride_j = stride_j(*a.key_bias);
       p.key_bias_stride_n = stride_of(*a.key_bias, n - 1);
     }
   }
@@ -96,7 +96,7 @@ struct Problem {
     const int64_t n = t.dim();
     const bool batched = n > 3;
     return {const_cast<void*>(t.const_data_ptr()), batched ? stride_of(t, 0) : 0,
-            batched && batch_dims == 2 ? stride_of(t, 1) : 0, stride_of(t, n - 3), t.stride(n - 2)};
+            batched ? stride_j(t) : 0, stride_of(t, n - 3), t.stride(n - 2)};
   }
 
   // Part `which` of a contiguous [B, N, (J,) 3, H, D].
@@ -151,11 +151,13 @@ struct Problem {
     check_inverse(index, *start, *slots, p.Nk, entries, op);
     p.start = start->const_data_ptr<int64_t>(), p.slots = slots->const_data_ptr<int64_t>();
     p.start_stride_b = stride_of(*start, 0), p.slots_stride_b = stride_of(*slots, 0);
-    if (!set && batch_dims == 2) p.start_stride_j = stride_of(*start, 1), p.slots_stride_j = stride_of(*slots, 1);
+    if (!set) p.start_stride_j = stride_j(*start), p.slots_stride_j = stride_j(*slots);
     if (n == batch_dims + 2) p.start_stride_h = stride_of(*start, n - 2), p.slots_stride_h = stride_of(*slots, n - 2);
   }
 
  private:
+  int64_t stride_j(const Tensor& t) const { return batch_dims == 2 ? stride_of(t, 1) : 0; }
+
   static bool fits(int64_t size, int64_t full) { return size == 1 || size == full; }
 
   void check_compute(const Tensor& t, const char* op, const char* arg) const {
@@ -181,7 +183,7 @@ struct Problem {
                    (per_query || fits(index.size(n - 3), p.H)),
                op, "index", "of query's batch, heads and Nq = " << p.Nq, shape_of(index));
       p.index_per_query = true;
-      p.index_stride_j = batch_dims == 2 ? stride_of(index, 1) : 0;
+      p.index_stride_j = stride_j(index);
       p.index_stride_h = per_head ? stride_of(index, n - 3) : 0;
       p.index_stride_q = stride_of(index, n - 2);
     }

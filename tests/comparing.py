@@ -1,7 +1,8 @@
-"""What a call answers, gradients included, and whether two answers are the same."""
+"""What a call answers, gradients included, and whether two answers are the same, or one is as near to the truth."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -34,3 +35,11 @@ def assert_close(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], atol: floa
     for a, b in zip(ours, truth, strict=True):
         rtol = 2**-8 if a.dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol)
+
+
+def assert_as_accurate(ours: Tensor, torchs: Iterable[Tensor], truth: Tensor, factor: float, floor: Any) -> None:
+    """Our error is at most `factor` times PyTorch's own in this dtype, however that computes it, beside `floor`."""
+    assert ours.shape == truth.shape
+    error, *errors = ((t.double() - truth).abs().max().item() for t in (ours, *torchs))
+    allowed = max(e for e in errors if math.isfinite(e))
+    assert error <= factor * allowed + floor, f"error {error:.3g}, PyTorch's own {allowed:.3g}, floor {floor:.3g}"

@@ -26,13 +26,6 @@ def rounds_tokens(x: Tensor) -> bool:
     return x.is_cuda or bool(os.environ.get("HOTKERNELS_EMULATE_CUDA"))
 
 
-def assert_same(a: DensityPeaks, b: DensityPeaks, but: tuple[str, ...] = ()) -> None:
-    """The same bits in every field, `but` those."""
-    for name in a._fields:
-        left, right = getattr(a, name), getattr(b, name)
-        assert name in but or (left is None and right is None) or torch.equal(left, right), name
-
-
 def sample(peaks: DensityPeaks, b: int) -> DensityPeaks:
     """The clustering of one sample of the batch."""
     return DensityPeaks(*(t if t is None else t[b : b + 1] for t in peaks))

@@ -8,7 +8,8 @@ import emulation
 import pytest
 import torch
 from cases import cloud, hard_sample, layouts
-from dpc_knn_steps import assert_same, check_dpc_knn, sample
+from comparing import assert_same
+from dpc_knn_steps import check_dpc_knn, sample
 
 from hotkernels import dpc_knn
 

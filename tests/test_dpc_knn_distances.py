@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from cases import hard_sample
-from dpc_knn_steps import assert_same, check_dpc_knn
+from comparing import assert_same
+from dpc_knn_steps import check_dpc_knn
 from torch import Tensor
 
 from hotkernels import dpc_knn

@@ -14,7 +14,8 @@ from typing import Any
 import emulation
 import pytest
 import torch
-from dpc_knn_steps import assert_same, check_dpc_knn, sample
+from comparing import assert_same
+from dpc_knn_steps import check_dpc_knn, sample
 from torch import Tensor
 
 from hotkernels import dpc_knn

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_cases import attend, each_kind, heads, index_of, queries
 from cases import random_slots, upcast
-from comparing import answers, assert_close, assert_same
+from comparing import answers, assert_as_accurate, assert_close, assert_same
 from conftest import EMULATED, GPU_BACKENDS, on_every_cpp, only_cpp
 from torch import Tensor
 from torch.autograd.gradcheck import gradcheck
@@ -39,9 +39,8 @@ def test_as_accurate_as_sdpa(backend: str, D: int, dtype: torch.dtype) -> None:
         theirs.append(answers(lambda *a: attend(*a)[0], *args))
     truth = answers(lambda *a: attend(*a)[0], *upcast(args))
     for i, (a, exact, *low) in enumerate(zip(ours, truth, *theirs, strict=True)):
-        allowed = max((b.double() - exact).abs().max() for b in low) * (2 if i == 0 else 3)
-        allowed += rounding_floor(dtype, tensor_cores=backend == "triton") * exact.abs().max()
-        assert (a.double() - exact).abs().max() <= allowed
+        floor = rounding_floor(dtype, tensor_cores=backend == "triton") * exact.abs().max()
+        assert_as_accurate(a, low, exact, 2 if i == 0 else 3, floor)
 
 
 @pytest.mark.parametrize("backend", ["cpp-avx512_bf16"], indirect=True)
@@ -61,8 +60,7 @@ def test_bfloat16_in_pairs(backend: str, Nq: int, Nk: int, D: int) -> None:
     answer, theirs, truth = answers(ours, *args), answers(eager, *args), answers(eager, *upcast(args))
     assert_close(answer[1:2], truth[1:2])  # lse is float32, and no input of its products was rounded
     for a, b, exact, factor in zip(answer, theirs, truth, (2, 2, 3, 3, 3, 3, 3), strict=True):
-        floor = rounding_floor(a.dtype, tensor_cores=False) * exact.abs().max()
-        assert (a.double() - exact).abs().max() <= factor * (b.double() - exact).abs().max() + floor
+        assert_as_accurate(a, [b], exact, factor, rounding_floor(a.dtype, tensor_cores=False) * exact.abs().max())
     floats = [t.float() for t in args]
     as_floats = answers(ours, *floats)
     backends.instruction_set("avx512")  # the fixture puts it back

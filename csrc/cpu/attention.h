@@ -9,6 +9,7 @@
 //   grad_q_i = scale sum_j grad_s_ij k_j      grad_k_j = scale sum_i grad_s_ij q_i      grad_bias = grad_s.
 // Where bfloat16 is multiplied in pairs (operand.h), p and grad_s are rounded to it for the products, nothing else is.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "element.h"
@@ -124,7 +125,7 @@ struct Core {
 
   Core(const Attention& p, void* scratch, bool backward, int64_t* bytes = nullptr) : p(p), for_backward(backward) {
     Arena a{reinterpret_cast<uintptr_t>(scratch)};
-    const int64_t tile = round_up(p.S < kKeys ? p.S : kKeys, 8) * Q;
+    const int64_t tile = round_up(std::min(p.S, kKeys), 8) * Q;
     key_rows = a.take<O>(p.S * Da), value_rows = a.take<O>(backward ? p.S * Da : operands(p.S) * Dp);
     present = a.take<int64_t>(p.S), place = a.take<int64_t>(p.S);
     query_columns = a.take<O>((shared_query ? blocks : 1) * operands(p.D) * Q);
@@ -216,7 +217,7 @@ struct Core {
   // The transposed queries of a block; kept from sequence to sequence where they are the same.
   const O* take_queries(int64_t b, int64_t j, int64_t h, int64_t block) {
     const S* query = at(p.query, b, j, h);
-    const int64_t first = block * Q, count = p.Nq - first < Q ? p.Nq - first : Q;
+    const int64_t first = block * Q, count = std::min(Q, p.Nq - first);
     if (!shared_query) {
       pack_columns(query + first * p.query.stride_n, p.query.stride_n, count, scale_before, query_columns);
       return query_columns;
@@ -224,7 +225,7 @@ struct Core {
     if (query != packed_query) {
       packed_query = query;
       for (int64_t e = 0; e < blocks; ++e) {
-        const int64_t rows = p.Nq - e * Q < Q ? p.Nq - e * Q : Q;
+        const int64_t rows = std::min(Q, p.Nq - e * Q);
         O* columns = query_columns + e * operands(p.D) * Q;
         pack_columns(query + e * Q * p.query.stride_n, p.query.stride_n, rows, scale_before, columns);
       }
@@ -358,13 +359,13 @@ struct Core {
     S* out = at(p.out, b, j, h);
     T* lse_out = static_cast<T*>(p.lse) + ((b * p.J + j) * p.H + h) * p.Nq;
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t q0 = block * Q, count = p.Nq - q0 < Q ? p.Nq - q0 : Q, vectors = (count + lanes - 1) / lanes;
+      const int64_t q0 = block * Q, count = std::min(Q, p.Nq - q0), vectors = (count + lanes - 1) / lanes;
       const O* columns = take_queries(b, j, h, block);
       fill(top, Q, static_cast<T>(-INFINITY));
       fill(sum, Q, T{0});
       if (keys == 0) fill(out_rows, Q * Dp, T{0});
       for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
-        const int64_t k1 = keys - k0 < kKeys ? keys : k0 + kKeys;
+        const int64_t k1 = std::min(keys, k0 + kKeys);
         compute_logits(b, j, h, q0, count, k0, k1, columns);
         if (k0 == 0) prefetch_written(p.out, item, q0, q0 + count);
         softmax_block(k1 - k0, vectors, count, k0 > 0);
@@ -411,7 +412,7 @@ struct Core {
       total[v] = load(sum + v * lanes) * factor[v];
     }
     for (int64_t first = 0; first < count_keys; first += kShortSum) {
-      const int64_t last = count_keys - first < kShortSum ? count_keys : first + kShortSum;
+      const int64_t last = std::min(count_keys, first + kShortSum);
       vec part[V] = {};
       for (int64_t key = first; key < last; key += deep) {
 #pragma GCC unroll 3
@@ -450,7 +451,7 @@ struct Core {
     const bool first_bias = first || p.grad_bias;  // only a sum goes on
     if (grad_bias && first_bias && keys < p.S) fill(grad_bias, p.Nq * p.S, T{0});
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t q0 = block * Q, count = p.Nq - q0 < Q ? p.Nq - q0 : Q, vectors = (count + lanes - 1) / lanes;
+      const int64_t q0 = block * Q, count = std::min(Q, p.Nq - q0), vectors = (count + lanes - 1) / lanes;
       const O* columns = take_queries(b, j, h, block);
       pack_columns(grad + q0 * p.grad_out.stride_n, p.grad_out.stride_n, count, T{1}, grad_columns);
       fill(delta, Q, T{0});
@@ -465,7 +466,7 @@ struct Core {
       }
       if (!whole) sum_probabilities(b, j, h, q0, count, columns);
       for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
-        const int64_t k1 = keys - k0 < kKeys ? keys : k0 + kKeys, n = k1 - k0;
+        const int64_t k1 = std::min(keys, k0 + kKeys), n = k1 - k0;
         compute_logits(b, j, h, q0, count, k0, k1, columns);
         products(v + k0 * value_stride, value_stride, n, grad_columns, grad + q0 * p.grad_out.stride_n,
                  p.grad_out.stride_n, count, T{1}, grad_logits);
@@ -501,7 +502,7 @@ struct Core {
     if (!large) return;
     fill(sum, Q, T{0});
     for (int64_t k0 = 0; k0 < keys; k0 += kKeys) {
-      const int64_t k1 = keys - k0 < kKeys ? keys : k0 + kKeys;
+      const int64_t k1 = std::min(keys, k0 + kKeys);
       compute_logits(b, j, h, q0, count, k0, k1, columns);
       for (int64_t e = 0; e < count; e += lanes) {
         const vec log_sum = load(lse + e);
@@ -523,7 +524,7 @@ struct Core {
       const auto empty = log_sum == splat(static_cast<T>(-INFINITY));
       vec shift = load(delta + e * lanes), dot{}, total{};
       for (int64_t first = 0; first < count_keys; first += kShortSum) {
-        const int64_t last = count_keys - first < kShortSum ? count_keys : first + kShortSum;
+        const int64_t last = std::min(count_keys, first + kShortSum);
         vec part_dot{}, part{};
         for (int64_t key = first; key < last; ++key) {
           const vec weight = empty ? vec{} : vexp(load(s + key * Q) - log_sum);

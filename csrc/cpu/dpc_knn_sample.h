@@ -221,7 +221,7 @@ float distance_by_differences(const Sample& s, int64_t i, int64_t j) {
     const auto* x = static_cast<const typename E::Stored*>(p.x) + s.b * p.x_stride_b;
     const auto *xi = x + s.position[i] * p.x_stride_n, *xj = x + s.position[j] * p.x_stride_n;
     const auto channels = [&](const auto* token, int64_t c) {  // W, or what is left of them and zeros
-      const int64_t left = p.C - c < W ? p.C - c : W;
+      const int64_t left = std::min<int64_t>(W, p.C - c);
       if (p.x_stride_c == 1) return load_up_to<E>(token + c, left);
       vf some{};
       for (int64_t l = 0; l < left; ++l) some[l] = E::get(token[(c + l) * p.x_stride_c]);

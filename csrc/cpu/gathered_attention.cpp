@@ -80,7 +80,7 @@ struct PerQuery {
   static T sum_of(int64_t count, const Term& term) {
     T total = 0;
     for (int64_t first = 0; first < count; first += kShortSum) {
-      const int64_t last = count - first < kShortSum ? count : first + kShortSum;
+      const int64_t last = std::min(count, first + kShortSum);
       T part = 0;
       for (int64_t i = first; i < last; ++i) part += term(i);
       total += part;
@@ -95,7 +95,7 @@ struct PerQuery {
       constexpr int V = decltype(width)::value;
       vec total[V] = {};
       for (int64_t first = 0; first < count; first += kShortSum) {
-        const int64_t last = count - first < kShortSum ? count : first + kShortSum;
+        const int64_t last = std::min(count, first + kShortSum);
         vec acc[V] = {};
         for (int64_t i = first; i < last; ++i) {
           const S* from = row(i);

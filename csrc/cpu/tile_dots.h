@@ -4,6 +4,8 @@
 // such panels and every pair is summed over the channels in the same order, so <x_i, x_j> and <x_j, x_i> are the same
 // bits, and a token's squared norm computed the same way is bitwise <x_i, x_i>.
 #pragma once
+#include <algorithm>
+
 #include "register_tile.h"
 
 namespace hotkernels::HK_ISA {
@@ -20,12 +22,12 @@ constexpr int64_t kChannelBlock = 128;    // channels per pass: a panel's 128 x 
 inline void tile_dots(const float* a, int64_t i_begin, int64_t i_end, const float* b, int64_t j_begin, int64_t j_end,
                       int64_t C, bool upper, float* t, int64_t t_stride, bool more = false) {
   for (int64_t c = 0; c < C; c += kChannelBlock) {
-    const int64_t channels = C - c < kChannelBlock ? C - c : kChannelBlock;
+    const int64_t channels = std::min(kChannelBlock, C - c);
     const bool add = more || c > 0;
     for (int64_t j = j_begin; j < j_end; j += P) {
       const float* panel_b = b + j * C + c * P;
-      const int64_t vectors = j_end - j >= P ? 3 : (j_end - j + W - 1) / W;
-      const int64_t i_stop = upper && j + P < i_end ? j + P : i_end;
+      const int64_t vectors = std::min<int64_t>(3, (j_end - j + W - 1) / W);
+      const int64_t i_stop = upper ? std::min(j + P, i_end) : i_end;
       for (int64_t i = i_begin; i < i_stop; i += R) {
         const float* panel_a = a + i / P * P * C + c * P + i % P;
         const int64_t skip = upper && i > j ? (i - j) / W : 0;
@@ -47,7 +49,7 @@ inline void panel_norms(const float* panel, int64_t C, float* norm, bool more) {
   vf total[3] = {};
   for (int v = 0; more && v < 3; ++v) total[v] = load(norm + v * W);
   for (int64_t c = 0; c < C; c += kChannelBlock) {
-    const int64_t stop = C - c < kChannelBlock ? C : c + kChannelBlock;
+    const int64_t stop = std::min(C, c + kChannelBlock);
     vf acc[3] = {};
     for (int64_t e = c; e < stop; ++e) {
 #pragma GCC unroll 3

@@ -88,12 +88,9 @@ def after_attention(
     return add_branch(x, mlp(norm2(x)), factors[1], out)
 
 
-def is_token_wise(norm1: nn.Module, norm2: nn.Module, mlp: Any, *linears: Any) -> bool:
+def is_token_wise(mlp: nn.Module, *layers: Any) -> TypeGuard[Mlp]:
     """Whether these work token by token and nobody watches their calls, so that they may run on pieces, or twice."""
-    if not is_plain_mlp(mlp):
-        return False
-    norms, linears = (norm1, norm2), (*linears, mlp.fc1, mlp.fc2)
-    return all(is_plain(norm, nn.LayerNorm) for norm in norms) and all(is_plain(lin, nn.Linear) for lin in linears)
+    return is_plain_mlp(mlp) and all(is_plain(each, nn.LayerNorm, nn.Linear) for each in (*layers, mlp.fc1, mlp.fc2))
 
 
 def transformer_block(
@@ -115,7 +112,7 @@ def transformer_block(
     """
     factors = [stochastic_depth(x, rows, drop_path) for _ in range(2)]
     rest = functools.partial(after_attention, attention=attention, norm2=norm2, mlp=mlp, factors=factors)
-    whole = not is_token_wise(norm1, norm2, mlp, attention.qkv, attention.proj)
+    whole = not is_token_wise(mlp, norm1, norm2, attention.qkv, attention.proj)
     if whole or not unrecorded(x) or any(factor is not None for factor in factors):
         return rest(x, attention.attend(norm1(x), along))
     x = x.contiguous()
@@ -149,8 +146,8 @@ def pruned_block(
     factors = [stochastic_depth(x, -3, drop_path) for _ in range(2)]
     rest = functools.partial(after_attention, attention=attention, norm2=norm2, mlp=mlp, factors=factors)
     attended = attention.attend(norm1(x), -3)
-    token_wise = is_token_wise(norm2, norm2, mlp, attention.proj) and is_idle(attention.proj_drop)
-    if not (token_wise and is_plain_mlp(mlp) and is_idle(mlp.drop)):  # two runs might differ
+    if not (is_token_wise(mlp, norm2, attention.proj) and is_idle(attention.proj_drop) and is_idle(mlp.drop)):
+        # two runs might differ
         out = rest(x, attended)
         index = choose(out)
         return gather_tokens(out, index), index

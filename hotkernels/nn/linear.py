@@ -41,7 +41,7 @@ def unrecorded(x: Tensor) -> bool:
 
 
 def is_fast_on(weight: Any) -> bool:
-    """Whether a layer with this weight may run faster here than by PyTorch."""
+    """Whether oneDNN, called from here, may be faster than PyTorch for a layer with this weight."""
     return _HAS_ONEDNN and is_strided(weight) and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 

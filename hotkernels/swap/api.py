@@ -113,8 +113,8 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
 
     Modules other than an nn.Sequential must also give the outputs and gradients of the fused form on random input, in
     evaluation and in training, with each of their dropouts, on long and on large input; a forward that stores
-    something, changes its input or draws random numbers of its own is not replaced. Not looked at is what a forward
-    does to globals and classes, or only under autocast.
+    something, changes its input or draws random numbers of its own is not replaced. Changes to globals and classes
+    are not seen, nor what a forward does only under autocast.
 
     What is left and reported, with the reason:
 
@@ -138,9 +138,9 @@ def swap(model: nn.Module, *, example_inputs: Any = None) -> SwapReport:
     Swap before DDP or `torch.compile`, or after; before `fully_shard`, which leaves no way back for `unswap`.
 
     Outputs differ by rounding, and where a clustering chooses between tokens whose densities float32, or half precision
-    if the published code computes in it, cannot tell apart: ours uses float64, so it may keep other frames than that
-    code, and the poses move with them. For HoT, 243 frames to 81 in float32, that is 1 % to 10 % of the frames; with
-    `example_inputs` the report says how many.
+    if the published code computes in it, cannot tell apart: ours adds the noise and ranks in float64, so it may keep
+    other frames than that code, and the poses move with them. For HoT, 243 frames to 81 in float32, that is 1 % to 10 %
+    of the frames; with `example_inputs` the report says how many.
     EViT's tokens are ranked as published; rounding in the layers before may exchange two whose scores nearly tie.
 
     Args:

@@ -77,8 +77,8 @@ def dpc_knn(
         num_clusters: M, tokens to keep, in [1, N].
         k: neighbours per density, the token itself included, in [1, N]; 5 unless given. If fewer are valid, those.
         mask: [B, N] bool, True = valid. Others are nobody's neighbour, never chosen, and assigned to -1.
-        keep: positions (int, [K] or [B, K]) that are always kept and take K of the M places, after the best ones. A
-            position that is -1, masked or there twice takes a place and gives -1.
+        keep: positions (int, [K], or [B or 1, K]) that are always kept and take K of the M places, after the best
+            ones. A position that is -1, masked or there twice takes a place and gives -1.
         noise: [B, N] floating, added to the density as float32 (float64 for float64 x); the published models pass
             ``torch.rand(B, N) * 1e-6``. A token whose noise is NaN behaves as masked.
         seed: of the hash that orders equal densities, any int64.

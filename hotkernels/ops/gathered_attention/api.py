@@ -263,8 +263,8 @@ def gathered_attention(
         key, value: [*batch, H, Nk, D], as query. Batch dims of query, key and value broadcast. Under autocast all three
             are cast, as SDPA casts its own.
         index: int64 or int32 in [-1, Nk), -1 = no key. None: dense. [B, M]: one set for all heads, queries and J of a
-            sample. [*batch, Nq, K]: per query. [*batch, H, Nq, K]: per head and query. Keys may repeat, and count each
-            time. An InvertedIndex saves the backward pass the inversion.
+            sample. [*batch, Nq, K]: per query. [*batch, H, Nq, K]: per head and query. Batch dims and H may be 1, for
+            all. Keys may repeat, and count each time. An InvertedIndex saves the backward pass the inversion.
         bias: added to the logits of the slots, broadcastable to [*batch, H, Nq, Nk or M or K]; or bool, True = attend.
         key_bias: [*batch, Nk], each dim whole or 1, added to the logits of a key wherever it appears; -inf masks it:
             then nothing in it or its value matters, not even NaN, as where no index names it. Or bool, True = attend.

@@ -76,7 +76,7 @@ def recovery_attention(
         key, value: [*batch, H, M, D], one or two batch dims, any strides with a contiguous last dim. D from 1 to 256.
             Batch dims of query, key and value broadcast.
         key_mask: [*batch, M] bool, each dim whole or 1, True = attend; None = all. What is in a masked key or its value
-            does not matter.
+            does not matter. (gathered_attention takes such a mask, or a bias, as `key_bias`.)
         scale: of the logits; None = 1 / sqrt(D).
         dropout_p: dropout on the probabilities, always applied if > 0 (on the torch backend).
         backend: "torch", "cpp", "triton", or None for the fastest that can serve the call.

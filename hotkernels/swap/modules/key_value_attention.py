@@ -20,6 +20,7 @@ from .published import (
     arguments,
     attention_obstacle,
     has_layers,
+    plain_attention,
     project,
     random_tokens,
     reduces,
@@ -40,7 +41,7 @@ class _CrossAttention(Published):
     def fits(cls, module: Any) -> bool | str:
         if not has_layers(module, "linear_q", "linear_k", "linear_v"):
             return False
-        return attention_obstacle(module, 3, _Q_K_V) or True
+        return plain_attention(module, 3, _Q_K_V)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -71,7 +72,7 @@ class _KeyValueAttention(Published):
     def fits(cls, module: Any) -> bool | str:
         if not has_layers(module, "q", "kv") or arguments(module) != 2 or reduces(module):
             return False
-        return attention_obstacle(module, 2, _Q_KV) or True
+        return plain_attention(module, 2, _Q_KV)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -144,9 +145,7 @@ class _GridAttention(Published):
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        return (
-            has_layers(module, "q", "kv") and arguments(module) == 3 and (attention_obstacle(module, 3, _Q_KV) or True)
-        )
+        return has_layers(module, "q", "kv") and arguments(module) == 3 and plain_attention(module, 3, _Q_KV)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:

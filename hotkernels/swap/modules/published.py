@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,11 @@ def attention_obstacle(module: Any, takes: int, linears: dict[str, int], weights
     if C % heads != 0 or C // heads > MAX_HEAD_DIM:
         return f"{heads} heads of {C} channels: a head has at most {MAX_HEAD_DIM}"
     return None
+
+
+def plain_attention(module: Any, takes: int, linears: dict[str, int], weights: Iterable[str] = ()) -> bool | str:
+    """What `Twin.fits` answers where the module must be plain attention; arguments as `attention_obstacle`."""
+    return attention_obstacle(module, takes, linears, weights) or True
 
 
 def forward_obstacle(module: Any, takes: int, weights: Iterable[str] = ()) -> str | None:
@@ -166,7 +171,7 @@ def described(twin: type[Published], module: Any, name: str, drop: nn.Module | N
 class Published(Twin):
     """A twin that is called by the names that the original has for its arguments."""
 
-    _hotkernels_first: ClassVar[str]  # the layer that takes tokens [B, N, C], for twins without examples of their own
+    _hotkernels_first = "qkv"  # the layer that takes tokens [B, N, C], for twins without examples of their own
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

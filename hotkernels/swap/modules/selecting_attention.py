@@ -16,8 +16,8 @@ from .published import (
     QKV,
     Published,
     arguments,
-    attention_obstacle,
     has_layers,
+    plain_attention,
     project,
     random_tokens,
     served,
@@ -32,13 +32,12 @@ class _EvitAttention(Published):
     """EViT's: forward(x [B, 1 + N, C], keep_rate = None, tokens = None) -> (out, index, idx, scores, number kept)."""
 
     kind = _KIND
-    _hotkernels_first = "qkv"
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
         if not (has_layers(module, "qkv") and hasattr(module, "keep_rate") and arguments(module) == 3):
             return False
-        return attention_obstacle(module, 3, QKV) or True
+        return plain_attention(module, 3, QKV)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -71,7 +70,7 @@ class _RankingAttention(Published):
     def fits(cls, module: Any) -> bool | str:
         if not has_layers(module, "qkv") or not all(hasattr(module, name) for name in ("keep_rate", "init_n")):
             return False
-        return attention_obstacle(module, 1, QKV) or True
+        return plain_attention(module, 1, QKV)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -95,7 +94,6 @@ class _RankingAttention(Published):
 class _TopKAttention(_RankingAttention):
     """TokenReduction's of top-k, which returns (out, index, idx)."""
 
-    kind = _KIND
     _hotkernels_returned = 2
 
 

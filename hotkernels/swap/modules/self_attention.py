@@ -20,11 +20,11 @@ from .published import (
     QKV,
     Published,
     arguments,
-    attention_obstacle,
     child_of,
     described,
     forward_obstacle,
     has_layers,
+    plain_attention,
     project,
     random_tokens,
     served,
@@ -43,7 +43,7 @@ class _PolicyAttention(Published):
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        return has_layers(module, "qkv") and arguments(module) > 1 and (attention_obstacle(module, 2, QKV) or True)
+        return has_layers(module, "qkv") and arguments(module) > 1 and plain_attention(module, 2, QKV)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -77,11 +77,10 @@ class _ProportionalAttention(Published):
     """ToMe's: forward(x [B, N, C], size [B, N, 1] = None) -> (out, keys' mean over heads); log(size) adds to logits."""
 
     kind = "attention to merged tokens"
-    _hotkernels_first = "qkv"
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        return has_layers(module, "qkv") and arguments(module) > 1 and (attention_obstacle(module, 1, QKV) or True)
+        return has_layers(module, "qkv") and arguments(module) > 1 and plain_attention(module, 1, QKV)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -107,11 +106,10 @@ class _Attention(Published):
     """timm's ViT, MixSTE, MHFormer: forward(x [B, N, C])."""
 
     kind = "attention"
-    _hotkernels_first = "qkv"
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        return has_layers(module, "qkv") and (attention_obstacle(module, 1, QKV) or True)
+        return has_layers(module, "qkv") and plain_attention(module, 1, QKV)
 
     def forward(self: Any, x: Tensor, /) -> Any:
         if not served(self, (*QKV, *AFTER), (x,)):
@@ -128,7 +126,7 @@ class _HaltingAttention(Published):
     @classmethod
     def fits(cls, module: Any) -> bool | str:
         halting = isinstance(getattr(module, "masked_softmax_bias", None), (int, float))
-        return halting and has_layers(module, "qkv") and (attention_obstacle(module, 2, QKV) or True)
+        return halting and has_layers(module, "qkv") and plain_attention(module, 2, QKV)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -153,14 +151,13 @@ class _QvBiasAttention(Published):
     """VideoMAE's: forward(x [B, N, C]), whose product with qkv's weight takes q_bias and v_bias; keys have no bias."""
 
     kind = "attention"
-    _hotkernels_first = "qkv"
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
         biased = has_layers(module, "qkv") and all(
             isinstance(getattr(module, b, None), nn.Parameter) for b in _QV_BIASES
         )
-        return biased and (attention_obstacle(module, 1, QKV, _QV_BIASES) or True)
+        return biased and plain_attention(module, 1, QKV, _QV_BIASES)
 
     def forward(self: Any, x: Tensor, /) -> Any:
         plain = self.q_bias is not None and self.v_bias is not None
@@ -221,11 +218,7 @@ class _FramesAttention(Published):
 
     @classmethod
     def fits(cls, module: Any) -> bool | str:
-        return (
-            has_layers(module, "qkv")
-            and getattr(module, "mode", None) in _ALONG
-            and (attention_obstacle(module, 1, QKV) or True)
-        )
+        return has_layers(module, "qkv") and getattr(module, "mode", None) in _ALONG and plain_attention(module, 1, QKV)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
@@ -255,7 +248,7 @@ class _SequenceAttention(Published):
             return False
         if module.mode not in _ALONG:
             return f"its mode is {module.mode}, not spatial or temporal"
-        return attention_obstacle(module, 2, QKV) or True
+        return plain_attention(module, 2, QKV)
 
     @classmethod
     def examples(cls, module: Any) -> list[tuple[Any, ...]]:
