@@ -206,3 +206,15 @@ def test_a_weight_of_another_dtype(backend: str) -> None:
         torch.testing.assert_close(out, exact.to(out.dtype))
         with pytest.raises(ValueError, match=r"^merge_tokens: backend must be .+, got 'fpga'$"):
             merge_tokens(tokens, assignment, 4, given, backend="fpga")
+
+
+def test_tokens_are_not_kept_where_no_weight_needs_a_gradient(backend: str) -> None:
+    """They may be written to after the call."""
+    leaf, assignment = torch.randn(2, 9, 5, requires_grad=True), torch.arange(9).remainder(4).expand(2, 9)
+    for weight in (None, torch.rand(2, 9)):
+        x = leaf.clone()
+        out = merge_tokens(x, assignment, 4, weight, backend=backend)
+        x.add_(1)
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+        expected = merge_tokens(leaf, assignment, 4, weight, backend="torch").square().sum()
+        torch.testing.assert_close(grad, torch.autograd.grad(expected, leaf)[0])

@@ -34,7 +34,8 @@ class MergeTokens(torch.autograd.Function):
         out, total, mean = torch.ops.hotkernels.merge_tokens_fwd(x, assignment, num_clusters, weight, eps, need_weight)
         # In half types, out is rounded: too coarse for the small difference x - out that is a weight's gradient.
         kept = None if not need_weight else mean if x.dtype in HALF else out
-        ctx.save_for_backward(kept, total, x, assignment, weight)
+        ctx.save_for_backward(kept, total, x if need_weight else None, assignment, weight)
+        ctx.shape = x.shape
         return out
 
     @staticmethod
@@ -44,7 +45,12 @@ class MergeTokens(torch.autograd.Function):
     ) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         """Give each token its cluster's gradient, scaled."""
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        grad_x, grad_weight = torch.ops.hotkernels.merge_tokens_bwd(grad_out.contiguous(), *saved, need_weight)
+        kept, total, x, assignment, weight = saved
+        if x is None:  # only its shape counts
+            x = grad_out.new_empty(ctx.shape[-1:]).expand(ctx.shape)
+        grad_x, grad_weight = torch.ops.hotkernels.merge_tokens_bwd(
+            grad_out.contiguous(), kept, total, x, assignment, weight, need_weight
+        )
         return grad_x if need_x else None, None, None, grad_weight if need_weight else None, None
 
 
