@@ -60,6 +60,17 @@ def test_launches_fit_every_generation(resources: triton_resources.Resources) ->
     assert not over
 
 
+def test_products_on_hopper_do_not_overlap_with_what_follows(resources: triton_resources.Resources) -> None:
+    """Before CUDA 13.3 ptxas may overwrite what an unfinished product reads from registers (triton #11781)."""
+    target, waits = triton_resources.GENERATIONS["sm_90"], {}
+    for name, launch in triton_resources.jobs_on(target).items():
+        source, options = launch.variant.source()
+        ptx = triton.compile(source, target=target, options=options).asm["ptx"]  # from Triton's cache
+        waits[name] = re.findall(r"wgmma\.wait_group\S* (\d+)", ptx.expandtabs(1))
+    assert any(waits.values())
+    assert not {name for name, pending in waits.items() if set(pending) - {"0"}}
+
+
 def test_instructions_count_as_often_as_they_run() -> None:
     """Three runs of 2..9, of which 4 and 5 run once; in each, seven of 7..8, though a branch leads around them."""
     branches = [(3, 6), (6, 9), (8, 7), (9, 2)]

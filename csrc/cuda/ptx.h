@@ -154,9 +154,9 @@ __device__ inline void barrier_arrive(uint64_t* barrier, int expected_bytes) {
   __trap();
 #endif
 }
-// Arrives at the barrier that block `rank` of the cluster holds where this block holds `barrier`: nothing that this
-// thread has read, and used, changes by what is stored after waiting there. For more, .cta is no scope; but .cluster
-// compiles to a fence of the whole GPU (MEMBAR.ALL.GPU), and CUTLASS's ClusterBarrier arrives so, too.
+// Arrives at the barrier that block `rank` of the cluster holds where this block holds `barrier`: who has waited there
+// may overwrite what this thread has read and used. (Formally that takes the scope .cluster, which ptxas compiles to a
+// fence of the whole GPU before each arrival. CUTLASS's ClusterBarrier arrives at .cta scope, too.)
 __device__ inline void barrier_arrive_in(uint32_t rank, uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
   uint32_t at;
