@@ -121,7 +121,10 @@ void find_neighbours(const DpcKnn& p, Sample& s, const Runner& runner) {
     part.farthest = 0;
     std::fill(part.distance, part.distance + s.n * s.list, kInf);
     std::fill(part.neighbour, part.neighbour + s.n * s.list, -1);
-    for (int64_t jb = q; jb < blocks; jb += s.parts) {
+    // The more tiles a column of tiles has, the later it comes: dealt out from the last one on, to and fro.
+    for (int64_t round = (blocks - 1) / s.parts; round >= 0; --round) {
+      const int64_t jb = blocks - 1 - round * s.parts - (round % 2 ? s.parts - 1 - q : q);
+      if (jb < 0) continue;
       for (int64_t ib = jb; ib >= 0; --ib) {
         const int64_t i0 = ib * kBlock, i1 = std::min(s.n, i0 + kBlock);
         const int64_t j0 = jb * kBlock, j1 = std::min(s.n, j0 + kBlock);
