@@ -304,3 +304,18 @@ def test_tritons_interpreter_takes_the_place_of_cpp(monkeypatch: pytest.MonkeyPa
     assert hotkernels.explain("gathered_attention", query).chosen == "torch"
     assert "replace the C++ ones" in str(hotkernels.explain("gathered_attention", query).reasons["cpp"])
     assert backends.why_not("gather_tokens", "cpp", "cpu", query.dtype) == backends.LIBRARIES["_C_cpu"]
+
+
+@needs_cpp
+def test_large_results_ask_for_huge_pages() -> None:
+    """Else the system hands their pages out one by one, which takes several times as long as to write to them."""
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system has no huge pages to ask for")
+    out = hotkernels.gather_tokens(torch.ones(1, 1, 1), torch.zeros(1, 9 << 20, dtype=torch.int64), backend="cpp")
+    middle, here, flags = out.data_ptr() + out.nbytes // 2, False, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = int(span[1], 16) <= middle < int(span[2], 16)
+        elif here and line.startswith("VmFlags:"):
+            flags = line
+    assert "hg" in flags.split()
